@@ -1,0 +1,46 @@
+"""GaterNet: a network that looks at an image first and decides which filters of a CNN run (CVPR 2019)."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gaternet.checkpoint import load_official_checkpoint, load_pretrained
+    from gaternet.method import Gater, GaterNet, GateSite, gate_sparsity, improved_semhash
+    from gaternet.models import create_model, model_names
+
+__version__ = "0.1.0"
+
+# Public name -> its module, imported on first use: PyTorch takes seconds, `gaternet --help` must not.
+_HOMES = {
+    "Gater": "gaternet.method",
+    "GateSite": "gaternet.method",
+    "GaterNet": "gaternet.method",
+    "create_model": "gaternet.models",
+    "gate_sparsity": "gaternet.method",
+    "improved_semhash": "gaternet.method",
+    "load_official_checkpoint": "gaternet.checkpoint",
+    "load_pretrained": "gaternet.checkpoint",
+    "model_names": "gaternet.models",
+}
+
+__all__ = [
+    "GateSite",
+    "Gater",
+    "GaterNet",
+    "create_model",
+    "gate_sparsity",
+    "improved_semhash",
+    "load_official_checkpoint",
+    "load_pretrained",
+    "model_names",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gaternet' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

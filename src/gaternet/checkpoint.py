@@ -1,0 +1,237 @@
+"""What is saved, how it is loaded.
+
+A saved model is a folder: `config.json` (plain data: how to rebuild the model, its gater's options, its sites, and what
+else `metadata` holds) and `model.safetensors`. Training state is one file beside it. Writes are atomic: a reader, or a
+machine that dies, sees the old file or the new one. No pickle is ever executed.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_model as load_safetensors_
+from safetensors.torch import save_model as save_safetensors
+from torch import nn
+
+from gaternet.method import Gater, GaterNet
+from gaternet.models.create import build_gated, create_backbone
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to the disk, and put it in `path`'s place.
+
+    Raises OSError, with `path` as it was, where the file cannot be written (a full disk, say).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (RuntimeError, SafetensorError) as error:  # how torch.save and safetensors report a failed write
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write plain data to `path`, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(data, indent=2) + "\n"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The plain data in `path`; ValueError if it is damaged."""
+    try:
+        data = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it from a copy") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} does not hold a JSON object: is it a file of gaternet's?")
+    return data
+
+
+@contextmanager
+def staged(directory: Path, keep: Collection[str] = ()) -> Iterator[Path]:
+    """A folder to fill, whose files then replace those of `directory`, but for the names in `keep` that it has."""
+    directory.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=directory))
+    try:
+        yield staging
+        for path in staging.iterdir():
+            if not (path.name in keep and (directory / path.name).exists()):
+                path.replace(directory / path.name)
+    finally:
+        shutil.rmtree(staging)
+
+
+def save_model(model: nn.Module, directory: Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write `directory`/config.json and `directory`/model.safetensors.
+
+    Args:
+        model: a GaterNet, or a plain network.
+        directory: made if it does not exist.
+        metadata: plain data: "backbone" (and, for a GaterNet, "extractor") are the arguments of `create_backbone`,
+            without which the model cannot be loaded by itself; the rest is kept as it is. Default: the model's own.
+    """
+    config: dict[str, Any] = {"gaternet": version("gaternet")}
+    if isinstance(model, GaterNet):
+        metadata = metadata or model.metadata
+        config["gater"] = _gater_options(model.gater)
+        config["sites"] = [asdict(site) for site in model.sites]
+    write_atomically(directory / WEIGHTS, lambda path: save_safetensors(model, str(path)))
+    write_json(directory / CONFIG, {**config, "metadata": metadata})
+
+
+def load_model(directory: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model saved in `directory`, in evaluation mode on the CPU, and its metadata.
+
+    Raises:
+        ValueError: what is there is no saved model, or damaged, or does not fit together.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory} holds no saved model: {name} is missing")
+    config = read_json(directory / CONFIG)
+    metadata = config.get("metadata")
+    if not metadata or ("gater" in config and config["gater"] is None):
+        raise ValueError(f"{directory / CONFIG} does not say how its model was built: load the weights by hand")
+    try:
+        if "gater" in config:
+            model = build_gated(metadata, config["gater"])
+            if [asdict(site) for site in model.sites] != config["sites"]:
+                raise ValueError(f"the gates in {directory} sit elsewhere than this version of gaternet puts them")
+        else:
+            model = create_backbone(**metadata["backbone"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{directory / CONFIG} does not describe a model of gaternet's ({error!r})") from error
+    load_weights_(model, directory / WEIGHTS)
+    return model.eval(), metadata
+
+
+def _gater_options(gater: nn.Module) -> dict[str, Any] | None:
+    if not isinstance(gater, Gater):  # somebody's own: it is theirs to rebuild
+        return None
+    options: dict[str, Any] = {name: getattr(gater, name) for name in ("noise_std", "hard_probability", "threshold")}
+    return {"bottleneck": gater.fc1.out_features, "batch_norm": isinstance(gater.norm, nn.BatchNorm1d), **options}
+
+
+def load_weights_(model: nn.Module, path: Path) -> None:
+    """Load a safetensors file into `model`; ValueError if it is damaged or of another model."""
+    try:
+        load_safetensors_(model, path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}): restore it from a copy") from error
+    except RuntimeError as error:  # PyTorch's list of keys and shapes that do not fit
+        first = [line.strip() for line in str(error).splitlines() if line.strip()][1:2] or [str(error)]
+        raise ValueError(f"{path} holds the weights of another model: {first[0]}") from error
+
+
+def load_pretrained(model_id: str | Path, **hub_options: Any) -> GaterNet:
+    """The GaterNet in a local folder or on the Hugging Face Hub, in evaluation mode; also `GaterNet.from_pretrained`.
+
+    Raises:
+        ValueError: there is no GaterNet there, or it is damaged.
+    """
+    directory = Path(model_id)
+    if not directory.is_dir():
+        directory = Path(snapshot_download(str(model_id), allow_patterns=[CONFIG, WEIGHTS], **hub_options))
+    model, _ = load_model(directory)
+    if not isinstance(model, GaterNet):
+        raise ValueError(f"{model_id} holds a plain network, not a GaterNet: use gaternet.checkpoint.load_model")
+    return model
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write training state (tensors, numbers, strings, and lists and dicts of them), atomically."""
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """What `torch.save` wrote, if it holds nothing but tensors and plain data; nothing else is ever unpickled.
+
+    Raises:
+        ValueError: the file is truncated, no such file, or holds other Python objects (which could be malicious).
+    """
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{path} is damaged, or holds Python objects, which are refused because they could run code: "
+            "get it from its source again, saved as a state_dict"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is truncated or no PyTorch file: get it from its source again") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} does not hold a dict of tensors, but a {type(data).__name__}")
+    return data
+
+
+def load_official_checkpoint(path: str | Path) -> GaterNet:
+    """A GaterNet from a file in the layout of the paper's public evaluation code, in evaluation mode.
+
+    That layout is a dict with `backbone_state_dict` and `gater_state_dict`, keys possibly prefixed `module.`. Depth,
+    classes and bottleneck are read from the tensors. Gates equal that code's: it opens a gate where the soft gate is
+    above 0.49999, that is where the logit is above -3.3e-5.
+
+    Raises:
+        ValueError: the file is damaged, unsafe, or of another layout.
+    """
+    saved = load_tensors(Path(path))
+    parts = {}
+    for part in ("backbone", "gater"):
+        if not isinstance(saved.get(f"{part}_state_dict"), dict):
+            raise ValueError(f"{path} is not in the public code's layout: it has no {part}_state_dict")
+        parts[part] = {key.replace("module.", ""): value for key, value in saved[f"{part}_state_dict"].items()}
+    state = {f"backbone.{_our_key(key)}": value for key, value in parts["backbone"].items()}
+    for key, value in parts["gater"].items():
+        state[_our_gater_key(key)] = value
+    try:
+        units = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("backbone.layer1."))
+        num_classes, bottleneck = len(state["backbone.fc.weight"]), len(state["gater.fc1.weight"])
+        model = build_gated(
+            {
+                "backbone": {"name": f"resnet{6 * units + 2}", "num_classes": num_classes},
+                "extractor": {"name": "resnet20"},
+            },
+            {"bottleneck": bottleneck, "batch_norm": False, "threshold": _official_threshold()},
+        )
+        model.load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is not in the public code's layout: its tensors do not fit ({error})") from error
+    return model.eval()
+
+
+def _official_threshold() -> float:
+    probability = (0.49999 + 0.1) / 1.2  # inverts the soft gate, 1.2 * sigmoid - 0.1
+    return math.log(probability / (1 - probability))
+
+
+def _our_key(key: str) -> str:
+    """stage1.block2.shortcut.conv.weight -> layer1.1.downsample.0.weight"""
+    key = re.sub(r"^stage(\d+)\.block(\d+)\.", lambda m: f"layer{m[1]}.{int(m[2]) - 1}.", key)
+    key = key.replace("shortcut.conv.", "downsample.0.").replace("shortcut.bn.", "downsample.1.")
+    return re.sub(r"^(conv|bn)\.", r"\g<1>1.", key)
+
+
+def _our_gater_key(key: str) -> str:
+    if key.startswith("resnet.newfc."):
+        return key.replace("resnet.newfc.", "gater.fc1.")
+    if key.startswith("fnn.fc.0."):
+        return key.replace("fnn.fc.0.", "gater.fc2.")
+    return f"gater.extractor.{_our_key(key.removeprefix('resnet.'))}"

@@ -1,0 +1,226 @@
+"""The command line: it parses, calls, prints. Heavy imports wait until a command needs them."""
+
+import dataclasses
+import inspect
+import json
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gaternet.recipes import RECIPES, Gating, Optimizer, Recipe, Runtime, find_recipe, override
+
+app = typer.Typer(
+    help="GaterNet: a network that looks at an image first and decides which filters of a CNN run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+_console = Console(soft_wrap=True)
+_Run = Annotated[Path, typer.Argument(help="a run directory, or a saved model")]
+_Which = Annotated[Literal["last", "best"], typer.Option(help="which model of a run: of the last or the best epoch")]
+_Json = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
+_PANELS = {Recipe: "Recipe", Optimizer: "Optimizer", Gating: "Gates", Runtime: "Machine"}
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend become one sentence and an exit code, not a traceback."""
+    try:
+        app()
+    except (ValueError, OSError, RuntimeError) as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+        sys.exit(code)
+
+
+def _exit_code(error: Exception) -> int | None:
+    if isinstance(error, ValueError):
+        return 2
+    if isinstance(error, OSError):
+        return 1
+    from gaternet.train import Stopped, TrainingError
+
+    if isinstance(error, Stopped):
+        return 128 + error.signum
+    return 1 if isinstance(error, TrainingError) else None
+
+
+def _train(
+    recipe: Annotated[str, typer.Argument(help="name of a recipe; [bold]gaternet recipes[/] lists them")],
+    out: Annotated[Path | None, typer.Option(help="run directory  [dim]\\[default: runs/RECIPE][/]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of weights, order, augmentation and noise")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in the run directory")] = False,
+    as_json: _Json = False,
+    **options: Any,
+) -> None:
+    """Train a recipe, with any of its values changed.
+
+    Examples:
+
+      gaternet train digits_resnet20_gated
+
+      gaternet train cifar10_resnet56_gated --data cifar10.npz --target-density 0.5
+
+      gaternet train cifar10_resnet20_gated --epochs 16 --schedule cosine --out runs/short
+
+      gaternet train cifar10_resnet20_gated --resume
+
+      accelerate launch --num_processes 4 -m gaternet train cifar10_resnet56_gated
+    """
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    machine = {field.name for field in dataclasses.fields(Runtime)}
+    runtime = Runtime(**{name: given.pop(name) for name in machine & given.keys()})
+    changed = override(find_recipe(recipe), given)
+    from gaternet.train import train
+
+    record = train(changed, out or Path("runs") / recipe, runtime, seed, resume)
+    if as_json:
+        print(json.dumps(record))
+
+
+def _option_parameters() -> list[inspect.Parameter]:
+    """One command-line option for each field of the options' dataclasses that has a help text."""
+    parameters = []
+    for owner, panel in _PANELS.items():
+        for field in dataclasses.fields(owner):
+            if "help" not in field.metadata:
+                continue
+            text = field.metadata["help"]
+            if owner is Runtime and field.default not in (None, False):
+                text += f"  [dim]\\[default: {field.default}][/]"
+            flag = "--" + field.name.replace("_", "-")
+            names = [f"{flag}/--no-{flag[2:]}"] if field.type is bool else [flag]
+            kind = Annotated[
+                _cli_type(field.type) | None, typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+            ]
+            parameters.append(
+                inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+            )
+    return parameters
+
+
+def _cli_type(kind: Any) -> Any:
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):  # an optional value
+        return next(part for part in typing.get_args(kind) if part is not type(None))
+    return list[float] if typing.get_origin(kind) is tuple else kind  # an option that may be repeated
+
+
+def _with_options(command: Any) -> Any:
+    """Typer reads a command's options from its signature: give `train` one with all the recipes' options."""
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    parameters = [*own, *_option_parameters()]
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+app.command("train")(_with_options(_train))
+
+
+@app.command()
+def evaluate(
+    run: _Run,
+    which: _Which = "last",
+    data: Annotated[str | None, typer.Option(help="another set than it was trained on, see train --data")] = None,
+    data_root: Annotated[str | None, typer.Option(help="where torchvision's data sets lie")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="use the processor even where there is a GPU")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Accuracy on the test images, and what the gates do there.
+
+    Examples:
+
+      gaternet evaluate runs/digits_resnet20_gated
+
+      gaternet evaluate runs/digits_resnet20_gated --which best --json
+
+      gaternet evaluate runs/cifar10_resnet20_gated --data cifar10.npz
+    """
+    from gaternet.evaluate import evaluate_saved
+
+    metrics = evaluate_saved(run, which, data, data_root, cpu)
+    if as_json:
+        print(json.dumps(metrics))
+        return
+    table = Table(show_header=False, box=None)
+    table.add_row("images", f"{metrics['images']:,}")
+    table.add_row("accuracy", f"{100 * metrics['accuracy']:.2f} %")
+    table.add_row("top-5 accuracy", f"{100 * metrics['top5_accuracy']:.2f} %")
+    table.add_row("loss", f"{metrics['loss']:.4f}")
+    if "density" in metrics:
+        table.add_row("open gates", f"{100 * metrics['density']:.1f} % on average")
+        shares = [f"{100 * metrics[name]:.1f} % {text}" for name, text in _GATE_SHARES.items()]
+        table.add_row("", ", ".join(shares))
+    _console.print(table)
+
+
+_GATE_SHARES = {"always_on": "always open", "always_off": "always closed", "dependent": "dependent on the image"}
+
+
+@app.command()
+def predict(
+    run: _Run,
+    images: Annotated[list[Path], typer.Argument(help="image files")],
+    which: _Which = "last",
+    top: Annotated[int, typer.Option(min=1, help="classes to show")] = 5,
+    as_json: _Json = False,
+) -> None:
+    """The likeliest classes of image files, and how many filters each image opened.
+
+    Examples:
+
+      gaternet predict runs/cifar10_resnet20_gated cat.jpg dog.png
+
+      gaternet predict runs/cifar10_resnet20_gated *.jpg --top 1 --json
+    """
+    from gaternet.checkpoint import load_model
+    from gaternet.predict import predict as run_predict
+    from gaternet.run import find_model
+
+    network, metadata = load_model(find_model(run, which))
+    predictions = run_predict(network, metadata, images, top)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(prediction) for prediction in predictions]))
+        return
+    table = Table("image", "classes", "open filters")
+    for prediction in predictions:
+        classes = "  ".join(f"{_escape(name)} {100 * share:.1f} %" for name, share in prediction.classes)
+        opened = f"{prediction.open_filters} of {prediction.gated_filters}" if prediction.gated_filters else "all"
+        table.add_row(_escape(prediction.image), classes, opened)
+    _console.print(table)
+
+
+@app.command()
+def recipes(as_json: _Json = False) -> None:
+    """The recipes: one for each row of the paper's tables, and the embedded digits.
+
+    Examples:
+
+      gaternet recipes
+
+      gaternet recipes --json
+    """
+    if as_json:
+        print(json.dumps([dataclasses.asdict(recipe) for recipe in RECIPES.values()]))
+        return
+    table = Table("recipe", "model", "data", "epochs", "gates", "params", "paper's error")
+    for recipe in RECIPES.values():
+        paper = recipe.paper
+        facts = (f"{paper.gates or '-'}", paper.params, f"{paper.error:.2f} %") if paper else ("", "", "")
+        table.add_row(recipe.name, recipe.model, recipe.data, str(recipe.epochs), *facts)
+    _console.print(table)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

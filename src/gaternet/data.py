@@ -1,0 +1,342 @@
+"""Images to train and to predict on: an embedded set, torchvision's CIFAR and Fashion-MNIST, .npz files, folders.
+
+Every source ends as two `ImageSet`s of uint8 images (C, H, W) and labels. Augmentation is a function of (seed, epoch,
+index of the image), so a run that is cut and resumed, or spread over several processes, sees the very same pixels.
+"""
+
+import os
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchvision import datasets
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
+
+EMBEDDED = ("digits",)
+TORCHVISION = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion_mnist": datasets.FashionMNIST}
+_KNOWN_STATISTICS = {  # mean and deviation of the training pixels, per channel, in [0, 1]; CIFAR-10's are the paper's
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "fashion_mnist": ((0.2860,), (0.3530,)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+class DataError(ValueError):
+    """Data that cannot be used. One sentence, also when a loader's worker process has wrapped it in a traceback."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rsplit("DataError: ", 1)[-1].strip())
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes a model's input.
+
+    Attributes:
+        height, width: of the input, in pixels.
+        mean, std: per channel, of pixels in [0, 1]; their number is the number of channels, 1 (grey) or 3 (RGB).
+        crop: share of the shorter side that is kept around the centre of an image that has another size, in (0, 1].
+    """
+
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop: float = 1.0
+
+    @property
+    def channels(self) -> int:
+        """Number of image channels."""
+        return len(self.mean)
+
+    def normalize(self, images: UInt8[Tensor, "batch chans h w"]) -> Float[Tensor, "batch chans h w"]:
+        """Pixels 0 to 255 -> model input, float32, on the same device."""
+        return tv.normalize(tv.to_dtype(images, torch.float32, scale=True), list(self.mean), list(self.std))
+
+    def fit(self, image: UInt8[Tensor, "chans _ _"]) -> UInt8[Tensor, "chans h w"]:
+        """Resize and crop the centre, unless the image has the right size."""
+        if image.shape[1:] == (self.height, self.width):
+            return image
+        target = self.height / self.width
+        side = image.shape[1:]
+        scale = (self.height / side[0] if side[0] / side[1] < target else self.width / side[1]) / self.crop
+        resized = tv.resize(image, [max(self.height, round(side[0] * scale)), max(self.width, round(side[1] * scale))])
+        return tv.center_crop(resized, [self.height, self.width])
+
+    def open(self, path: str | Path) -> UInt8[Tensor, "chans h w"]:
+        """An image file as pixels (channels, height, width), ready for `normalize`; DataError if it is unreadable."""
+        return self.fit(read_image(path, self.channels))
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> "Preprocessing":
+        """From what a saved model's metadata holds."""
+        saved = dict(metadata["preprocessing"])
+        return cls(mean=tuple(saved.pop("mean")), std=tuple(saved.pop("std")), **saved)
+
+
+class ImageSet(Dataset[tuple[Tensor, int]]):
+    """Images, held as one uint8 tensor (N, C, H, W) or read from files when needed, with labels in [0, K).
+
+    Args:
+        images: the tensor, or the paths of RGB files.
+        labels: one an image.
+        transform: uint8 (C, H, W) -> uint8 (C, H, W) of equal sizes; may draw from PyTorch's generator.
+        seed: with the epoch and the image's index, decides what a random transform draws.
+    """
+
+    def __init__(
+        self,
+        images: Tensor | Sequence[str],
+        labels: Sequence[int],
+        transform: Callable[[Tensor], Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.images, self.labels, self.transform = images, labels, transform
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, and so what random transforms draw."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.images[index] if isinstance(self.images, Tensor) else read_image(self.images[index], 3)
+        if self.transform is not None:
+            generator = torch.default_generator  # what torchvision's transforms draw from
+            before = generator.get_state()
+            generator.manual_seed(mix_seed(self.seed, self.epoch, index))
+            image = self.transform(image)
+            generator.set_state(before)
+        return image, self.labels[index]
+
+
+class EpochSampler(Sampler[int]):
+    """A new order of `size` items each epoch, a function of (seed, epoch) alone."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, and so the order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        return iter(torch.randperm(self.size, generator=generator).tolist())
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set ready for training: two `ImageSet`s, the classes' names, and how images become model inputs."""
+
+    train: ImageSet
+    test: ImageSet
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+
+    def metadata(self) -> dict[str, Any]:
+        """What is saved with a model, so that it can be used without the data."""
+        return {"classes": list(self.classes), "preprocessing": asdict(self.preprocessing)}
+
+
+def load_data(
+    source: str, augment: str = "none", image_size: int | None = None, root: str | Path | None = None, seed: int = 0
+) -> ImageData:
+    """Load a data set.
+
+    Args:
+        source: "digits" (embedded in scikit-learn), "cifar10", "cifar100" or "fashion_mnist" (torchvision's, found
+            under `root` or downloaded there), a .npz file in Keras' layout (x_train, y_train, x_test, y_test; uint8,
+            NHWC or NHW), or a folder: train/CLASS/* with test/CLASS/* or val/CLASS/*, or CLASS/*, of which every
+            tenth image is then held out as the test set.
+        augment: "none", "crop" (random crops: of the padded image, or for folders of random size), or "crop_flip".
+        image_size: side in pixels to bring images to; default: as stored, folders 224.
+        root: where torchvision's sets lie; default: $GATERNET_DATA, or ~/.cache/gaternet.
+        seed: of the augmentation.
+
+    Raises:
+        DataError: there is no such data, or it cannot be used; the message names the mend.
+    """
+    if source in EMBEDDED:
+        arrays, classes, known = _digits(), tuple(map(str, range(10))), None
+    elif source in TORCHVISION:
+        arrays, classes = _torchvision(source, Path(root or os.environ.get("GATERNET_DATA") or "~/.cache/gaternet"))
+        known = _KNOWN_STATISTICS[source]
+    elif source.endswith(".npz"):
+        arrays, classes, known = *_npz(Path(source)), None
+    elif Path(source).is_dir():
+        return _folder(Path(source), augment, image_size or 224, seed)
+    else:
+        names = ", ".join([*EMBEDDED, *TORCHVISION])
+        raise DataError(f"no data {source!r}: it is not one of {names}, nor a .npz file, nor a folder that exists")
+    images, labels, test_images, test_labels = arrays
+    if image_size is not None:
+        resize = v2.Resize([image_size, image_size])
+        images, test_images = resize(images), resize(test_images)
+    height, width = images.shape[2:]
+    mean, std = known or _statistics(images)
+    # The padding scales with the image: 4 pixels at 32, as on CIFAR in the literature
+    crops = {"none": [], "crop": [v2.RandomCrop((height, width), padding=max(1, round(height / 8)))]}
+    crops["crop_flip"] = [*crops["crop"], v2.RandomHorizontalFlip()]
+    transform = v2.Compose(crops[augment]) if crops[augment] else None
+    return ImageData(
+        ImageSet(images, labels.tolist(), transform, seed),
+        ImageSet(test_images, test_labels.tolist()),
+        classes,
+        Preprocessing(height, width, mean, std),
+    )
+
+
+def read_image(path: str | Path, channels: int) -> UInt8[Tensor, "chans h w"]:
+    """An image file as uint8 (channels, H, W), grey for 1 channel, RGB for 3; DataError if it is unreadable."""
+    try:
+        with Image.open(path) as image:
+            return tv.pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
+    except FileNotFoundError as error:
+        raise DataError(f"no image {path}: check the path") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"cannot read image {path} ({error}): repair or remove the file") from error
+
+
+def mix_seed(*numbers: int) -> int:
+    """One 64-bit seed from several numbers, such that neighbours get unlike seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def _digits() -> tuple[Tensor, ...]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits: Any = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # (N, 1, 8, 8)
+    split = train_test_split(pixels, digits.target, test_size=360, random_state=0, stratify=digits.target)
+    x_train, x_test, y_train, y_test = (torch.from_numpy(part) for part in split)
+    return x_train, y_train, x_test, y_test
+
+
+def _torchvision(name: str, root: Path) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+    root = root.expanduser()
+    parts: list[Tensor] = []
+    dataset: Any = None
+    for train in (True, False):
+        try:
+            try:
+                dataset = TORCHVISION[name](root, train=train)
+            except RuntimeError:  # not there yet
+                dataset = TORCHVISION[name](root, train=train, download=True)
+        except (OSError, RuntimeError) as error:
+            raise DataError(
+                f"{name} is not in {root} and cannot be downloaded ({error}): put torchvision's files there, "
+                "or name a .npz file or a folder with --data"
+            ) from error
+        images = torch.as_tensor(dataset.data)
+        parts += [images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2), torch.as_tensor(dataset.targets)]
+    return tuple(part.contiguous() for part in parts), tuple(dataset.classes)
+
+
+def _npz(path: Path) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+    names = ("x_train", "y_train", "x_test", "y_test")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if missing := [name for name in names if name not in file.files]:
+                raise DataError(f"{path} has no array {missing[0]}: it must hold {', '.join(names)}")
+            arrays = {name: np.asarray(file[name]) for name in names}
+    except FileNotFoundError as error:
+        raise DataError(f"no file {path}: check --data") from error
+    except DataError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{path} is damaged or no .npz file of plain arrays ({error}): make or fetch it again"
+        ) from error
+    parts: list[Tensor] = []
+    num_classes = 0
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        x = x[..., None] if x.ndim == 3 else x
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or 0 in x.shape:
+            shape = arrays[f"x_{part}"].shape
+            raise DataError(f"x_{part} in {path} must be uint8 images (N, H, W, 1 or 3), but is {x.dtype} {shape}")
+        if parts and x.shape[3] != parts[0].shape[1]:
+            raise DataError(
+                f"x_test in {path} has {x.shape[3]} channels, x_train has {parts[0].shape[1]}: use one number"
+            )
+        if not np.issubdtype(y.dtype, np.integer) or y.size != len(x):
+            raise DataError(f"y_{part} in {path} must be {len(x)} integers, one an image, but is {y.dtype} {y.shape}")
+        num_classes = num_classes or int(y.max()) + 1
+        if y.min() < 0 or y.max() >= num_classes:
+            raise DataError(
+                f"labels y_{part} in {path} go from {y.min()} to {y.max()}, but must lie in [0, {num_classes}), "
+                "the classes of y_train: correct them"
+            )
+        parts += [_chw(x), torch.from_numpy(y.reshape(-1).astype(np.int64))]
+    return tuple(parts), tuple(map(str, range(num_classes)))
+
+
+def _chw(images: NDArray[np.uint8]) -> UInt8[Tensor, "n c h w"]:
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def _statistics(images: UInt8[Tensor, "n c h w"]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of pixels in [0, 1] per channel, from exact histograms."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean = float(share @ values)
+        variance = float(share @ (values - mean) ** 2)
+        means.append(mean)
+        deviations.append(max(variance**0.5, 1 / 255))  # a constant channel stays finite
+    return tuple(means), tuple(deviations)
+
+
+def _folder(folder: Path, augment: str, size: int, seed: int) -> ImageData:
+    test_folder = next((folder / name for name in ("test", "val", "valid") if (folder / name).is_dir()), None)
+    train_samples, classes = _list_images(folder / "train" if test_folder else folder)
+    if test_folder:
+        test_samples, test_classes = _list_images(test_folder)
+        if unknown := sorted(set(test_classes) - set(classes)):
+            raise DataError(
+                f"{test_folder} has a class {unknown[0]!r} that the training folder has not: remove or add it"
+            )
+        test_samples = [(path, classes.index(test_classes[label])) for path, label in test_samples]
+    else:
+        test_samples = train_samples[9::10]
+        train_samples = [sample for i, sample in enumerate(train_samples) if i % 10 != 9]
+        if not test_samples:
+            raise DataError(f"{folder} holds fewer than 10 images, too few to hold every tenth out: add a test folder")
+    preprocessing = Preprocessing(size, size, *_KNOWN_STATISTICS["imagenet"], crop=0.875)
+    transform = preprocessing.fit
+    if augment != "none":
+        flips = [v2.RandomHorizontalFlip()] if augment == "crop_flip" else []
+        transform = v2.Compose([v2.RandomResizedCrop(size), *flips])
+    sets = []
+    for samples, how in ((train_samples, transform), (test_samples, preprocessing.fit)):
+        sets.append(ImageSet([path for path, _ in samples], [label for _, label in samples], how, seed))
+    return ImageData(sets[0], sets[1], classes, preprocessing)
+
+
+def _list_images(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
+    try:
+        found = datasets.ImageFolder(folder)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{folder} is no folder of images, one folder a class ({error}): add the missing images"
+        ) from error
+    return found.samples, tuple(found.classes)

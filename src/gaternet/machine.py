@@ -1,0 +1,109 @@
+"""The machine under a run: Accelerate, precision, loaders, signals, TensorBoard."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from gaternet.data import EpochSampler, ImageSet
+from gaternet.recipes import Runtime
+
+
+def make_accelerator(runtime: Runtime) -> Accelerator:
+    """Accelerate's view of this machine and of the other processes; the precision is that of `runtime`."""
+    AcceleratorState._reset_state()  # a second run in one process may have another precision
+    precision = runtime.precision
+    if precision == "auto":
+        precision = "bf16" if _has_fast_bf16(runtime.cpu) else "no"
+    return Accelerator(mixed_precision=precision, cpu=runtime.cpu)
+
+
+def make_loader(
+    images: ImageSet, batch_size: int, runtime: Runtime, accelerator: Accelerator, seed: int | None = None
+) -> Any:
+    """Batches of this process; in a new order each epoch, and all of one size, where `seed` is given."""
+    workers = runtime.workers
+    if workers is None:
+        workers = 0 if isinstance(images.images, Tensor) else min(8, os.cpu_count() or 1)
+    loader = DataLoader(
+        images,
+        batch_size,
+        sampler=None if seed is None else EpochSampler(len(images), seed),
+        num_workers=workers,
+        drop_last=seed is not None,
+        pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # so that the loader leaves PyTorch's own generator alone
+    )
+    return accelerator.prepare(loader)
+
+
+def seed_step(seed: int, device: torch.device) -> None:
+    """Seed the generators that a training step on `device` draws from."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
+def _has_fast_bf16(cpu: bool) -> bool:
+    if torch.cuda.is_available() and not cpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available() and not cpu:
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@contextmanager
+def collect_signals() -> Iterator[list[int]]:
+    """Notes SIGINT and SIGTERM, so that the loop can end between two steps; a second one ends the program at once."""
+    received: list[int] = []
+
+    def note(signum: int, frame: object) -> None:
+        if received:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        received.append(signum)
+
+    try:
+        before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: signals are the program's own business
+        before = {}
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def should_stop(received: list[int], accelerator: Accelerator, sync: bool) -> bool:
+    """Whether to stop; several processes agree on it where `sync` is set, in the same step all of them."""
+    if accelerator.num_processes == 1:
+        return bool(received)
+    if not sync:
+        return False
+    flags = accelerator.reduce(torch.tensor(float(len(received)), device=accelerator.device), "sum")
+    assert isinstance(flags, Tensor)
+    return flags.item() > 0
+
+
+@contextmanager
+def tensorboard(directory: Path | None, step: int) -> Iterator[Any]:
+    """A SummaryWriter into `directory`, continuing at `step`; None where there is no directory."""
+    if directory is None:
+        yield None
+        return
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError as error:
+        raise ValueError("TensorBoard is not installed: pip install 'gaternet[tensorboard]'") from error
+    with SummaryWriter(directory / "tensorboard", purge_step=step) as writer:
+        yield writer

@@ -1,0 +1,305 @@
+"""GaterNet, the whole method: "You Look Twice: GaterNet for Dynamic Filter Selection in CNNs" (CVPR 2019).
+
+A *gater* looks at an image first and emits one gate per filter of a *backbone* CNN; the backbone then
+predicts with the chosen filters only:
+
+    images (B, 3, H, W) -> Gater -> gates (B, C) -> backbone, each site scaled by its gates -> logits (B, K)
+
+Shapes: B images in a batch, C gates, h features of the extractor, K classes. Equation numbers are those of
+docs/method.md. This file is the ground floor: it reads no files, knows no configuration and no other module.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelHubMixin
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def improved_semhash(
+    logits: Float[Tensor, "batch gates"],
+    *,
+    training: bool,
+    noise_std: float = 1.0,
+    hard_probability: float = 0.5,
+    threshold: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "batch gates"]:
+    """Turn gate pre-activations g' into gates, with a gradient (paper section 3.3; equations 4 to 7).
+
+    In training, noise is added, and each sample gets either all-hard gates (exactly 0 or 1, with the gradient of
+    the soft ones) or all-soft gates in [0, 1]. In evaluation the gates are hard, noiseless and deterministic.
+
+    Args:
+        logits: g', any real numbers; the gates have their dtype, device and shape.
+        training: whether to add noise and mix soft gates in.
+        noise_std: standard deviation of the Gaussian noise, the paper's is 1.
+        hard_probability: chance, in [0, 1], that a sample's gates are hard, the paper's is 1/2.
+        threshold: a hard gate is open where its (noisy) logit is above this, the paper's is 0.
+        generator: source of the noise and of the mixing, on the device of `logits`; default: PyTorch's own.
+    """
+    if not training:
+        return (logits > threshold).to(logits.dtype)
+    noise = torch.randn(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
+    noisy = logits + noise_std * noise  # (4)
+    soft = (1.2 * noisy.sigmoid() - 0.1).clamp(0, 1)  # (5)
+    hard = (noisy > threshold).to(soft.dtype)  # (6)
+    hard = hard + (soft - soft.detach())  # straight-through: the value of `hard`, the gradient of `soft`
+    is_hard = torch.rand(len(logits), 1, generator=generator, device=logits.device) < hard_probability  # (B, 1)
+    return torch.where(is_hard, hard, soft)  # (7)
+
+
+def gate_sparsity(gates: Float[Tensor, "batch gates"]) -> Float[Tensor, ""]:
+    """Mean over samples of ||g||_1 / C, in [0, 1]: the share of open filters, the paper's penalty (equation 8)."""
+    return gates.abs().mean()
+
+
+class Gater(nn.Module):
+    """G(x) = D(E(x)): an image's gates, all layers at once (paper section 3.2; equations 2 and 3).
+
+    E, the extractor, is a CNN without its output layer. D is FC1 -> BatchNorm -> ReLU -> FC2 with a narrow middle, so
+    that it holds (h + C) * bottleneck weights instead of h * C. The paper's D has the BatchNorm, the public code's not.
+
+    Args:
+        extractor: E; maps images (B, channels, H, W) to features (B, h).
+        num_features: h.
+        num_gates: C.
+        bottleneck: width of D's middle; the paper's is 8 on CIFAR and 256 on ImageNet.
+        batch_norm: whether D has the BatchNorm.
+        initial_bias: FC2's bias at the start. 0 is the paper's: about half of the gates start open. 2 starts "open".
+        noise_std, hard_probability, threshold: see `improved_semhash`.
+    """
+
+    def __init__(
+        self,
+        extractor: nn.Module,
+        num_features: int,
+        num_gates: int,
+        *,
+        bottleneck: int = 8,
+        batch_norm: bool = True,
+        initial_bias: float = 0.0,
+        noise_std: float = 1.0,
+        hard_probability: float = 0.5,
+        threshold: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if bottleneck < 1:
+            raise ValueError(f"bottleneck must be at least 1, not {bottleneck}")
+        if noise_std < 0:
+            raise ValueError(f"noise_std must not be negative, but is {noise_std}")
+        if not 0 <= hard_probability <= 1:
+            raise ValueError(f"hard_probability must lie in [0, 1], not {hard_probability}")
+        self.extractor = extractor
+        self.fc1 = nn.Linear(num_features, bottleneck)
+        self.norm = nn.BatchNorm1d(bottleneck) if batch_norm else nn.Identity()
+        self.fc2 = nn.Linear(bottleneck, num_gates)
+        nn.init.zeros_(self.fc1.bias)
+        nn.init.constant_(self.fc2.bias, initial_bias)
+        self.noise_std = noise_std
+        self.hard_probability = hard_probability
+        self.threshold = threshold
+
+    def logits(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch gates"]:
+        """The gate pre-activations g' (equations 2 and 3), float32 under autocast too."""
+        features = self.extractor(images)
+        if features.ndim != 2 or features.shape[1] != self.fc1.in_features:
+            raise ValueError(
+                f"the gater's extractor must return features (B, {self.fc1.in_features}), "
+                f"but returned {tuple(features.shape)}: remove its output layer and pool over the image"
+            )
+        logits = self.fc2(F.relu(self.norm(self.fc1(features))))
+        return logits.float() if torch.is_autocast_enabled(images.device.type) else logits
+
+    def forward(
+        self, images: Float[Tensor, "batch channels height width"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "batch gates"]:
+        """Gates in [0, 1] when training; exactly 0 or 1, and deterministic, in evaluation."""
+        return improved_semhash(
+            self.logits(images),
+            training=self.training,
+            noise_std=self.noise_std,
+            hard_probability=self.hard_probability,
+            threshold=self.threshold,
+            generator=generator,
+        )
+
+
+@dataclass(frozen=True)
+class GateSite:
+    """Where a slice of the gates acts on the backbone.
+
+    Attributes:
+        name: the module whose output (B, channels, H, W) is scaled: the BatchNorm after the gated filters.
+        conv: the convolution that holds the gated filters.
+        start, stop: the site's columns of the gates (B, C).
+        role: "residual" for the last convolution of a residual unit, the paper's choice.
+    """
+
+    name: str
+    conv: str
+    start: int
+    stop: int
+    role: str = "residual"
+
+    @property
+    def channels(self) -> int:
+        """Number of gates of the site, one a filter."""
+        return self.stop - self.start
+
+
+class _SideChannel(threading.local):
+    """Carries the gates from `GaterNet.forward_gated` to the sites. Each thread has its own, and so has each copy."""
+
+    gates: Tensor | None = None
+    sites_run: int = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_SideChannel":
+        return _SideChannel()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _SideChannel, ()
+
+
+class _GateHook:
+    """Forward hook of one site: equation 1, a closed gate replaces the filter's output by zeros."""
+
+    def __init__(self, channel: _SideChannel, site: GateSite) -> None:
+        self.channel, self.site = channel, site
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        gates = self.channel.gates
+        if gates is None:  # the backbone was called by itself: it is the plain network
+            return None
+        if output.ndim != 4 or output.shape[1] != self.site.channels:
+            raise ValueError(
+                f"site {self.site.name} has {self.site.channels} gates, but its output is {tuple(output.shape)}, "
+                f"not (B, {self.site.channels}, H, W): gate another module"
+            )
+        self.channel.sites_run += 1
+        return output * gates[:, self.site.start : self.site.stop, None, None].to(output.dtype)  # (B, C_site, 1, 1)
+
+
+class GaterNet(
+    nn.Module,
+    ModelHubMixin,
+    library_name="gaternet",
+    tags=["gaternet", "conditional-computation", "image-classification"],
+    paper_url="https://arxiv.org/abs/1811.11205",
+):
+    """A backbone whose filters are chosen by a gater, image by image.
+
+    The backbone is any network that maps images to logits. It is not rewritten: a forward hook at each site scales the
+    filters' outputs, so its `state_dict` keys stay as they were, and called by itself it is the plain network.
+
+    Args:
+        backbone: the network that makes the prediction; must not be gated already.
+        gater: maps images (B, channels, H, W) to gates (B, C).
+        sites: where the gates act, in the order of the gates.
+        metadata: plain data that is saved beside the weights: how to rebuild the parts, see `gaternet.checkpoint`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        gater: nn.Module,
+        sites: Sequence[GateSite],
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        ends = [0, *(site.stop for site in sites)]
+        if not sites or any(site.start != end or site.channels < 1 for site, end in zip(sites, ends, strict=False)):
+            raise ValueError("sites must follow each other without a gap: each starts where the last one stops")
+        modules = dict(backbone.named_modules())
+        if missing := [site.name for site in sites if site.name not in modules]:
+            raise ValueError(f"the backbone has no module {missing[0]!r}: sites must name modules of this backbone")
+        if any(isinstance(hook, _GateHook) for m in modules.values() for hook in m._forward_hooks.values()):
+            raise ValueError("the backbone is gated already: call ungate() on its GaterNet first")
+        self.backbone = backbone
+        self.gater = gater
+        self.sites = tuple(sites)
+        self.metadata = metadata
+        self._channel = _SideChannel()
+        self._hooks = [modules[site.name].register_forward_hook(_GateHook(self._channel, site)) for site in sites]
+
+    @property
+    def num_gates(self) -> int:
+        """C, the number of gated filters."""
+        return self.sites[-1].stop
+
+    def forward(
+        self, images: Float[Tensor, "batch channels height width"], return_gates: bool = False
+    ) -> Float[Tensor, "batch classes"] | tuple[Float[Tensor, "batch classes"], Float[Tensor, "batch gates"]]:
+        """Logits (B, K), and with `return_gates` also the gates (B, C) that made them (equation 1).
+
+        When training, gates are noisy and lie in [0, 1]; in evaluation they are 0 or 1 and deterministic.
+        """
+        gates = self.gates(images)
+        logits = self.forward_gated(images, gates)
+        return (logits, gates) if return_gates else logits
+
+    def gates(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch gates"]:
+        """The gater alone: gates (B, C) in [0, 1], one column per gated filter in execution order."""
+        return self.gater(images)
+
+    def forward_gated(
+        self, images: Float[Tensor, "batch channels height width"], gates: Float[Tensor, "batch gates"]
+    ) -> Float[Tensor, "batch classes"]:
+        """The backbone alone, under given gates (B, C), say for ablations. All ones is the plain net, bit for bit."""
+        if not self._hooks:
+            raise RuntimeError("this GaterNet gave its backbone back with ungate(): build a new one around it")
+        if gates.shape != (len(images), self.num_gates):
+            raise ValueError(
+                f"gates must be ({len(images)}, {self.num_gates}), a row per image and a column per gated filter, "
+                f"but are {tuple(gates.shape)}"
+            )
+        self._channel.gates, self._channel.sites_run = gates, 0
+        try:
+            logits = self.backbone(images)
+        finally:
+            self._channel.gates = None
+        if self._channel.sites_run != len(self.sites):
+            raise RuntimeError(
+                f"{self._channel.sites_run} gated modules ran instead of {len(self.sites)}: the backbone skipped, "
+                "repeated or replaced some; change the backbone first, then gate it"
+            )
+        return logits
+
+    def ungate(self) -> nn.Module:
+        """Take the gates off and give the plain backbone back, the very object; this GaterNet then runs no more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        return self.backbone
+
+    # Saving and sharing come from huggingface_hub, what a file holds from gaternet.checkpoint, imported late so that
+    # the method stands on nothing of ours.
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Write config.json, model.safetensors and README.md; files of that name are replaced once all is written.
+
+        Further arguments are those of huggingface_hub's `ModelHubMixin.save_pretrained`. Raises OSError, with the
+        folder as it was, where the files cannot be written.
+        """
+        from gaternet import checkpoint
+
+        kwargs.setdefault("repo_id", Path(save_directory).name)
+        with checkpoint.staged(Path(save_directory), keep=("README.md",)) as staging:
+            return super().save_pretrained(staging, **kwargs)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from gaternet import checkpoint
+
+        checkpoint.save_model(self, save_directory)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **kwargs: Any) -> "GaterNet":
+        from gaternet import checkpoint
+
+        return checkpoint.load_pretrained(model_id, **kwargs)

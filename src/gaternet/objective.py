@@ -1,0 +1,36 @@
+"""Pure functions of the training objective: the penalty on gates, the learning rate. No state, so nothing to resume."""
+
+import math
+
+from jaxtyping import Float
+from torch import Tensor
+
+from gaternet.recipes import Gating, Optimizer
+
+
+def gate_penalty(density: Float[Tensor, ""], gating: Gating, epoch: float) -> Float[Tensor, ""]:
+    """What gates add to the loss: lambda * density (paper, equation 8), or density_weight * (density - target)^2.
+
+    Args:
+        density: `gate_sparsity` of the batch, in [0, 1].
+        gating: the weights, and when they act.
+        epoch: epochs done so far, fractions included.
+    """
+    ramp = 1.0 if epoch >= gating.sparsity_start else 0.0
+    if gating.sparsity_ramp > 0:
+        ramp = min(1.0, max(0.0, (epoch - gating.sparsity_start) / gating.sparsity_ramp))
+    if gating.target_density is not None:
+        return ramp * gating.density_weight * (density - gating.target_density) ** 2
+    return ramp * gating.sparsity * density
+
+
+def learning_rate(optimizer: Optimizer, step: int, steps_per_epoch: int, epochs: int) -> float:
+    """The rate of a step, counted from 0, in a training of `epochs` epochs."""
+    warmup, total = optimizer.warmup_epochs * steps_per_epoch, epochs * steps_per_epoch
+    if step < warmup:
+        return optimizer.lr * (step + 1) / (warmup + 1)
+    if optimizer.schedule == "step":
+        return optimizer.lr * optimizer.gamma ** sum(step >= share * total for share in optimizer.milestones)
+    if optimizer.schedule == "cosine":
+        return optimizer.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, total - warmup)))
+    return optimizer.lr

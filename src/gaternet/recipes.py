@@ -1,0 +1,223 @@
+"""Recipes: everything that decides a training run's result, as plain values. One for each row of the paper's tables.
+
+`RECIPES` maps names to recipes; `override` changes single fields of one. The paper's training recipe is not published:
+the one here is that of the code which the paper's public code is patterned on (docs/method.md).
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def option(default: T, text: str) -> T:
+    """A field with a default and the help text that the command line shows."""
+    return field(default=default, metadata={"help": text})
+
+
+def _check(options: object, name: str, condition: bool, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {rule}, but is {getattr(options, name)!r}")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """SGD and its schedule; rates are for the batch size that the recipe names."""
+
+    lr: float = option(0.1, "peak learning rate")
+    momentum: float = option(0.9, "momentum of SGD")
+    nesterov: bool = option(True, "Nesterov momentum")
+    weight_decay: float = option(1e-4, "weight decay, on all parameters")
+    label_smoothing: float = option(0.0, "label smoothing, in [0, 1)")
+    schedule: Literal["step", "cosine", "constant"] = option(
+        "step", "how the learning rate falls: step, cosine, constant"
+    )
+    milestones: tuple[float, ...] = option((0.5, 0.75), "step: shares of the training at which the rate is cut")
+    gamma: float = option(0.1, "step: factor of each cut")
+    warmup_epochs: float = option(0.0, "epochs over which the rate rises linearly from 0")
+    ema_decay: float = option(0.0, "decay per step of the exponential moving average of the weights; 0 for none")
+
+    def __post_init__(self) -> None:
+        _check(self, "lr", self.lr > 0, "above 0")
+        _check(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        _check(self, "nesterov", self.momentum > 0 or not self.nesterov, "off where momentum is 0")
+        _check(self, "weight_decay", self.weight_decay >= 0, "at least 0")
+        _check(self, "label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
+        _check(self, "schedule", self.schedule in ("step", "cosine", "constant"), "step, cosine or constant")
+        _check(self, "milestones", all(0 < share < 1 for share in self.milestones), "shares in (0, 1)")
+        _check(self, "gamma", self.gamma > 0, "above 0")
+        _check(self, "warmup_epochs", self.warmup_epochs >= 0, "at least 0")
+        _check(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Gating:
+    """The gater and its losses; ignored by plain models."""
+
+    extractor: str = option("resnet20", "name of the plain network that is the gater's E")
+    bottleneck: int = option(8, "width b of the middle of the gater's D")
+    batch_norm: bool = option(True, "BatchNorm in D: the paper's text has it, its public code has not")
+    initial_bias: float = option(
+        0.0, "bias of D's last layer at the start; 0 opens about half of the gates, 2 nearly all"
+    )
+    noise_std: float = option(1.0, "standard deviation of the noise on the gates' logits in training")
+    hard_probability: float = option(0.5, "chance that a training sample's gates are hard")
+    sparsity: float = option(0.0, "lambda: weight of the share of open gates in the loss")
+    target_density: float | None = option(None, "share of open gates to steer to, in place of lambda")
+    density_weight: float = option(10.0, "weight of (density - target_density)^2 in the loss")
+    sparsity_start: float = option(0.0, "epoch at which either weight begins to act")
+    sparsity_ramp: float = option(0.0, "epochs over which it then rises linearly to its full value")
+    backbone_from: str | None = option(None, "run or saved model whose weights the backbone starts from")
+    extractor_from: str | None = option(None, "run or saved model whose weights the gater's E starts from")
+
+    def __post_init__(self) -> None:
+        _check(self, "bottleneck", self.bottleneck >= 1, "at least 1")
+        _check(self, "noise_std", self.noise_std >= 0, "at least 0")
+        _check(self, "hard_probability", 0 <= self.hard_probability <= 1, "in [0, 1]")
+        _check(self, "sparsity", self.sparsity >= 0, "at least 0")
+        target = self.target_density
+        _check(self, "target_density", target is None or 0 <= target <= 1, "in [0, 1]")
+        _check(self, "target_density", target is None or self.sparsity == 0, "left out where sparsity is set")
+        _check(self, "density_weight", self.density_weight >= 0, "at least 0")
+        _check(self, "sparsity_start", self.sparsity_start >= 0, "at least 0")
+        _check(self, "sparsity_ramp", self.sparsity_ramp >= 0, "at least 0")
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """What the paper reports for a row: its table, parameters in millions as printed, test error in percent, gates."""
+
+    table: int
+    params: str
+    error: float
+    gates: int | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run, but for its seed and the machine it runs on."""
+
+    name: str
+    model: str = option("resnet20_gated", "model name, see gaternet.model_names()")
+    data: str = option("cifar10", "digits, cifar10, cifar100, fashion_mnist, a .npz file or a folder of images")
+    augment: Literal["none", "crop", "crop_flip"] = option("crop_flip", "training augmentation: none, crop, crop_flip")
+    image_size: int | None = option(None, "side in pixels that images are brought to; default: as stored, folders 224")
+    epochs: int = option(160, "passes over the training images")
+    batch_size: int = option(128, "images per step, over all processes together")
+    optimizer: Optimizer = Optimizer()
+    gating: Gating = Gating()
+    paper: PaperRow | None = None
+
+    def __post_init__(self) -> None:
+        _check(self, "augment", self.augment in ("none", "crop", "crop_flip"), "none, crop or crop_flip")
+        _check(self, "image_size", self.image_size is None or self.image_size >= 1, "at least 1")
+        _check(self, "epochs", self.epochs >= 1, "at least 1")
+        _check(self, "batch_size", self.batch_size >= 1, "at least 1")
+
+    @property
+    def gated(self) -> bool:
+        """Whether the model is a GaterNet."""
+        return self.model.endswith("_gated")
+
+    def gater_options(self) -> dict[str, Any]:
+        """The arguments of `create_model` that a gated model has and a plain one has not."""
+        names = ("extractor", "bottleneck", "batch_norm", "initial_bias", "noise_std", "hard_probability")
+        return {name: getattr(self.gating, name) for name in names} if self.gated else {}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a run is carried out on a machine: changes its speed, and its result by rounding alone."""
+
+    cpu: bool = option(False, "use the processor even where there is a GPU")
+    precision: Literal["auto", "no", "bf16", "fp16"] = option("auto", "no, bf16, fp16, or auto: bf16 where fast")
+    channels_last: bool = option(True, "keep images as NHWC in memory")
+    compile: bool = option(False, "compile the model with torch.compile")
+    workers: int | None = option(None, "loader processes; default: 0 for images in memory, else one a core, at most 8")
+    log_every: int = option(20, "steps between lines in metrics.jsonl")
+    save_minutes: float = option(5.0, "minutes between checkpoints within an epoch; each epoch ends with one anyway")
+    tensorboard: bool = option(False, "also write TensorBoard files into the run directory")
+    data_root: str | None = option(None, "where torchvision's sets lie; default: $GATERNET_DATA or ~/.cache/gaternet")
+
+    def __post_init__(self) -> None:
+        precisions = ("auto", "no", "bf16", "fp16")
+        _check(self, "precision", self.precision in precisions, "auto, no, bf16 or fp16")
+        _check(self, "workers", self.workers is None or self.workers >= 0, "at least 0")
+        _check(self, "log_every", self.log_every >= 1, "at least 1")
+        _check(self, "save_minutes", self.save_minutes >= 0, "at least 0")
+
+
+def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with some fields changed; those of `optimizer` and `gating` are named without their group.
+
+    A changed recipe no longer stands for the paper's row, so it loses `paper`.
+
+    Raises:
+        ValueError: for a field that does not exist, or a value out of range.
+    """
+    changes = dict(changes)
+    if not changes:
+        return recipe
+    groups = {}
+    for group in ("optimizer", "gating"):
+        options = getattr(recipe, group)
+        names = {f.name for f in dataclasses.fields(options)}
+        groups[group] = dataclasses.replace(options, **{name: changes.pop(name) for name in names & changes.keys()})
+    known = {f.name for f in dataclasses.fields(recipe)} - {"name", "optimizer", "gating", "paper"}
+    if unknown := sorted(changes.keys() - known):
+        raise ValueError(f"a recipe has no option {unknown[0]!r}: see gaternet train --help")
+    return dataclasses.replace(recipe, **groups, **changes, paper=None)
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that name; ValueError, with the nearest name, if there is none."""
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, 1)
+        hint = f"did you mean {close[0]!r}?" if close else "gaternet recipes lists them"
+        raise ValueError(f"unknown recipe {name!r}: {hint}")
+    return RECIPES[name]
+
+
+# Table 1: model -> gates, then (params, error) on CIFAR-10 and on CIFAR-100
+_TABLE_1 = {
+    "resnet20": (None, ("0.27M", 8.06), ("0.28M", 32.39)),
+    "resnet20_wider": (None, ("0.56M", 6.85), ("0.57M", 30.08)),
+    "resnet20_se": (None, ("0.28M", 7.81), ("0.29M", 31.22)),
+    "resnet20_gated": (336, ("0.55M", 6.88), ("0.60M", 30.79)),
+    "resnet56": (None, ("0.86M", 6.74), ("0.86M", 28.87)),
+    "resnet56_wider": (None, ("1.08M", 6.72), ("1.09M", 28.39)),
+    "resnet56_se": (None, ("0.88M", 6.27), ("0.89M", 28.00)),
+    "resnet56_gated": (1008, ("1.14M", 5.72), ("1.14M", 27.71)),
+    "resnet164": (None, ("1.62M", 5.61), ("1.64M", 25.39)),
+    "resnet164_wider": (None, ("2.04M", 5.57), ("2.07M", 24.80)),
+    "resnet164_se": (None, ("2.00M", 5.51), ("2.02M", 23.83)),
+    "resnet164_gated": (7200, ("1.96M", 4.80), ("1.98M", 23.56)),
+}
+
+
+def _table_1() -> list[Recipe]:
+    recipes = []
+    for model, (gates, *rows) in _TABLE_1.items():
+        for data, (params, error) in zip(("cifar10", "cifar100"), rows, strict=True):
+            # By its parameter count, this row alone has a wider bottleneck than 8.
+            gating = Gating(bottleneck=128) if (model, data) == ("resnet20_gated", "cifar100") else Gating()
+            paper = PaperRow(1, params, error, gates)
+            recipes.append(Recipe(f"{data}_{model}", model, data, gating=gating, paper=paper))
+    return recipes
+
+
+def _digits() -> list[Recipe]:
+    """For `make demo` and tests, seconds on a CPU: handwritten digits, 8x8 grey pixels, 1,437 of them to train on."""
+    optimizer = Optimizer(lr=0.1, weight_decay=5e-4, schedule="cosine", warmup_epochs=2)
+    gating = Gating(target_density=0.6, sparsity_start=2, sparsity_ramp=4)
+    models = ("resnet20", "resnet20_gated")
+    return [
+        Recipe(f"digits_{model}", model, "digits", "crop", epochs=20, batch_size=64, optimizer=optimizer, gating=gating)
+        for model in models
+    ]
+
+
+RECIPES = {recipe.name: recipe for recipe in [*_digits(), *_table_1()]}

@@ -1,0 +1,130 @@
+"""A run directory: what one training run leaves behind.
+
+    config.json     recipe, runtime, seed, versions, machine, command
+    metrics.jsonl   one line every few steps and one an epoch
+    last/, best/    the model after the last epoch, and after the one with the highest test accuracy
+    training.pt     what `--resume` continues from
+
+The checkpoint in training.pt stands for everything before it: on resuming, later lines of metrics.jsonl are dropped.
+"""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gaternet import checkpoint
+
+CONFIG, METRICS, STATE = "config.json", "metrics.jsonl", "training.pt"
+_PACKAGES = ("gaternet", "torch", "torchvision", "accelerate", "numpy")
+
+
+class RunDirectory:
+    """Reads and writes one run directory; see the module's text for what it holds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        """Begin a new run here; ValueError if one is here already, so that nothing is overwritten."""
+        if (self.path / CONFIG).exists():
+            raise ValueError(f"{self.path} holds a run already: continue it with --resume, or name another --out")
+        checkpoint.write_json(self.path / CONFIG, {**config, **describe_machine()})
+
+    def resume(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The training state to continue from, None where none was saved yet; ValueError if the run here differs."""
+        if not (self.path / CONFIG).exists():
+            raise ValueError(f"{self.path} holds no run to resume: leave --resume out to start one")
+        before = checkpoint.read_json(self.path / CONFIG)
+        if changed := _first_difference(before, json.loads(json.dumps(config))):
+            raise ValueError(
+                f"{self.path} was started with other options ({changed}): resume with the same, or name another --out"
+            )
+        state = checkpoint.load_tensors(self.path / STATE) if (self.path / STATE).exists() else None
+        step = state["step"] if state else 0
+        kept = [line for line in self._lines() if line["step"] <= step and state]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        checkpoint.write_atomically(self.path / METRICS, lambda temporary: temporary.write_text(text))
+        return state
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.path / METRICS).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def epochs(self) -> list[dict[str, Any]]:
+        """The metrics of each finished epoch."""
+        return [line for line in self._lines() if line["kind"] == "epoch"]
+
+    def save_state(self, state: Mapping[str, Any], main: bool = True) -> None:
+        """Write what `resume` gives back; one process of several is the main one, and writes."""
+        if main:
+            checkpoint.save_state(self.path / STATE, state)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        path = self.path / METRICS
+        lines = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:  # the last line of a killed run
+                break
+        return lines
+
+
+def find_model(path: Path, which: str = "last") -> Path:
+    """The folder of the saved model that `path` means: a saved model itself, or a run's `last` or `best`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not path.is_dir():
+        raise ValueError(f"no run or saved model {path}: gaternet train makes runs, by default under runs/")
+    if (path / checkpoint.WEIGHTS).is_file():
+        return path
+    if (path / which / checkpoint.WEIGHTS).is_file():
+        return path / which
+    if (path / CONFIG).exists():
+        raise ValueError(f"the run {path} has no finished epoch yet: continue it with gaternet train --resume")
+    raise ValueError(f"{path} is neither a run nor a saved model: name a folder that gaternet train made")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions, processor, GPUs and command line, as plain data."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": " ".join(["gaternet", *sys.argv[1:]]),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpus": gpus,
+        },
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _first_difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> str | None:
+    """ "lr was 0.1, is 0.2" for the first value of `after` that differs from `before`."""
+    for name, value in after.items():
+        old = before.get(name)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            if found := _first_difference(old, value, name):
+                return found
+        elif value != old:
+            return f"{name} was {old}, now it is {value}"
+    return None

@@ -1,0 +1,368 @@
+"""Training: one visible loop on Accelerate (CPU, one GPU, or many processes and machines).
+
+Every random draw of a step is a function of (seed, step, process), the order of the images and their augmentation one
+of (seed, epoch). So no generator's state needs saving, and a run that is killed and resumed ends with the same weights.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from gaternet import checkpoint
+from gaternet.data import ImageData, ImageSet, load_data, mix_seed
+from gaternet.evaluate import BATCH as EVALUATION_BATCH
+from gaternet.evaluate import ToInput, evaluate
+from gaternet.machine import collect_signals, make_accelerator, make_loader, seed_step, should_stop, tensorboard
+from gaternet.method import GaterNet, gate_sparsity
+from gaternet.models import create_model
+from gaternet.objective import gate_penalty, learning_rate
+from gaternet.progress import TrainingDisplay
+from gaternet.recipes import Recipe, Runtime
+from gaternet.run import RunDirectory, find_model
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on, and the program is not to blame; the message names the mend."""
+
+
+class Stopped(TrainingError):  # noqa: N818 (it is no failure)
+    """A signal (Ctrl-C, SIGTERM) ended training; its state is saved."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+def train(
+    recipe: Recipe, run_dir: str | Path, runtime: Runtime | None = None, seed: int = 0, resume: bool = False
+) -> dict[str, Any]:
+    """Train a recipe, evaluating after each epoch, and keep everything in `run_dir` (see `gaternet.run`).
+
+    Args:
+        recipe: what to train, on what, and how.
+        run_dir: must be new, or hold the same run where `resume` is set.
+        runtime: how to use this machine.
+        seed: of the weights, the order of images, the augmentation and the gates' noise.
+        resume: continue the run that is there.
+
+    Returns:
+        The metrics of the last epoch, as in metrics.jsonl; accuracies and densities lie in [0, 1].
+
+    Raises:
+        ValueError: the recipe, the data or the run directory cannot be used.
+        OSError: nothing more can be written, say because the disk is full; what was saved stays whole.
+        TrainingError: the loss is no number any more. `Stopped`: a signal came.
+    """
+    runtime = runtime or Runtime()
+    accelerator = make_accelerator(runtime)
+    if recipe.batch_size % accelerator.num_processes:
+        raise ValueError(f"batch_size {recipe.batch_size} does not divide among {accelerator.num_processes} processes")
+    with accelerator.local_main_process_first():  # one download a machine
+        data = load_data(recipe.data, recipe.augment, recipe.image_size, runtime.data_root, seed)
+    if len(data.train) < recipe.batch_size:
+        raise ValueError(f"batch_size {recipe.batch_size} is more than the {len(data.train)} training images: lower it")
+    run, state = _open_run(Path(run_dir), recipe, runtime, seed, resume, accelerator)
+
+    network = build_network(recipe, data, seed).to(accelerator.device)
+    if runtime.channels_last:
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    decay = recipe.optimizer.ema_decay
+    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+    if runtime.compile:
+        network.compile()
+    model, optimizer = accelerator.prepare(network, make_optimizer(network, recipe, accelerator))
+    to_input = ToInput(data.preprocessing, runtime.channels_last)
+    train_batches = make_loader(data.train, recipe.batch_size // accelerator.num_processes, runtime, accelerator, seed)
+    test_batches = make_loader(data.test, max(1, EVALUATION_BATCH // accelerator.num_processes), runtime, accelerator)
+    steps_per_epoch = len(train_batches)
+    progress = Progress(network, optimizer, ema, accelerator)
+    if state is not None:
+        progress.load_state_dict(state)
+        if progress.epoch == recipe.epochs:
+            return run.epochs()[-1]
+
+    record: dict[str, Any] = {}
+    main = accelerator.is_main_process
+    with (
+        TrainingDisplay(recipe.epochs, steps_per_epoch, progress.step, quiet=not main) as display,
+        tensorboard(run.path if runtime.tensorboard and main else None, progress.step) as board,
+        collect_signals() as received,
+    ):
+        display.line(_title(recipe, network, data, accelerator))
+        for epoch in range(progress.epoch, recipe.epochs):
+            model.train()
+            clock = _Clock(recipe.batch_size, progress.step)
+            metrics: dict[str, float] = {}
+            for images, labels in _epoch(train_batches, data.train, epoch, progress.step - epoch * steps_per_epoch):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(recipe.optimizer, progress.step, steps_per_epoch, recipe.epochs)
+                seed_step(mix_seed(seed, progress.step, accelerator.process_index), accelerator.device)
+                epochs_done = progress.step / steps_per_epoch
+                optimizer.zero_grad()
+                progress.add(training_step(model, to_input(images), labels, recipe, epochs_done, accelerator))
+                optimizer.step()
+                if ema is not None:
+                    ema.update_parameters(network)
+
+                ends = progress.step == (epoch + 1) * steps_per_epoch
+                logs = ends or progress.step % runtime.log_every == 0
+                if logs:
+                    window, metrics = progress.means(accelerator)
+                    _check_finite(window, epoch, progress.step)
+                    metrics["images_per_second"] = clock.images_per_second(progress.step)
+                    display.step(epoch, progress.step, metrics)
+                    if main:
+                        norms = _gradient_norms(network)
+                        run.log({"kind": "step", "step": progress.step, "epoch": epoch + 1, **window, **norms})
+                if ends:
+                    break  # saved below, with the evaluation
+                if should_stop(received, accelerator, logs):
+                    run.save_state(progress.state_dict(), main)
+                    raise _stopped(received, run, epoch, progress.step)
+                if clock.since_save() >= 60 * runtime.save_minutes:
+                    run.save_state(progress.state_dict(), main)
+                    clock.saved()
+
+            if accelerator.num_processes > 1:  # each saw other images: agree on BatchNorm's statistics
+                broadcast(list(network.buffers()))
+            judged = ema.module if ema is not None else network
+            tested = evaluate(judged, test_batches, to_input, accelerator)
+            display.epoch(epoch, metrics, tested)
+            record = {"kind": "epoch", "epoch": epoch + 1, "step": progress.step, "lr": optimizer.param_groups[0]["lr"]}
+            record |= {f"train_{name}": value for name, value in metrics.items()}
+            record |= {f"test_{name}": value for name, value in tested.items()}
+            record["seconds"] = clock.since_start()
+            is_best = progress.end_epoch(tested["accuracy"])
+            if main:
+                run.log(record)
+                metadata = model_metadata(recipe, data, seed, record)
+                for name in ("best", "last") if is_best else ("last",):
+                    checkpoint.save_model(judged, run.path / name, metadata)
+                if board is not None:
+                    for name, value in record.items():
+                        if isinstance(value, float):
+                            board.add_scalar(name.replace("_", "/", 1), value, progress.step)
+            run.save_state(progress.state_dict(), main)
+            if epoch + 1 < recipe.epochs and should_stop(received, accelerator, True):
+                raise _stopped(received, run, epoch, progress.step)
+    return record
+
+
+def training_step(
+    model: nn.Module, inputs: Tensor, labels: Tensor, recipe: Recipe, epochs_done: float, accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """Forward and backward of one batch (equation 8); sums over the batch, on the device: nothing waits for them."""
+    logits, gates = model(inputs, return_gates=True) if recipe.gated else (model(inputs), None)
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.optimizer.label_smoothing)
+    sums = {"loss": loss.detach() * len(labels), "correct": (logits.argmax(1) == labels).sum()}
+    if gates is not None:
+        density = gate_sparsity(gates)
+        if accelerator.num_processes > 1:  # the value of the whole batch, with the gradient of this process' part
+            mean = accelerator.reduce(density.detach(), "mean")
+            assert isinstance(mean, Tensor)
+            density = density + (mean - density.detach())
+        penalty = gate_penalty(density, recipe.gating, epochs_done)
+        sums |= {"density": density.detach() * len(labels), "penalty": penalty.detach() * len(labels)}
+        loss = loss + penalty
+    accelerator.backward(loss)
+    return sums | {"images": torch.full_like(loss, len(labels)).detach()}
+
+
+class Progress:
+    """How far a run is: weights, optimizer, averages, position. Its `state_dict` is what a checkpoint holds.
+
+    Attributes:
+        epoch, step: epochs finished, and steps done, since the run's beginning.
+        best: highest test accuracy so far, in [0, 1]; -1 before the first evaluation.
+    """
+
+    def __init__(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, ema: AveragedModel | None, accelerator: Accelerator
+    ) -> None:
+        self.parts: dict[str, Any] = {"network": network, "optimizer": optimizer}
+        if ema is not None:
+            self.parts["ema"] = ema
+        if accelerator.scaler is not None:
+            self.parts["scaler"] = accelerator.scaler
+        self.epoch = self.step = 0
+        self.best = -1.0
+        self.epoch_sums: dict[str, Tensor] = {}
+        self.window_sums: dict[str, Tensor] = {}  # since the last log line
+
+    def add(self, sums: Mapping[str, Tensor]) -> None:
+        """Count one step and what it summed."""
+        self.step += 1
+        for total in (self.epoch_sums, self.window_sums):
+            for name, value in sums.items():
+                total[name] = total[name] + value if name in total else value
+
+    def means(self, accelerator: Accelerator) -> tuple[dict[str, float], dict[str, float]]:
+        """Means over the images since the last call, and since the epoch's beginning, of all processes."""
+        found = []
+        for sums in (self.window_sums, self.epoch_sums):
+            totals = accelerator.reduce(torch.stack([value.float() for value in sums.values()]), "sum")
+            assert isinstance(totals, Tensor)
+            named = dict(zip(sums, totals.tolist(), strict=True))
+            images = named.pop("images")
+            named["accuracy"] = named.pop("correct")
+            found.append({name: total / images for name, total in named.items()})
+        self.window_sums = {}
+        return found[0], found[1]
+
+    def end_epoch(self, accuracy: float) -> bool:
+        """Go on to the next epoch; True if this one had the best accuracy so far."""
+        self.epoch += 1
+        self.epoch_sums = {}
+        is_best = accuracy > self.best
+        self.best = max(self.best, accuracy)
+        return is_best
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as tensors and plain data."""
+        numbers = {"epoch": self.epoch, "step": self.step, "best": self.best}
+        sums = {"epoch_sums": self.epoch_sums, "window_sums": self.window_sums}
+        return {**numbers, **sums, **{name: part.state_dict() for name, part in self.parts.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+        device = next(self.parts["network"].parameters()).device
+        for name in ("epoch_sums", "window_sums"):
+            setattr(self, name, {key: value.to(device) for key, value in state[name].items()})
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
+def build_network(recipe: Recipe, data: ImageData, seed: int) -> nn.Module:
+    """The recipe's model with weights drawn from `seed`, or taken from where the recipe says."""
+    torch.manual_seed(seed)
+    network = create_model(recipe.model, len(data.classes), data.preprocessing.channels, **recipe.gater_options())
+    if isinstance(network, GaterNet):
+        if recipe.gating.backbone_from:
+            _start_from(network.backbone, recipe.gating.backbone_from, "backbone")
+        if recipe.gating.extractor_from:
+            _start_from(network.gater.get_submodule("extractor"), recipe.gating.extractor_from, "extractor")
+    return network
+
+
+def make_optimizer(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> torch.optim.Optimizer:
+    """SGD on all parameters."""
+    options = recipe.optimizer
+    return torch.optim.SGD(
+        network.parameters(),
+        options.lr,
+        options.momentum,
+        weight_decay=options.weight_decay,
+        nesterov=options.nesterov,
+        fused=accelerator.scaler is None and accelerator.device.type in ("cpu", "cuda"),
+    )
+
+
+def model_metadata(recipe: Recipe, data: ImageData, seed: int, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What is saved beside the weights: how to rebuild and use the model, and how it was trained."""
+    shape = {"num_classes": len(data.classes), "in_chans": data.preprocessing.channels}
+    metadata: dict[str, Any] = {"backbone": {"name": recipe.model.removesuffix("_gated"), **shape}}
+    if recipe.gated:
+        metadata["extractor"] = {"name": recipe.gating.extractor, "in_chans": shape["in_chans"]}
+    trained = {"recipe": recipe.name, "data": recipe.data, "seed": seed, "epoch": record["epoch"]}
+    trained["test_accuracy"] = record["test_accuracy"]
+    return {**metadata, **data.metadata(), "trained": trained}
+
+
+def _open_run(
+    path: Path, recipe: Recipe, runtime: Runtime, seed: int, resume: bool, accelerator: Accelerator
+) -> tuple[RunDirectory, dict[str, Any] | None]:
+    run, config, state = RunDirectory(path), {"recipe": asdict(recipe), "seed": seed}, None
+    with accelerator.main_process_first():  # the others read what the main process has put in order
+        if resume:
+            state = run.resume(config)
+        elif accelerator.is_main_process:
+            run.start({**config, "runtime": asdict(runtime)})
+    return run, state
+
+
+def _start_from(part: nn.Module, source: str, name: str) -> None:
+    """Copy weights of a trained model into the backbone or the extractor, which has no classifier."""
+    trained, _ = checkpoint.load_model(find_model(Path(source)))
+    if isinstance(trained, GaterNet):
+        trained = trained.backbone if name == "backbone" else trained.gater.get_submodule("extractor")
+    state = {
+        key: value for key, value in trained.state_dict().items() if name == "backbone" or not key.startswith("fc.")
+    }
+    try:
+        part.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{source} holds another model than the {name} of this recipe: name one of its kind"
+        ) from error
+
+
+def _epoch(batches: Any, images: ImageSet, epoch: int, skip: int) -> Any:
+    """The batches of an epoch, but for the first `skip`."""
+    if skip:
+        batches = skip_first_batches(batches, skip)
+    images.set_epoch(epoch)
+    batches.set_epoch(epoch)  # reaches the sampler
+    return batches
+
+
+def _check_finite(window: Mapping[str, float], epoch: int, step: int) -> None:
+    if not math.isfinite(window["loss"] + window.get("penalty", 0.0)):
+        raise TrainingError(
+            f"the loss is {window['loss']} in epoch {epoch + 1} by step {step}: start again with a lower --lr, "
+            "a longer --warmup-epochs or --precision no; what was saved before is whole"
+        )
+
+
+def _gradient_norms(network: nn.Module) -> dict[str, float]:
+    parts = {"backbone": network.backbone, "gater": network.gater} if isinstance(network, GaterNet) else {"": network}
+    norms = {}
+    for name, part in parts.items():
+        gradients = [p.grad for p in part.parameters() if p.grad is not None]
+        norms[f"{name}_gradient_norm".lstrip("_")] = torch.nn.utils.get_total_norm(gradients).item()
+    return norms
+
+
+def _title(recipe: Recipe, network: nn.Module, data: ImageData, accelerator: Accelerator) -> str:
+    parameters = sum(p.numel() for p in network.parameters()) / 1e6
+    gates = f", {network.num_gates:,} gates" if isinstance(network, GaterNet) else ""
+    where = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.mixed_precision} precision"
+    return (
+        f"{recipe.name}: {recipe.model} ({parameters:.2f}M parameters{gates}) on {recipe.data}, "
+        f"{len(data.train):,} + {len(data.test):,} images, {recipe.epochs} epochs, {where}"
+    ).replace("no precision", "full precision")
+
+
+class _Clock:
+    def __init__(self, batch_size: int, step: int) -> None:
+        self.batch_size, self.first_step = batch_size, step
+        self.start = self.save = time.monotonic()
+
+    def images_per_second(self, step: int) -> float:
+        return (step - self.first_step) * self.batch_size / (time.monotonic() - self.start)
+
+    def since_start(self) -> float:
+        return time.monotonic() - self.start
+
+    def since_save(self) -> float:
+        return time.monotonic() - self.save
+
+    def saved(self) -> None:
+        self.save = time.monotonic()
+
+
+def _stopped(received: list[int], run: RunDirectory, epoch: int, step: int) -> Stopped:
+    signum = received[0] if received else signal.SIGTERM  # another process got it
+    text = f"stopped in epoch {epoch + 1} after step {step}, with all saved in {run.path}: continue with --resume"
+    return Stopped(text, signum)
