@@ -37,17 +37,22 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
     Raises OSError, with `path` as it was, where the file cannot be written (a full disk, say).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (RuntimeError, SafetensorError) as error:  # how torch.save and safetensors report a failed write
-        raise OSError(f"cannot write {path}: {error}") from error
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own
+        raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: Exception) -> OSError:
+    """The error to raise where `path` could not be written."""
+    return OSError(f"cannot write {path} ({error}): free some space or mend its permissions; what was saved is whole")
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -37,7 +37,8 @@ def main() -> None:
         code = _exit_code(error)
         if code is None:
             raise
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+        prefix = "" if code > 128 else "[bold red]error:[/] "  # a run that was told to stop has not failed
+        Console(stderr=True, soft_wrap=True).print(prefix + _escape(str(error)), highlight=False)
         sys.exit(code)
 
 
@@ -212,11 +213,14 @@ def recipes(as_json: _Json = False) -> None:
     if as_json:
         print(json.dumps([dataclasses.asdict(recipe) for recipe in RECIPES.values()]))
         return
-    table = Table("recipe", "model", "data", "epochs", "gates", "params", "paper's error")
+    table = Table(box=None)
+    table.add_column("recipe", no_wrap=True)
+    for title in ("epochs", "gates", "paper's size", "paper's error"):
+        table.add_column(title, justify="right")
     for recipe in RECIPES.values():
         paper = recipe.paper
         facts = (f"{paper.gates or '-'}", paper.params, f"{paper.error:.2f} %") if paper else ("", "", "")
-        table.add_row(recipe.name, recipe.model, recipe.data, str(recipe.epochs), *facts)
+        table.add_row(recipe.name, str(recipe.epochs), *facts)
     _console.print(table)
 
 

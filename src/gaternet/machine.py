@@ -18,12 +18,19 @@ from gaternet.recipes import Runtime
 
 
 def make_accelerator(runtime: Runtime) -> Accelerator:
-    """Accelerate's view of this machine and of the other processes; the precision is that of `runtime`."""
+    """Accelerate's view of this machine and of the other processes, with the precision of `runtime`.
+
+    Raises:
+        ValueError: the precision is fp16 and there is no GPU.
+    """
     AcceleratorState._reset_state()  # a second run in one process may have another precision
     precision = runtime.precision
     if precision == "auto":
         precision = "bf16" if _has_fast_bf16(runtime.cpu) else "no"
-    return Accelerator(mixed_precision=precision, cpu=runtime.cpu)
+    accelerator = Accelerator(mixed_precision=precision, cpu=runtime.cpu)
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("fp16 needs a GPU, for its gradients must be scaled: use --precision bf16 or no")
+    return accelerator
 
 
 def make_loader(

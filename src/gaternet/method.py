@@ -226,6 +226,7 @@ class GaterNet(
         self.sites = tuple(sites)
         self.metadata = metadata
         self._channel = _SideChannel()
+        self._gated = True
         self._hooks = [modules[site.name].register_forward_hook(_GateHook(self._channel, site)) for site in sites]
 
     @property
@@ -252,7 +253,7 @@ class GaterNet(
         self, images: Float[Tensor, "batch channels height width"], gates: Float[Tensor, "batch gates"]
     ) -> Float[Tensor, "batch classes"]:
         """The backbone alone, under given gates (B, C), say for ablations. All ones is the plain net, bit for bit."""
-        if not self._hooks:
+        if not self._gated:
             raise RuntimeError("this GaterNet gave its backbone back with ungate(): build a new one around it")
         if gates.shape != (len(images), self.num_gates):
             raise ValueError(
@@ -275,7 +276,7 @@ class GaterNet(
         """Take the gates off and give the plain backbone back, the very object; this GaterNet then runs no more."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        self._hooks, self._gated = [], False
         return self.backbone
 
     # Saving and sharing come from huggingface_hub, what a file holds from gaternet.checkpoint, imported late so that

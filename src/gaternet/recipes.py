@@ -211,8 +211,8 @@ def _table_1() -> list[Recipe]:
 
 def _digits() -> list[Recipe]:
     """For `make demo` and tests, seconds on a CPU: handwritten digits, 8x8 grey pixels, 1,437 of them to train on."""
-    optimizer = Optimizer(lr=0.1, weight_decay=5e-4, schedule="cosine", warmup_epochs=2)
-    gating = Gating(target_density=0.6, sparsity_start=2, sparsity_ramp=4)
+    optimizer = Optimizer(lr=0.1, weight_decay=5e-4, schedule="cosine", warmup_epochs=2.0)
+    gating = Gating(target_density=0.6, sparsity_start=2.0, sparsity_ramp=4.0)
     models = ("resnet20", "resnet20_gated")
     return [
         Recipe(f"digits_{model}", model, "digits", "crop", epochs=20, batch_size=64, optimizer=optimizer, gating=gating)

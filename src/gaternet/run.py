@@ -22,7 +22,7 @@ import torch
 from gaternet import checkpoint
 
 CONFIG, METRICS, STATE = "config.json", "metrics.jsonl", "training.pt"
-_PACKAGES = ("gaternet", "torch", "torchvision", "accelerate", "numpy")
+_PACKAGES = ("gaternet", "torchvision", "accelerate", "numpy")
 
 
 class RunDirectory:
@@ -55,8 +55,12 @@ class RunDirectory:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        with (self.path / METRICS).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        path = self.path / METRICS
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise checkpoint.cannot_write(path, error) from error
 
     def epochs(self) -> list[dict[str, Any]]:
         """The metrics of each finished epoch."""
@@ -100,7 +104,11 @@ def describe_machine() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "command": " ".join(["gaternet", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,  # with the kind of build, unlike the package's metadata
+            **{name: version(name) for name in _PACKAGES},
+        },
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),

@@ -72,8 +72,6 @@ def train(
         data = load_data(recipe.data, recipe.augment, recipe.image_size, runtime.data_root, seed)
     if len(data.train) < recipe.batch_size:
         raise ValueError(f"batch_size {recipe.batch_size} is more than the {len(data.train)} training images: lower it")
-    run, state = _open_run(Path(run_dir), recipe, runtime, seed, resume, accelerator)
-
     network = build_network(recipe, data, seed).to(accelerator.device)
     if runtime.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -87,6 +85,7 @@ def train(
     test_batches = make_loader(data.test, max(1, EVALUATION_BATCH // accelerator.num_processes), runtime, accelerator)
     steps_per_epoch = len(train_batches)
     progress = Progress(network, optimizer, ema, accelerator)
+    run, state = _open_run(Path(run_dir), recipe, runtime, seed, resume, accelerator)  # all that may be wrong was found
     if state is not None:
         progress.load_state_dict(state)
         if progress.epoch == recipe.epochs:

@@ -1,0 +1,47 @@
+# make demo    train, evaluate and look, from nothing, in minutes
+# make test    the tests            make check   lint, types and tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+RUN := runs/demo
+
+.PHONY: demo test check lint types format clean
+
+demo: $(VENV)/.installed
+	@rm -rf $(RUN)
+	$(BIN)/gaternet train digits_resnet20_gated --out $(RUN)
+	$(BIN)/gaternet evaluate $(RUN)
+	$(BIN)/python examples/save_digits.py $(RUN)/images
+	$(BIN)/gaternet predict $(RUN) $(RUN)/images/*.png --top 2
+	@echo
+	@echo "The trained model is in $(RUN)/last. Next: $(BIN)/gaternet --help, the README, docs/method.md"
+
+test: $(VENV)/.developer
+	$(BIN)/pytest
+
+check: lint types test
+
+lint: $(VENV)/.developer
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.developer
+	$(BIN)/pyright
+
+format: $(VENV)/.developer
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): PyTorch and the rest are large, this takes a minute or more ..."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.developer: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
+	@touch $@

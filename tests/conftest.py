@@ -1,0 +1,37 @@
+"""What all tests share."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+
+# Tiny tensors, and often several test processes on few cores: more threads would only wait for each other.
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real data and reference outputs that lies beside some checkouts; the test skips without it."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the reference data that lies beside the developers' checkouts, in shared/")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def gaternet_command() -> list[str]:
+    """How to start the command line in a process of its own."""
+    return [sys.executable, "-m", "gaternet"]
+
+
+@pytest.fixture
+def unchecked_types() -> Iterator[None]:
+    """Switches the run-time check of annotations off: torch.compile cannot trace through it."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

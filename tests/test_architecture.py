@@ -1,0 +1,84 @@
+"""The house's rules: imports point one way, files stay small, heavy imports come late."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gaternet
+
+SOURCE = Path(gaternet.__file__).parent
+# Each may import those before it, and nothing after it.
+FLOORS = [
+    "method",
+    "models.cifar_resnet",
+    "models.create",
+    "models",
+    "recipes",
+    "objective",
+    "checkpoint",
+    "data",
+    "run",
+    "machine",
+    "evaluate",
+    "progress",
+    "predict",
+    "train",
+    "cli",
+    "__main__",
+]
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def top_level_imports(path: Path) -> set[str]:
+    """Modules of ours that are imported when `path` is; imports within functions come later and do not count."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "gaternet":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name.removeprefix("gaternet.") for name in names}
+    known = set(FLOORS)
+    return {name if name in known else name.rsplit(".", 1)[0] for name in found}
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=module_name)
+def test_imports_point_one_way(path):
+    name = module_name(path)
+    if name == "__init__":
+        assert not top_level_imports(path)
+        return
+    assert name in FLOORS, "give the new module its place in FLOORS"
+    for imported in top_level_imports(path):
+        assert FLOORS.index(imported) < FLOORS.index(name), f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=module_name)
+def test_files_stay_small_enough_to_read(path):
+    assert len(path.read_text().splitlines()) <= 420
+
+
+def imported_by(code: str) -> set[str]:
+    """Top-level packages that `code` imports, in a fresh interpreter."""
+    script = f"import sys\n{code}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    return set(
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    )
+
+
+def test_importing_gaternet_and_the_command_line_is_light():
+    assert "torch" not in imported_by("import gaternet")
+    assert not {"torch", "numpy", "sklearn"} & imported_by("import gaternet.cli")
+    assert "sklearn" not in imported_by("import gaternet.train")
+
+
+def test_public_names_are_there():
+    for name in gaternet.__all__:
+        assert getattr(gaternet, name).__doc__
+    assert set(gaternet.__all__) <= set(dir(gaternet))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = gaternet.nonsense  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,149 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from gaternet import cli
+from gaternet.data import load_data
+from gaternet.recipes import RECIPES, Gating, Optimizer, Recipe, Runtime
+
+QUICK = ["--epochs", "1", "--batch-size", "256", "--cpu", "--precision", "no"]
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, gaternet_command) -> Path:
+    """A trained run, made by the command line in a process of its own."""
+    path = tmp_path_factory.mktemp("cli") / "run"
+    done = subprocess.run(
+        [*gaternet_command, "train", "digits_resnet20_gated", *QUICK, "--lr", "0.05", "--out", path, "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert lines[1].startswith("epoch 1/1  train: loss ")  # plain lines where the output is no terminal
+    assert json.loads(lines[-1])["epoch"] == 1
+    return path
+
+
+def call(*arguments: object) -> str:
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def fail(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str]:
+    """Exit code and message of a command that goes wrong."""
+    monkeypatch.setattr("sys.argv", ["gaternet", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "recipes"])
+def test_every_command_has_help_with_examples(command):
+    text = call(command, "--help")
+    assert "Examples:" in text
+    assert f"gaternet {command}" in text
+
+
+def test_every_option_of_the_dataclasses_is_on_the_command_line():
+    names = [f.name for owner in (Recipe, Optimizer, Gating, Runtime) for f in dataclasses.fields(owner) if f.metadata]
+    assert len(names) == len(set(names))  # flat names mean one thing each
+    shown = {parameter.name for parameter in cli._option_parameters()}
+    assert shown == set(names)
+    silent = {f.name for owner in (Recipe, Optimizer, Gating, Runtime) for f in dataclasses.fields(owner)} - shown
+    assert silent == {"name", "optimizer", "gating", "paper"}
+
+
+def test_options_reach_the_run(run):
+    config = json.loads((run / "config.json").read_text())
+    assert config["recipe"]["optimizer"]["lr"] == 0.05
+    assert config["recipe"]["batch_size"] == 256
+    assert config["runtime"]["cpu"] is True
+    assert "--lr 0.05" in config["command"]
+
+
+def test_evaluate_prints_what_the_run_recorded(run):
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    metrics = json.loads(call("evaluate", run, "--cpu", "--json"))
+    assert metrics["images"] == 360
+    assert abs(metrics["accuracy"] - last["test_accuracy"]) < 0.03  # bf16 where the processor has it
+    assert f"{100 * metrics['accuracy']:.2f} %" in call("evaluate", run, "--cpu", "--which", "best")
+
+
+def test_predict_names_classes_and_counts_open_filters(run, tmp_path):
+    test = load_data("digits").test
+    paths = []
+    for i in range(3):
+        Image.fromarray(test[i][0][0].numpy()).save(tmp_path / f"{i}.png")
+        paths.append(tmp_path / f"{i}.png")
+    found = json.loads(call("predict", run, *paths, "--top", 3, "--json"))
+    assert [item["image"] for item in found] == [str(path) for path in paths]
+    for item in found:
+        shares = [share for _, share in item["classes"]]
+        assert len(shares) == 3
+        assert shares == sorted(shares, reverse=True)
+        assert sum(shares) <= 1
+        assert 0 < item["open_filters"] < item["gated_filters"] == 336
+    assert "of 336" in call("predict", run, paths[0])
+
+
+def test_recipes_lists_all():
+    assert [item["name"] for item in json.loads(call("recipes", "--json"))] == list(RECIPES)
+    assert "cifar100_resnet164_gated" in call("recipes")
+
+
+def test_user_errors_are_one_sentence_and_an_exit_code(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "damaged" / "last").mkdir(parents=True)
+    (tmp_path / "damaged" / "last" / "config.json").write_text((run / "last" / "config.json").read_text())
+    weights = (run / "last" / "model.safetensors").read_bytes()
+    (tmp_path / "damaged" / "last" / "model.safetensors").write_bytes(weights[:1000])
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
+    cases = {
+        ("train", "cifar10_resnet20_gate"): "did you mean 'cifar10_resnet20_gated'?",
+        ("train", "digits_resnet20", "--out", run): "continue it with --resume",
+        ("train", "digits_resnet20", "--lr", "-1", "--out", tmp_path / "a"): "lr must be above 0",
+        ("train", "digits_resnet20", "--model", "resnet21", "--out", tmp_path / "a"): "unknown model 'resnet21'",
+        ("train", "digits_resnet20", "--data", tmp_path / "no", "--out", tmp_path / "a"): "no data",
+        ("train", "digits_resnet20", "--precision", "fp16", "--cpu", "--out", tmp_path / "a"): "fp16",
+        ("evaluate", tmp_path / "none"): "no run or saved model",
+        ("evaluate", tmp_path / "damaged"): "damaged",
+        ("predict", run, tmp_path / "none.png"): "no image",
+        ("predict", run, tmp_path / "broken.png"): "cannot read image",
+    }
+    for arguments, message in cases.items():
+        code, text = fail(capsys, monkeypatch, *arguments)
+        assert code == 2, arguments
+        assert text.startswith("error: "), arguments
+        assert message in text, arguments
+        assert text.count("\n") == 1, arguments
+    assert not (tmp_path / "a").exists()  # nothing half begun is left behind
+    code, text = fail(capsys, monkeypatch, "train", "digits_resnet20", "--batchsize", "3")
+    assert code == 2
+    assert "No such option" in text
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, gaternet_command):
+    run = tmp_path / "run"
+    command = [*gaternet_command, "train", "digits_resnet20", "--epochs", "50", "--cpu", "--out", str(run)]
+    process = subprocess.Popen(
+        [*command, "--log-every", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "continue with --resume" in errors
+    assert "Traceback" not in errors
+    assert (run / "training.pt").exists()

@@ -1,0 +1,216 @@
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from gaternet.data import DataError, EpochSampler, Preprocessing, load_data, mix_seed, read_image
+
+
+def write_npz(path: Path, **changes: np.ndarray | None) -> str:
+    generator = np.random.default_rng(0)
+    arrays = {
+        "x_train": generator.integers(0, 256, (20, 6, 8, 3), np.uint8),
+        "y_train": np.arange(20)[:, None] % 4,  # (N, 1), as Keras has CIFAR's
+        "x_test": generator.integers(0, 256, (5, 6, 8, 3), np.uint8),
+        "y_test": np.arange(5) % 4,
+    }
+    kept: dict[str, Any] = {name: array for name, array in (arrays | changes).items() if array is not None}
+    np.savez(path, **kept)
+    return str(path)
+
+
+def write_folder(root: Path, *parts: str, per_class: int = 3, size: tuple[int, int] = (20, 12)) -> str:
+    generator = np.random.default_rng(0)
+    for part in parts or (".",):
+        for name in ("cat", "dog"):
+            (root / part / name).mkdir(parents=True)
+            for i in range(per_class):
+                pixels = generator.integers(0, 256, (*size[::-1], 3), np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    return str(root)
+
+
+def test_digits_are_embedded_and_split_by_class():
+    data = load_data("digits")
+    assert isinstance(data.train.images, Tensor)
+    assert (len(data.train), len(data.test)) == (1437, 360)
+    assert data.train.images.shape[1:] == (1, 8, 8)
+    assert data.train.images.max() == 255
+    assert set(np.bincount(data.test.labels)) <= {35, 36, 37}  # stratified
+    assert data.classes == tuple("0123456789")
+
+
+def test_npz_keeps_pixels_and_measures_statistics(tmp_path):
+    path = write_npz(tmp_path / "a.npz")
+    data, arrays = load_data(path), np.load(path)
+    image, label = data.train[7]
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), arrays["x_train"][7])
+    assert label == arrays["y_train"][7, 0]
+    pixels = arrays["x_train"] / 255
+    np.testing.assert_allclose(data.preprocessing.mean, pixels.mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(data.preprocessing.std, pixels.std((0, 1, 2)), rtol=1e-12)
+    normal = data.preprocessing.normalize(torch.stack([data.train[i][0] for i in range(20)]))
+    torch.testing.assert_close(normal.mean((0, 2, 3)), torch.zeros(3), atol=1e-6, rtol=0)
+
+
+def test_grey_npz_without_a_channel_axis_has_one_channel(tmp_path):
+    x = np.zeros((20, 6, 8), np.uint8)
+    data = load_data(write_npz(tmp_path / "a.npz", x_train=x, x_test=x[:5]))
+    assert data.preprocessing.channels == 1
+    assert data.preprocessing.std == (1 / 255,)  # constant images do not divide by zero
+
+
+BAD_ARRAYS = {
+    "float images": ({"x_train": np.zeros((20, 6, 8, 3))}, "x_train .* must be uint8 images"),
+    "two channels": ({"x_train": np.zeros((20, 6, 8, 2), np.uint8)}, "x_train .* must be uint8 images"),
+    "other channels in test": ({"x_test": np.zeros((5, 6, 8, 1), np.uint8)}, "1 channels, x_train has 3"),
+    "no images": ({"x_train": np.zeros((0, 6, 8, 3), np.uint8), "y_train": np.zeros(0, int)}, "must be uint8 images"),
+    "too few labels": ({"y_train": np.arange(19)}, "y_train .* must be 20 integers"),
+    "float labels": ({"y_train": np.zeros(20)}, "y_train .* must be 20 integers"),
+    "negative label": ({"y_train": np.arange(20) - 1}, r"from -1 to 18, but must lie in \[0, 19\)"),
+    "label beyond the classes": ({"y_test": np.array([0, 1, 2, 3, 4])}, r"from 0 to 4, but must lie in \[0, 4\)"),
+    "missing array": ({"y_test": None}, "has no array y_test"),
+    "pickled objects": ({"y_train": np.array([object()] * 20)}, "damaged or no .npz file of plain arrays"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARRAYS)
+def test_bad_npz_is_refused_in_one_sentence(tmp_path, case):
+    changes, message = BAD_ARRAYS[case]
+    with pytest.raises(DataError, match=message) as error:
+        load_data(write_npz(tmp_path / "a.npz", **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_truncated_or_missing_npz_is_refused(tmp_path):
+    path = Path(write_npz(tmp_path / "a.npz"))
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(DataError, match="damaged"):
+        load_data(str(path))
+    with pytest.raises(DataError, match="no file"):
+        load_data(str(tmp_path / "b.npz"))
+    with pytest.raises(DataError, match="no data 'cifar11'"):
+        load_data("cifar11")
+
+
+def test_folder_with_and_without_a_test_part(tmp_path):
+    split = load_data(write_folder(tmp_path / "a", "train", "val"), image_size=8)
+    assert (len(split.train), len(split.test), split.classes) == (6, 6, ("cat", "dog"))
+    whole = load_data(write_folder(tmp_path / "b", per_class=10), image_size=8)
+    assert (len(whole.train), len(whole.test)) == (18, 2)
+    assert isinstance(whole.train.images, list)
+    assert isinstance(whole.test.images, list)
+    assert not set(whole.train.images) & set(whole.test.images)
+    assert split.train[0][0].shape == (3, 8, 8)
+
+
+def test_folder_problems_are_named(tmp_path):
+    folder = tmp_path / "a"
+    write_folder(folder, "train", "test")
+    (folder / "test" / "emu").mkdir()
+    (folder / "test" / "cat" / "0.png").rename(folder / "test" / "emu" / "0.png")
+    with pytest.raises(DataError, match="class 'emu'"):
+        load_data(str(folder))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no folder of images"):
+        load_data(str(tmp_path / "empty"))
+    with pytest.raises(DataError, match="too few to hold every tenth out"):
+        load_data(write_folder(tmp_path / "b"))
+
+
+def test_corrupt_image_is_named_also_through_a_worker_process(tmp_path):
+    data = load_data(write_folder(tmp_path / "a", "train", "test"), image_size=8)
+    bad = tmp_path / "a" / "train" / "cat" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:40])
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=r"^cannot read image .*1\.png .*remove the file$"):
+            list(DataLoader(data.train, num_workers=workers))
+
+
+def test_images_are_read_as_the_model_wants_them(tmp_path):
+    Image.fromarray(np.full((5, 5, 4), 200, np.uint8)).save(tmp_path / "rgba.png")
+    assert read_image(tmp_path / "rgba.png", 3).shape == (3, 5, 5)
+    assert read_image(tmp_path / "rgba.png", 1).shape == (1, 5, 5)
+    with pytest.raises(DataError, match="no image"):
+        read_image(tmp_path / "none.png", 3)
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(DataError, match="cannot read image"):
+        read_image(tmp_path / "text.png", 3)
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 20), (3, 20, 40), (3, 9, 9), (3, 16, 8)])
+@pytest.mark.parametrize("crop", [1.0, 0.875])
+def test_fit_gives_the_size_and_leaves_fitting_images_alone(shape, crop):
+    preprocessing = Preprocessing(16, 8, (0.5,) * 3, (0.5,) * 3, crop)
+    image = torch.randint(0, 256, shape, dtype=torch.uint8)
+    fitted = preprocessing.fit(image)
+    assert fitted.shape == (3, 16, 8)
+    if shape == (3, 16, 8):
+        assert torch.equal(fitted, image)
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index_alone():
+    first, second = load_data("digits", "crop", seed=1), load_data("digits", "crop", seed=1)
+    state = torch.get_rng_state()
+    crops = [first.train[i][0] for i in range(20)]
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's draws are disturbed
+    torch.manual_seed(99)
+    backwards = [second.train[i][0] for i in reversed(range(20))][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(crops, backwards, strict=True))
+    second.train.set_epoch(1)
+    assert not all(torch.equal(crops[i], second.train[i][0]) for i in range(20))
+    other = load_data("digits", "crop", seed=2)
+    assert not all(torch.equal(crops[i], other.train[i][0]) for i in range(20))
+
+
+def test_crop_flip_moves_and_mirrors_pixels(tmp_path):
+    columns = np.broadcast_to(np.arange(8, dtype=np.uint8)[None, None, :, None], (20, 8, 8, 3))
+    data = load_data(write_npz(tmp_path / "a.npz", x_train=columns, x_test=columns[:5]), "crop_flip")
+    rows = [data.train[i][0][0, 4].int() for i in range(20)]
+    assert any((row.diff() < 0).sum() > 3 for row in rows)  # mirrored
+    assert any((row.diff() > 0).sum() > 3 for row in rows)
+    assert not all(torch.equal(row.sort().values, torch.arange(8).int()) for row in rows)  # shifted
+    assert torch.equal(data.test[0][0][0, 4], torch.arange(8, dtype=torch.uint8))
+
+
+def test_sampler_gives_each_image_once_in_an_order_of_its_own_each_epoch():
+    sampler = EpochSampler(50, seed=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(50))
+    assert first == list(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+
+
+def test_mixed_seeds_of_neighbours_are_unlike():
+    seeds = {mix_seed(a, b, c) for a in range(8) for b in range(8) for c in range(8)}
+    assert len(seeds) == 512
+    assert mix_seed(0, 1) != mix_seed(1, 0)
+    assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+def test_cifar_is_found_where_it_lies_or_its_absence_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setenv("GATERNET_DATA", str(tmp_path))
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", refuse_download)
+    with pytest.raises(DataError, match=r"cifar10 is not in .* and cannot be downloaded"):
+        load_data("cifar10")
+
+
+def refuse_download(*_: object, **__: object) -> None:
+    raise OSError("no network")
+
+
+def test_real_cifar10_unpacks_into_what_load_data_reads(tmp_path, shared):
+    script = shared / "data" / "unpack.py"
+    subprocess.run([sys.executable, script, "cifar10", "--out", tmp_path], check=True, stdout=subprocess.DEVNULL)
+    data = load_data(str(tmp_path / "cifar10.npz"), "crop_flip")
+    assert (len(data.train), len(data.test), len(data.classes)) == (50000, 10000, 10)
+    np.testing.assert_allclose(data.preprocessing.mean, (0.4914, 0.4822, 0.4465), atol=1e-4)  # as published
+    np.testing.assert_allclose(data.preprocessing.std, (0.2470, 0.2435, 0.2616), atol=1e-4)

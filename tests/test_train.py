@@ -1,0 +1,313 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+import gaternet.train
+from gaternet.checkpoint import load_model
+from gaternet.data import load_data
+from gaternet.evaluate import ToInput, evaluate, evaluate_saved
+from gaternet.machine import make_accelerator, make_loader
+from gaternet.method import GaterNet
+from gaternet.models import create_model
+from gaternet.recipes import Recipe, Runtime, find_recipe, override
+from gaternet.run import RunDirectory, find_model
+from gaternet.train import Stopped, TrainingError, build_network, train, training_step
+
+CPU = Runtime(cpu=True, precision="no", log_every=1)
+
+
+def small(model: str = "resnet20_gated", **changes: object) -> Recipe:
+    """Five steps an epoch, two epochs."""
+    recipe = find_recipe("digits_resnet20_gated" if model.endswith("_gated") else "digits_resnet20")
+    return override(recipe, {"model": model, "batch_size": 256, "epochs": 2, "warmup_epochs": 0.0, **changes})
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_model(find_model(run))[0].state_dict()
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    a, b = weights(first), weights(second)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def records(run: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    volatile = ("seconds", "train_images_per_second")
+    return [{k: v for k, v in line.items() if k not in volatile} for line in lines if line["kind"] == kind]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """An uninterrupted run, with averaged weights, to compare others with."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    train(small(ema_decay=0.9), run, CPU)
+    return run
+
+
+def send_signal_after(monkeypatch: pytest.MonkeyPatch, step: int, signum: int) -> None:
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == step:
+            os.kill(os.getpid(), signum)
+        return training_step(*args, **kwargs)
+
+    monkeypatch.setattr(gaternet.train, "training_step", counted)
+
+
+def test_run_directory_holds_everything(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert config["recipe"]["optimizer"]["ema_decay"] == 0.9
+    assert config["versions"]["torch"] == torch.__version__
+    assert config["runtime"]["log_every"] == 1
+    steps, epochs = records(finished, "step"), records(finished, "epoch")
+    assert [line["step"] for line in steps] == list(range(1, 11))
+    assert [line["epoch"] for line in epochs] == [1, 2]
+    assert {"loss", "penalty", "accuracy", "density", "gater_gradient_norm"} <= steps[0].keys()
+    assert {"train_loss", "test_accuracy", "test_density", "test_site_density", "lr"} <= epochs[0].keys()
+    assert np.isclose(epochs[0]["train_loss"], np.mean([line["loss"] for line in steps[:5]]))
+    assert (finished / "best" / "model.safetensors").exists()
+    _, metadata = load_model(finished / "last")
+    assert metadata["trained"]["test_accuracy"] == epochs[-1]["test_accuracy"]
+    assert not list(finished.rglob("*.tmp"))
+
+
+def test_seed_decides_the_run(finished, tmp_path):
+    train(small(ema_decay=0.9), tmp_path / "same", CPU)
+    assert_same_weights(finished, tmp_path / "same")
+    assert records(finished, "step") == records(tmp_path / "same", "step")
+    train(small(ema_decay=0.9, epochs=1), tmp_path / "other", CPU, seed=1)
+    assert records(tmp_path / "other", "step")[0]["loss"] != records(finished, "step")[0]["loss"]
+
+
+@pytest.mark.parametrize(("step", "signum"), [(3, signal.SIGTERM), (5, signal.SIGINT), (7, signal.SIGINT)])
+def test_stopped_run_resumes_to_the_same_weights(finished, tmp_path, monkeypatch, step, signum):
+    run = tmp_path / "run"
+    send_signal_after(monkeypatch, step, signum)
+    with pytest.raises(Stopped, match=f"after step {step}, .*--resume") as stopped:
+        train(small(ema_decay=0.9), run, CPU)
+    assert stopped.value.signum == signum
+    monkeypatch.undo()
+    train(small(ema_decay=0.9), run, CPU, resume=True)
+    assert_same_weights(finished, run)
+    assert records(finished, "step") == records(run, "step")
+    assert records(finished, "epoch") == records(run, "epoch")
+
+
+def test_killed_run_resumes_from_its_last_checkpoint_to_the_same_weights(finished, tmp_path):
+    run = tmp_path / "run"
+    code = (
+        "import test_train as t, sys, pathlib; from dataclasses import replace;"
+        "t.train(t.small(ema_decay=0.9), pathlib.Path(sys.argv[1]), replace(t.CPU, save_minutes=0.0))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, run], cwd=Path(__file__).parent, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and '"step": 7' in (run / "metrics.jsonl").read_text():
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "st')  # a line that the kill cut short
+    assert (run / "training.pt").exists()
+    train(small(ema_decay=0.9), run, CPU, resume=True)
+    assert_same_weights(finished, run)
+    assert records(finished, "step") == records(run, "step")
+
+
+def test_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text((finished / "config.json").read_text())
+    (run / "metrics.jsonl").write_text('{"kind": "step", "step": 1}\n')
+    train(small(ema_decay=0.9), run, CPU, resume=True)
+    assert_same_weights(finished, run)
+
+
+def test_finished_run_resumes_to_its_result(finished):
+    before = (finished / "metrics.jsonl").read_text()
+    record = train(small(ema_decay=0.9), finished, CPU, resume=True)
+    assert record["epoch"] == 2
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_runs_are_never_overwritten_or_mixed(finished, tmp_path):
+    with pytest.raises(ValueError, match="holds a run already: continue it with --resume"):
+        train(small(), finished, CPU)
+    with pytest.raises(ValueError, match=r"other options \(ema_decay was 0.9, now it is 0.0\)"):
+        train(small(), finished, CPU, resume=True)
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        train(small(), tmp_path / "none", CPU, resume=True)
+
+
+def test_non_finite_loss_stops_and_keeps_what_was_saved(tmp_path, monkeypatch):
+    calls = []
+
+    def poisoned(model, inputs, *rest):
+        calls.append(0)
+        return training_step(model, inputs * float("nan") if len(calls) == 7 else inputs, *rest)
+
+    monkeypatch.setattr(gaternet.train, "training_step", poisoned)
+    with pytest.raises(TrainingError, match="the loss is nan in epoch 2 by step 7: start again with a lower --lr"):
+        train(small("resnet20"), tmp_path / "run", CPU)
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+    state = torch.load(tmp_path / "run" / "training.pt", weights_only=True)
+    assert state["step"] == 5
+
+
+def test_full_disk_is_an_error_and_leaves_the_last_checkpoint_whole(finished, tmp_path, gaternet_command):
+    run = tmp_path / "run"
+    options = ["--epochs", "2", "--batch-size", "256", "--cpu", "--out", str(run)]
+    # A file-size limit below the checkpoint's size, where a real full disk would say "no space left".
+    limited = f"ulimit -f 1000; exec {' '.join(gaternet_command)} train digits_resnet20_gated {' '.join(options)}"
+    failed = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    assert failed.stderr.startswith("error: ")
+    assert "free some space" in failed.stderr
+    assert not list(run.rglob("*.tmp"))
+    assert not (run / "last" / "model.safetensors").exists()  # never half a file
+
+
+def test_two_processes_give_the_loss_curve_of_one(tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    script = Path(__file__).parent / "train_without_batchnorm.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    for name, command in (("one", []), ("two", launch)):
+        subprocess.run([sys.executable, *command, script, tmp_path / name], check=True, env=environment)
+    one, two = ([line["loss"] for line in records(tmp_path / name, "step")] for name in ("one", "two"))
+    assert len(one) == 10
+    np.testing.assert_allclose(two, one, rtol=2e-4)
+    for name in ("density", "penalty", "accuracy"):
+        one, two = ([line[name] for line in records(tmp_path / run, "step")] for run in ("one", "two"))
+        np.testing.assert_allclose(two, one, rtol=2e-3, atol=1e-5)
+    last = [records(tmp_path / run, "epoch")[-1] for run in ("one", "two")]
+    assert last[0]["test_images"] == last[1]["test_images"] == 360
+    np.testing.assert_allclose(last[1]["test_loss"], last[0]["test_loss"], rtol=1e-3)
+
+
+def test_evaluation_equals_a_recount():
+    data = load_data("digits")
+    network = create_model("resnet20_gated", 10, 1)
+    assert isinstance(network, GaterNet)
+    accelerator = make_accelerator(CPU)
+    metrics = evaluate(network, make_loader(data.test, 100, CPU, accelerator), ToInput(data.preprocessing), accelerator)
+    assert network.training  # left as it was
+    network.eval()
+    pixels, labels = torch.stack([data.test[i][0] for i in range(360)]), torch.tensor(data.test.labels)
+    with torch.no_grad():
+        logits, gates = network(data.preprocessing.normalize(pixels), return_gates=True)
+    ranks = logits.argsort(descending=True)
+    assert metrics["images"] == 360
+    assert np.isclose(metrics["loss"], nn.functional.cross_entropy(logits, labels).item(), rtol=1e-4)
+    assert np.isclose(metrics["accuracy"], (ranks[:, 0] == labels).double().mean().item(), atol=1e-9)
+    assert np.isclose(metrics["top5_accuracy"], (ranks[:, :5] == labels[:, None]).any(1).double().mean().item())
+    rates = gates.double().mean(0)
+    assert np.isclose(metrics["density"], rates.mean().item())
+    assert np.isclose(metrics["dependent"], ((rates > 0) & (rates < 1)).double().mean().item())
+    assert np.isclose(metrics["always_on"] + metrics["always_off"] + metrics["dependent"], 1)
+    assert np.isclose(metrics["site_density"][2], rates[32:48].mean().item(), atol=1e-4)
+
+
+def test_saved_model_evaluates_as_in_training(finished):
+    record = records(finished, "epoch")[-1]
+    metrics = evaluate_saved(finished, cpu=True)
+    assert metrics["images"] == 360
+    assert abs(metrics["accuracy"] - record["test_accuracy"]) <= 2 / 360  # bf16 here, where the processor has it
+
+
+def test_evaluation_refuses_data_of_another_kind(finished, tmp_path):
+    x, y = np.zeros((20, 8, 8, 3), np.uint8), np.arange(20) % 10
+    np.savez(tmp_path / "rgb.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    with pytest.raises(ValueError, match="3 channels, but the model was trained on 1"):
+        evaluate_saved(finished, data=str(tmp_path / "rgb.npz"), cpu=True)
+    np.savez(tmp_path / "few.npz", x_train=x[..., 0], y_train=y % 3, x_test=x[..., 0], y_test=y % 3)
+    with pytest.raises(ValueError, match="has 3 classes, not those that the model knows"):
+        evaluate_saved(finished, data=str(tmp_path / "few.npz"), cpu=True)
+
+
+def test_target_density_is_steered_to(tmp_path):
+    options = {"sparsity_start": 0.0, "sparsity_ramp": 0.0, "density_weight": 100.0, "epochs": 4, "lr": 0.2}
+    densities = []
+    for target in (0.2, 0.8):
+        train(small(target_density=target, **options), tmp_path / str(target), CPU)
+        densities.append(records(tmp_path / str(target), "step")[-1]["density"])
+    assert densities[0] < 0.4 < 0.6 < densities[1]
+
+
+def test_training_starts_from_trained_parts(finished, tmp_path):
+    data = load_data("digits")
+    trained, _ = load_model(finished / "last")
+    assert isinstance(trained, GaterNet)
+    network = build_network(small(backbone_from=str(finished)), data, seed=5)
+    assert isinstance(network, GaterNet)
+    assert_equal(network.backbone, trained.backbone)
+    plain = tmp_path / "plain"
+    train(small("resnet20", epochs=1), plain, CPU)
+    network = build_network(small(extractor_from=str(plain), backbone_from=str(plain)), data, seed=5)
+    assert isinstance(network, GaterNet)
+    classifier, _ = load_model(plain / "last")
+    assert_equal(network.backbone, classifier)
+    without_classifier = {k: v for k, v in classifier.state_dict().items() if not k.startswith("fc.")}
+    assert_equal(network.gater.get_submodule("extractor"), without_classifier)
+    with pytest.raises(ValueError, match="another model than the backbone"):
+        build_network(small("resnet56_gated", backbone_from=str(plain)), data, seed=5)
+
+
+def assert_equal(part: nn.Module, expected: nn.Module | dict[str, torch.Tensor]) -> None:
+    state = expected.state_dict() if isinstance(expected, nn.Module) else expected
+    assert part.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in part.state_dict().items())
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_compile_bf16_and_tensorboard_options_work(tmp_path, monkeypatch):
+    compiled = []
+    original = nn.Module.compile
+    # TorchInductor needs a C++ compiler and a minute; that the model compiles whole is what matters here.
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self: (compiled.append(self), original(self, backend="eager", fullgraph=True))
+    )
+    runtime = replace(CPU, compile=True, precision="bf16", tensorboard=True, channels_last=False)
+    record = train(small(epochs=1), tmp_path / "run", runtime)
+    assert len(compiled) == 1
+    assert np.isfinite(record["train_loss"])
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    plain = train(small(epochs=1), tmp_path / "plain", CPU)
+    assert abs(plain["train_loss"] - record["train_loss"]) < 0.2
+
+
+def test_bad_sizes_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="batch_size 2000 is more than the 1437 training images"):
+        train(small(batch_size=2000), tmp_path / "a", CPU)
+    monkeypatch.setattr(Accelerator, "num_processes", 3)
+    with pytest.raises(ValueError, match="batch_size 256 does not divide among 3 processes"):
+        train(small(), tmp_path / "b", CPU)
+
+
+def test_find_model_says_what_is_missing(finished, tmp_path):
+    assert find_model(finished, "best") == finished / "best"
+    assert find_model(finished / "last") == finished / "last"
+    with pytest.raises(ValueError, match="no run or saved model"):
+        find_model(tmp_path / "none")
+    with pytest.raises(ValueError, match="neither a run nor a saved model"):
+        find_model(tmp_path)
+    RunDirectory(tmp_path / "new").start({})
+    with pytest.raises(ValueError, match="has no finished epoch yet"):
+        find_model(tmp_path / "new")

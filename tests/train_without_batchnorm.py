@@ -1,0 +1,30 @@
+"""Run by test_train.py, as one process and as two: a run whose gradient depends on the global batch alone.
+
+BatchNorm is left out, for each process normalises with its own images; the gates' noise is off, for each draws its own.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from test_train import CPU, small
+from torch import nn
+
+import gaternet.train
+
+build = gaternet.train.build_network
+
+
+def build_with_fixed_norms(*args):
+    network = build(*args)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.forward = lambda input: input * 0.7  # noqa: A006
+    return network
+
+
+gaternet.train.build_network = build_with_fixed_norms
+torch.set_num_threads(1)
+recipe = small(batch_norm=False, noise_std=0.0, hard_probability=0.0, sparsity_start=0.0, sparsity_ramp=1.0, lr=0.01)
+gaternet.train.train(recipe, Path(sys.argv[1]), replace(CPU))
