@@ -9,8 +9,7 @@ RUN := runs/demo
 .PHONY: demo test check lint types format clean
 
 demo: $(VENV)/.installed
-	@rm -rf $(RUN)
-	$(BIN)/gaternet train digits_resnet20_gated --out $(RUN)
+	$(BIN)/gaternet train digits_resnet20_gated --out $(RUN) $(if $(wildcard $(RUN)/config.json),--resume)
 	$(BIN)/gaternet evaluate $(RUN)
 	$(BIN)/python examples/save_digits.py $(RUN)/images
 	$(BIN)/gaternet predict $(RUN) $(RUN)/images/*.png --top 2

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -153,7 +154,8 @@ class Runtime:
 def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """The recipe with some fields changed; those of `optimizer` and `gating` are named without their group.
 
-    A changed recipe no longer stands for the paper's row, so it loses `paper`.
+    A changed recipe no longer stands for the paper's row, so it loses `paper`; one that only finds the same data
+    elsewhere, in a file or folder with the set's name, keeps it.
 
     Raises:
         ValueError: for a field that does not exist, or a value out of range.
@@ -161,6 +163,7 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     changes = dict(changes)
     if not changes:
         return recipe
+    only_moved = changes.keys() == {"data"} and Path(changes["data"]).stem == recipe.data
     groups = {}
     for group in ("optimizer", "gating"):
         options = getattr(recipe, group)
@@ -169,7 +172,7 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     known = {f.name for f in dataclasses.fields(recipe)} - {"name", "optimizer", "gating", "paper"}
     if unknown := sorted(changes.keys() - known):
         raise ValueError(f"a recipe has no option {unknown[0]!r}: see gaternet train --help")
-    return dataclasses.replace(recipe, **groups, **changes, paper=None)
+    return dataclasses.replace(recipe, **groups, **changes, paper=recipe.paper if only_moved else None)
 
 
 def find_recipe(name: str) -> Recipe:

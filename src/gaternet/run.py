@@ -11,6 +11,7 @@ The checkpoint in training.pt stands for everything before it: on resuming, late
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -100,7 +101,7 @@ def find_model(path: Path, which: str = "last") -> Path:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Versions, processor, GPUs and command line, as plain data."""
+    """Versions, commit, processor, GPUs and command line, as plain data."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "command": " ".join(["gaternet", *sys.argv[1:]]),
@@ -109,6 +110,7 @@ def describe_machine() -> dict[str, Any]:
             "torch": torch.__version__,  # with the kind of build, unlike the package's metadata
             **{name: version(name) for name in _PACKAGES},
         },
+        "commit": _commit(),
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),
@@ -116,6 +118,16 @@ def describe_machine() -> dict[str, Any]:
             "gpus": gpus,
         },
     }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code lies in, marked if it was changed; None where there is none."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        found = subprocess.run([*git, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    except OSError:  # no git
+        return None
+    return found.stdout.strip() or None
 
 
 def _processor() -> str:

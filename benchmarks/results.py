@@ -1,0 +1,168 @@
+"""Keep the ledger of finished runs, and write docs/results.md from it.
+
+python benchmarks/results.py add RUN...    # a line in docs/results/runs.jsonl for each finished run, then the page
+python benchmarks/results.py               # the page alone
+
+Every figure of docs/results.md comes from docs/results/*: nothing is typed by hand. A row of the paper counts as
+measured only by runs of its recipe with no option changed; all others are listed under the command that made them.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from gaternet.checkpoint import load_model, read_json
+from gaternet.recipes import RECIPES
+from gaternet.run import RunDirectory
+
+DOCS = Path(__file__).parents[1] / "docs"
+LEDGER = DOCS / "results" / "runs.jsonl"
+
+
+def ledger_line(path: Path) -> dict[str, Any]:
+    """What the ledger keeps of a finished run."""
+    config, epochs = read_json(path / "config.json"), RunDirectory(path).epochs()
+    recipe, last = config["recipe"], epochs[-1]
+    if last["epoch"] != recipe["epochs"]:
+        raise SystemExit(f"{path} has finished {last['epoch']} of {recipe['epochs']} epochs: continue it first")
+    network, _ = load_model(path / "last")
+    gates = ("density", "always_on", "always_off", "dependent")
+    return {
+        "recipe": recipe["name"],
+        "as_published": recipe["paper"] is not None,
+        "command": config["command"],
+        "model": recipe["model"],
+        "data": recipe["data"],
+        "epochs": recipe["epochs"],
+        "seed": config["seed"],
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "test_error": 100 * (1 - last["test_accuracy"]),
+        "test_loss": last["test_loss"],
+        "train_loss": last["train_loss"],
+        "gates": {name: last[f"test_{name}"] for name in gates} if "test_density" in last else None,
+        "seconds": sum(epoch["seconds"] for epoch in epochs),
+        "versions": config["versions"],
+        "machine": config["machine"],
+        "commit": config.get("commit"),
+    }
+
+
+def read_ledger() -> list[dict[str, Any]]:
+    """All lines so far."""
+    return [json.loads(line) for line in LEDGER.read_text().splitlines()] if LEDGER.exists() else []
+
+
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def error_of(lines: list[dict[str, Any]]) -> str:
+    """Mean test error in percent, with its standard deviation and the number of runs."""
+    errors = [line["test_error"] for line in lines]
+    spread = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
+    return f"{statistics.mean(errors):.2f}{spread} (n = {len(errors)})"
+
+
+def machine_of(line: dict[str, Any]) -> str:
+    """The machine in a few words."""
+    machine = line["machine"]
+    return ", ".join(machine["gpus"]) or f"{machine['processor']}, {machine['cores']} cores"
+
+
+def paper_rows(ledger: list[dict[str, Any]]) -> str:
+    """The paper's rows, each beside what was measured."""
+    rows = []
+    for recipe in RECIPES.values():
+        if recipe.paper is None:
+            continue
+        runs = [line for line in ledger if line["as_published"] and line["recipe"] == recipe.name]
+        ours = error_of(runs) if runs else "not measured"
+        difference = f"{statistics.mean(r['test_error'] for r in runs) - recipe.paper.error:+.2f}" if runs else ""
+        rows.append([f"`{recipe.name}`", recipe.paper.params, f"{recipe.paper.error:.2f}", ours, difference])
+    return table(["recipe", "size", "paper's error %", "ours", "difference"], rows)
+
+
+def other_runs(ledger: list[dict[str, Any]]) -> str:
+    """Runs with options of their own, those that differ only in their seed on one line."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for line in ledger:
+        if not line["as_published"]:
+            words = line["command"].split()
+            for option in ("--seed", "--out"):
+                if option in words:
+                    del words[words.index(option) : words.index(option) + 2]
+            groups.setdefault((" ".join(w for w in words if w != "--resume"), machine_of(line)), []).append(line)
+    rows = []
+    for (command, machine), lines in groups.items():
+        gates = [line["gates"] for line in lines if line["gates"]]
+        opened = f"{100 * statistics.mean(g['density'] for g in gates):.1f} %" if gates else "-"
+        dependent = f"{100 * statistics.mean(g['dependent'] for g in gates):.1f} %" if gates else "-"
+        minutes = f"{statistics.mean(line['seconds'] for line in lines) / 60:.1f}"
+        rows.append([f"`{command}`", error_of(lines), opened, dependent, minutes, machine])
+    return table(["command", "test error %", "open gates", "dependent gates", "minutes", "machine"], rows)
+
+
+def speed() -> str:
+    """The benchmarks' figures."""
+    text = ""
+    path = DOCS / "results" / "training_speed.json"
+    if path.exists():
+        found = read_json(path)
+        rows = [
+            [
+                f"`{name}`",
+                f"{1e3 * found['seconds'][part]:.0f}",
+                f"{found['images_per_second'][part]:.0f}",
+                f"{found['macs'][part] / 1e6:.1f}M",
+            ]
+            for part, name in found["models"].items()
+        ]
+        text += f"### Training\n\n`{found['command']}`, {machine_of(found)}, {found['precision']} precision, "
+        text += f"batch {found['batch']}, medians of {found['steps']} steps:\n\n"
+        text += table(["model", "ms a step", "images/s", "MACs an image"], rows)
+        text += f"\nGated over plain: {found['time_ratio']:.2f} in time, {found['mac_ratio']:.2f} in MACs, "
+        text += f"quotient {found['time_ratio_over_mac_ratio']:.2f} (target: at most 1.10). Gates and bookkeeping, the "
+        text += f"gated step over the sum of plain backbone and extractor: {found['overhead']:.3f}.\n"
+    path = DOCS / "results" / "startup.json"
+    if path.exists():
+        found = read_json(path)
+        text += f"\n### Startup\n\n`{found['command']}`, {machine_of(found)}, whole processes, "
+        text += f"medians of {found['runs']}:\n\n"
+        text += table(["command", "seconds"], [[f"`{name}`", f"{s:.2f}"] for name, s in found["seconds"].items()])
+    return text or "Not measured.\n"
+
+
+def main() -> None:
+    """Add runs to the ledger, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("add").add_argument("runs", type=Path, nargs="+")
+    args = parser.parse_args()
+    if args.command == "add":
+        known = read_ledger()
+        lines = [line for line in map(ledger_line, args.runs) if line not in known]
+        LEDGER.parent.mkdir(parents=True, exist_ok=True)
+        with LEDGER.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    ledger = read_ledger()
+    page = (
+        "# Results\n\n"
+        "Written by `python benchmarks/results.py` from `docs/results/`; nothing here is typed by hand. Errors are on "
+        "the test set after the last epoch, never the best one. n is the number of runs (seeds).\n\n"
+        "## The paper's rows (Table 1)\n\n"
+        "Measured by the recipe as it is, at full length; a run with any option changed does not count here.\n\n"
+        f"{paper_rows(ledger)}\n"
+        "## Runs with other options\n\n"
+        "Short ones are for checking the software, and no evidence for or against the paper's claims.\n\n"
+        f"{other_runs(ledger) if any(not line['as_published'] for line in ledger) else 'None.'}\n"
+        f"## Speed\n\n{speed()}"
+    )
+    (DOCS / "results.md").write_text(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""How much slower does gated training step than plain training, and does the slowdown exceed that of the work?
+
+python benchmarks/training_speed.py [--steps 20] [--out docs/results/training_speed.json]
+
+Steps of the plain backbone, of the gater's extractor alone and of the gated model alternate in one process, so that a
+machine whose speed drifts slows all three alike; medians are compared. Multiply-accumulates (MACs) are counted by
+PyTorch's FlopCounterMode. `overhead` is the time of a gated step over that of its two parts: what gates and bookkeeping
+cost.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from gaternet.data import Preprocessing, mix_seed
+from gaternet.evaluate import ToInput
+from gaternet.machine import make_accelerator, seed_step
+from gaternet.models import create_model
+from gaternet.recipes import Recipe, Runtime, find_recipe
+from gaternet.run import describe_machine
+from gaternet.train import Progress, make_optimizer, training_step
+
+BATCH = 128
+PREPROCESSING = Preprocessing(32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+
+class Stepper:
+    """Training steps of one model, as `gaternet.train` does them, on random images."""
+
+    def __init__(self, recipe: Recipe, runtime: Runtime) -> None:
+        self.recipe, self.accelerator = recipe, make_accelerator(runtime)
+        torch.manual_seed(0)
+        self.network = create_model(recipe.model, 10, 3, **recipe.gater_options()).to(self.accelerator.device)
+        self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.model, self.optimizer = self.accelerator.prepare(
+            self.network, make_optimizer(self.network, recipe, self.accelerator)
+        )
+        self.progress = Progress(self.network, self.optimizer, None, self.accelerator)
+        self.to_input = ToInput(PREPROCESSING)
+        self.images = torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8, device=self.accelerator.device)
+        self.labels = torch.randint(0, 10, (BATCH,), device=self.accelerator.device)
+        self.seconds: list[float] = []
+
+    def step(self) -> None:
+        """One timed step."""
+        start = time.perf_counter()
+        seed_step(mix_seed(0, self.progress.step), self.accelerator.device)
+        self.optimizer.zero_grad()
+        self.progress.add(
+            training_step(self.model, self.to_input(self.images), self.labels, self.recipe, 1.0, self.accelerator)
+        )
+        self.optimizer.step()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - start)
+
+    def macs(self) -> int:
+        """Multiply-accumulates of one image's forward pass."""
+        return count_macs(self.network)
+
+
+def count_macs(network: nn.Module) -> int:
+    """Multiply-accumulates of the forward pass of one 32x32 image."""
+    image = torch.zeros(1, 3, 32, 32, device=next(network.parameters()).device)
+    network.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(image)
+    network.train()
+    return counter.get_total_flops() // 2
+
+
+def main() -> None:
+    """Measure, print one table, write one JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each model")
+    parser.add_argument("--depth", type=int, choices=(20, 56, 110, 164), default=56)
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/training_speed.json"))
+    args = parser.parse_args()
+    runtime = replace(Runtime(), precision=args.precision)
+    names = {"plain": f"resnet{args.depth}", "extractor": "resnet20", "gated": f"resnet{args.depth}_gated"}
+    steppers = {part: Stepper(find_recipe(f"cifar10_{name}"), runtime) for part, name in names.items()}
+    for round_ in range(args.steps + 3):
+        for stepper in steppers.values():
+            stepper.step()
+            if round_ < 3:  # warm-up
+                stepper.seconds.clear()
+    seconds = {part: statistics.median(stepper.seconds) for part, stepper in steppers.items()}
+    macs = {part: stepper.macs() for part, stepper in steppers.items()}
+    ratio, work = seconds["gated"] / seconds["plain"], macs["gated"] / macs["plain"]
+    pairs = zip(steppers["gated"].seconds, steppers["plain"].seconds, steppers["extractor"].seconds, strict=True)
+    overhead = statistics.median(gated / (plain + extractor) for gated, plain, extractor in pairs)
+    result = {
+        "models": names,
+        "batch": BATCH,
+        "steps": args.steps,
+        "precision": steppers["plain"].accelerator.mixed_precision,
+        "seconds": seconds,
+        "images_per_second": {part: BATCH / value for part, value in seconds.items()},
+        "macs": macs,
+        "time_ratio": ratio,
+        "mac_ratio": work,
+        "time_ratio_over_mac_ratio": ratio / work,
+        "overhead": overhead,
+        **describe_machine(),
+        "command": f"python benchmarks/training_speed.py --steps {args.steps} --depth {args.depth}",
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    table = Table("model", "ms a step", "images/s", "MACs", title=f"training, batch {BATCH}, median of {args.steps}")
+    for part, name in names.items():
+        table.add_row(name, f"{1e3 * seconds[part]:.0f}", f"{BATCH / seconds[part]:.0f}", f"{macs[part] / 1e6:.1f}M")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"gated / plain: time {ratio:.2f}, MACs {work:.2f}, quotient {ratio / work:.2f} (target: at most 1.10)\n"
+        f"gated / (plain + extractor), the cost of gates and bookkeeping: {overhead:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

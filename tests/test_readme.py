@@ -1,0 +1,60 @@
+"""The README's code runs, and what it names exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from gaternet.cli import app
+from gaternet.recipes import RECIPES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_python_example_runs(capsys):
+    (code,) = blocks("python")
+    assert len(code.strip().splitlines()) == 5
+    names: dict = {}
+    exec(code, names)
+    assert names["logits"].shape == (8, 10)
+    assert names["gates"].shape == (8, 336)
+    assert set(names["gates"].unique().tolist()) <= {0, 1}
+    assert capsys.readouterr().out.strip() == str(names["gates"].mean())
+    for name in set(re.findall(r"`(?:model|GaterNet)\.(\w+)", README)):
+        assert hasattr(names["model"], name), name
+    for name in set(re.findall(r"gaternet\.(\w+)\(", README)):
+        assert hasattr(names["gaternet"], name), name
+    assert isinstance(names["logits"], torch.Tensor)
+
+
+@pytest.mark.parametrize("line", [line for block in blocks("sh") for line in block.splitlines() if "gaternet " in line])
+def test_shell_commands_name_real_recipes_and_options(line):
+    words = shlex.split(line.split("gaternet ", 1)[1], comments=True)
+    commands = {c.name or c.callback.__name__: c for c in app.registered_commands if c.callback}
+    assert words[0] in commands
+    if words[0] == "train":
+        assert words[1] in RECIPES
+    import typer.main
+
+    known = {option for p in typer.main.get_command(app).commands[words[0]].params for option in p.opts}  # pyright: ignore[reportAttributeAccessIssue]
+    assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_table_lists_every_command():
+    commands = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    assert set(re.findall(r"^\| `gaternet (\w+)", README, re.MULTILINE)) == commands
+
+
+def test_links_and_make_targets_exist():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"make (\w+)", "\n".join(blocks("sh")))) | {"check"}:
+        assert f"\n{target}:" in makefile
