@@ -28,7 +28,7 @@ def run(tmp_path_factory, gaternet_command) -> Path:
         check=True,
     )
     lines = done.stdout.splitlines()
-    assert lines[1].startswith("epoch 1/1  train: loss ")  # plain lines where the output is no terminal
+    assert lines[1].startswith("epoch 1/1  train loss ")  # plain lines where the output is no terminal
     assert json.loads(lines[-1])["epoch"] == 1
     return path
 

@@ -54,7 +54,8 @@ class TrainingDisplay:
 
     def epoch(self, epoch: int, train: Mapping[str, float], test: Mapping[str, float]) -> None:
         """One line that stays, for a finished epoch."""
-        self.line(f"epoch {epoch + 1}/{self.epochs}  train: {summary(train)}  test: {summary(test)}")
+        shown = {name: value for name, value in train.items() if name in ("loss", "accuracy")}
+        self.line(f"epoch {epoch + 1}/{self.epochs}  train {summary(shown)}  test {summary(test)}")
 
     def line(self, text: str) -> None:
         """A line that stays, above the live display."""
@@ -64,9 +65,9 @@ class TrainingDisplay:
 
 def summary(metrics: Mapping[str, float]) -> str:
     """The metrics that people watch, in one short line."""
-    shown = [f"loss {metrics['loss']:.4f}", f"acc {100 * metrics['accuracy']:.2f} %"]
+    shown = [f"loss {metrics['loss']:.4f} acc {100 * metrics['accuracy']:.2f}%"]
     if "density" in metrics:
-        shown.append(f"open {100 * metrics['density']:.1f} %")
+        shown.append(f"open {100 * metrics['density']:.1f}%")
     if "images_per_second" in metrics:
         shown.append(f"{metrics['images_per_second']:.0f} img/s")
     return "  ".join(shown)
