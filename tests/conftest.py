@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 # Tiny tensors, and often several test processes on few cores: more threads would only wait for each other.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # the same in processes that tests start, whose sums must come in the same order
 
 SHARED = Path(__file__).parents[2] / "shared"
 

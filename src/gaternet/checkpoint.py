@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -117,14 +118,12 @@ def load_model(directory: Path) -> tuple[nn.Module, dict[str, Any]]:
     if not metadata or ("gater" in config and config["gater"] is None):
         raise ValueError(f"{directory / CONFIG} does not say how its model was built: load the weights by hand")
     try:
-        if "gater" in config:
-            model = build_gated(metadata, config["gater"])
-            if [asdict(site) for site in model.sites] != config["sites"]:
-                raise ValueError(f"the gates in {directory} sit elsewhere than this version of gaternet puts them")
-        else:
-            model = create_backbone(**metadata["backbone"])
-    except (KeyError, TypeError) as error:
+        gater, sites = config.get("gater"), config.get("sites")
+        model = build_gated(metadata, gater) if gater else create_backbone(**metadata["backbone"])
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{directory / CONFIG} does not describe a model of gaternet's ({error!r})") from error
+    if isinstance(model, GaterNet) and [asdict(site) for site in model.sites] != sites:
+        raise ValueError(f"the gates in {directory} sit elsewhere than this version of gaternet puts them")
     load_weights_(model, directory / WEIGHTS)
     return model.eval(), metadata
 
@@ -133,7 +132,7 @@ def _gater_options(gater: nn.Module) -> dict[str, Any] | None:
     if not isinstance(gater, Gater):  # somebody's own: it is theirs to rebuild
         return None
     options: dict[str, Any] = {name: getattr(gater, name) for name in ("noise_std", "hard_probability", "threshold")}
-    return {"bottleneck": gater.fc1.out_features, "batch_norm": isinstance(gater.norm, nn.BatchNorm1d), **options}
+    return {"bottleneck": gater.fc1.out_features, "batch_norm": not isinstance(gater.norm, nn.Identity), **options}
 
 
 def load_weights_(model: nn.Module, path: Path) -> None:
@@ -149,6 +148,10 @@ def load_weights_(model: nn.Module, path: Path) -> None:
 
 def load_pretrained(model_id: str | Path, **hub_options: Any) -> GaterNet:
     """The GaterNet in a local folder or on the Hugging Face Hub, in evaluation mode; also `GaterNet.from_pretrained`.
+
+    Args:
+        model_id: the folder, or the Hub's "owner/name".
+        hub_options: of huggingface_hub's `snapshot_download`: revision, token, cache_dir, local_files_only, ...
 
     Raises:
         ValueError: there is no GaterNet there, or it is damaged.
@@ -171,16 +174,21 @@ def load_tensors(path: Path) -> dict[str, Any]:
     """What `torch.save` wrote, if it holds nothing but tensors and plain data; nothing else is ever unpickled.
 
     Raises:
-        ValueError: the file is truncated, no such file, or holds other Python objects (which could be malicious).
+        ValueError: the file is damaged, or holds other Python objects (which could be malicious).
+        OSError: it cannot be opened.
     """
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's guesses at the origin of a strange pickle
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except UnpicklingError as error:
         raise ValueError(
             f"{path} is damaged, or holds Python objects, which are refused because they could run code: "
             "get it from its source again, saved as a state_dict"
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except Exception as error:  # on bytes that are no such file, PyTorch's reader raises whatever they lead it to
         raise ValueError(f"{path} is truncated or no PyTorch file: get it from its source again") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} does not hold a dict of tensors, but a {type(data).__name__}")
@@ -200,9 +208,12 @@ def load_official_checkpoint(path: str | Path) -> GaterNet:
     saved = load_tensors(Path(path))
     parts = {}
     for part in ("backbone", "gater"):
-        if not isinstance(saved.get(f"{part}_state_dict"), dict):
+        tensors = saved.get(f"{part}_state_dict")
+        if not isinstance(tensors, dict):
             raise ValueError(f"{path} is not in the public code's layout: it has no {part}_state_dict")
-        parts[part] = {key.replace("module.", ""): value for key, value in saved[f"{part}_state_dict"].items()}
+        if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items()):
+            raise ValueError(f"{path} is not in the public code's layout: its {part}_state_dict is no state_dict")
+        parts[part] = {key.replace("module.", ""): value for key, value in tensors.items()}
     state = {f"backbone.{_our_key(key)}": value for key, value in parts["backbone"].items()}
     for key, value in parts["gater"].items():
         state[_our_gater_key(key)] = value
@@ -217,7 +228,7 @@ def load_official_checkpoint(path: str | Path) -> GaterNet:
             {"bottleneck": bottleneck, "batch_norm": False, "threshold": _official_threshold()},
         )
         model.load_state_dict(state)
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not in the public code's layout: its tensors do not fit ({error})") from error
     return model.eval()
 

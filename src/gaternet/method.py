@@ -31,7 +31,7 @@ def improved_semhash(
     threshold: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "batch gates"]:
-    """Turn gate pre-activations g' into gates, with a gradient (paper section 3.3; equations 4 to 7).
+    """Turn gate pre-activations g' into gates, with a gradient (equations 4 to 7).
 
     In training, noise is added, and each sample gets either all-hard gates (exactly 0 or 1, with the gradient of
     the soft ones) or all-soft gates in [0, 1]. In evaluation the gates are hard, noiseless and deterministic.
@@ -51,7 +51,7 @@ def improved_semhash(
     soft = (1.2 * noisy.sigmoid() - 0.1).clamp(0, 1)  # (5)
     hard = (noisy > threshold).to(soft.dtype)  # (6)
     hard = hard + (soft - soft.detach())  # straight-through: the value of `hard`, the gradient of `soft`
-    is_hard = torch.rand(len(logits), 1, generator=generator, device=logits.device) < hard_probability  # (B, 1)
+    is_hard = torch.rand(logits.shape[0], 1, generator=generator, device=logits.device) < hard_probability  # (B, 1)
     return torch.where(is_hard, hard, soft)  # (7)
 
 
@@ -61,7 +61,7 @@ def gate_sparsity(gates: Float[Tensor, "batch gates"]) -> Float[Tensor, ""]:
 
 
 class Gater(nn.Module):
-    """G(x) = D(E(x)): an image's gates, all layers at once (paper section 3.2; equations 2 and 3).
+    """G(x) = D(E(x)): an image's gates, all layers at once (equations 2 and 3).
 
     E, the extractor, is a CNN without its output layer. D is FC1 -> BatchNorm -> ReLU -> FC2 with a narrow middle, so
     that it holds (h + C) * bottleneck weights instead of h * C. The paper's D has the BatchNorm, the public code's not.
@@ -107,7 +107,7 @@ class Gater(nn.Module):
         self.threshold = threshold
 
     def logits(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch gates"]:
-        """The gate pre-activations g' (equations 2 and 3), float32 under autocast too."""
+        """The gate pre-activations g' (equations 2 and 3); cast to float32 under autocast, for noise and soft gates."""
         features = self.extractor(images)
         if features.ndim != 2 or features.shape[1] != self.fc1.in_features:
             raise ValueError(
@@ -157,8 +157,9 @@ class GateSite:
 class _SideChannel(threading.local):
     """Carries the gates from `GaterNet.forward_gated` to the sites. Each thread has its own, and so has each copy."""
 
-    gates: Tensor | None = None
-    sites_run: int = 0
+    def __init__(self) -> None:
+        self.gates: Tensor | None = None
+        self.sites_run: list[int] = []  # the `start` of each, in the order in which they ran
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_SideChannel":
         return _SideChannel()
@@ -176,13 +177,18 @@ class _GateHook:
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         gates = self.channel.gates
         if gates is None:  # the backbone was called by itself: it is the plain network
+            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # within backward()
+                raise RuntimeError(
+                    f"site {self.site.name} is computed again in the backward pass, when the gates are gone: switch "
+                    "activation checkpointing off inside the backbone"
+                )
             return None
         if output.ndim != 4 or output.shape[1] != self.site.channels:
             raise ValueError(
                 f"site {self.site.name} has {self.site.channels} gates, but its output is {tuple(output.shape)}, "
                 f"not (B, {self.site.channels}, H, W): gate another module"
             )
-        self.channel.sites_run += 1
+        self.channel.sites_run.append(self.site.start)
         return output * gates[:, self.site.start : self.site.stop, None, None].to(output.dtype)  # (B, C_site, 1, 1)
 
 
@@ -220,7 +226,7 @@ class GaterNet(
         if missing := [site.name for site in sites if site.name not in modules]:
             raise ValueError(f"the backbone has no module {missing[0]!r}: sites must name modules of this backbone")
         if any(isinstance(hook, _GateHook) for m in modules.values() for hook in m._forward_hooks.values()):
-            raise ValueError("the backbone is gated already: call ungate() on its GaterNet first")
+            raise ValueError("the backbone is gated already: call ungate() on its GaterNet, or on a deep copy of that")
         self.backbone = backbone
         self.gater = gater
         self.sites = tuple(sites)
@@ -255,20 +261,22 @@ class GaterNet(
         """The backbone alone, under given gates (B, C), say for ablations. All ones is the plain net, bit for bit."""
         if not self._gated:
             raise RuntimeError("this GaterNet gave its backbone back with ungate(): build a new one around it")
-        if gates.shape != (len(images), self.num_gates):
+        if gates.shape != (images.shape[0], self.num_gates):
             raise ValueError(
-                f"gates must be ({len(images)}, {self.num_gates}), a row per image and a column per gated filter, "
+                f"gates must be ({images.shape[0]}, {self.num_gates}), a row per image and a column per gated filter, "
                 f"but are {tuple(gates.shape)}"
             )
-        self._channel.gates, self._channel.sites_run = gates, 0
+        self._channel.gates, self._channel.sites_run = gates, []
         try:
             logits = self.backbone(images)
         finally:
             self._channel.gates = None
-        if self._channel.sites_run != len(self.sites):
+        if sorted(self._channel.sites_run) != [site.start for site in self.sites]:
+            runs = {site.name: self._channel.sites_run.count(site.start) for site in self.sites}
+            name = next(name for name, count in runs.items() if count != 1)
             raise RuntimeError(
-                f"{self._channel.sites_run} gated modules ran instead of {len(self.sites)}: the backbone skipped, "
-                "repeated or replaced some; change the backbone first, then gate it"
+                f"site {name} ran {runs[name]} times in one call of the backbone instead of once: the backbone skips, "
+                "repeats or replaced it; change the backbone first, then gate what runs once"
             )
         return logits
 
@@ -300,7 +308,8 @@ class GaterNet(
         checkpoint.save_model(self, save_directory)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, **kwargs: Any) -> "GaterNet":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_options: Any) -> "GaterNet":
+        """The GaterNet saved in a folder or on the Hugging Face Hub, in evaluation mode: `gaternet.load_pretrained`."""
         from gaternet import checkpoint
 
-        return checkpoint.load_pretrained(model_id, **kwargs)
+        return checkpoint.load_pretrained(pretrained_model_name_or_path, **hub_options)

@@ -1,0 +1,433 @@
+"""What is saved comes back the same, what cannot be saved harms nothing, and what cannot be trusted is refused."""
+
+import errno
+import inspect
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.hub_mixin
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from gaternet import checkpoint
+from gaternet.checkpoint import (
+    load_model,
+    load_official_checkpoint,
+    load_pretrained,
+    load_tensors,
+    save_model,
+    save_state,
+    write_atomically,
+)
+from gaternet.method import Gater, GaterNet
+from gaternet.models import create_model
+
+OPTIONS: dict[str, Any] = {
+    "bottleneck": 3,
+    "batch_norm": True,
+    "noise_std": 0.5,
+    "hard_probability": 0.25,
+    "threshold": 0.02,
+}
+IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def gated_model(name: str = "resnet20_gated", num_classes: int = 5, **options: Any) -> GaterNet:
+    """In evaluation mode, with BatchNorms that have seen images, so that nothing stands at its default."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes, **{**OPTIONS, **options})
+    assert isinstance(model, GaterNet)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, 0.5, 0.5)
+    with torch.no_grad():
+        model.train()(IMAGES)
+        model.backbone(IMAGES)
+    return model.eval()
+
+
+def assert_same(model: nn.Module, other: nn.Module) -> None:
+    for ours, theirs in zip(model(IMAGES, return_gates=True), other(IMAGES, return_gates=True), strict=True):
+        assert torch.equal(ours, theirs)
+    state, other_state = model.state_dict(), other.state_dict()
+    assert state.keys() == other_state.keys()
+    assert all(torch.equal(state[name], other_state[name]) for name in state)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """All that is in a folder, hidden files too."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("saved") / "model"
+    gated_model().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def saved(saved_once, tmp_path) -> Path:
+    """A saved model that the test may spoil."""
+    return Path(shutil.copytree(saved_once, tmp_path / "model"))
+
+
+# --- Our own layout
+
+
+@pytest.mark.parametrize("load", [GaterNet.from_pretrained, load_pretrained, lambda path: load_model(path)[0]])
+def test_what_is_saved_comes_back_the_same(saved, load: Callable[[Path], GaterNet]):
+    model = load(saved)
+    assert_same(model, gated_model())
+    assert not model.training
+    assert {name: getattr(model.gater, name) for name in ("noise_std", "hard_probability", "threshold")} == {
+        name: OPTIONS[name] for name in ("noise_std", "hard_probability", "threshold")
+    }
+
+
+@pytest.mark.parametrize("options", [{"batch_norm": False}, {"bottleneck": 7, "extractor": "resnet20_se"}])
+def test_other_gaters_come_back_the_same(tmp_path, options):
+    model = gated_model(**options)
+    model.save_pretrained(tmp_path)
+    assert_same(load_pretrained(str(tmp_path)), model)
+
+
+def test_config_is_plain_data_that_says_how_the_model_is_built(saved):
+    config = json.loads((saved / "config.json").read_text())
+    assert config["gater"] == OPTIONS
+    assert config["metadata"]["backbone"] == {"name": "resnet20", "num_classes": 5, "in_chans": 3}
+    assert config["metadata"]["extractor"] == {"name": "resnet20", "in_chans": 3}
+    assert len(config["sites"]) == 9
+    assert config["sites"][1] == {
+        "name": "layer1.1.bn2",
+        "conv": "layer1.1.conv2",
+        "start": 16,
+        "stop": 32,
+        "role": "residual",
+    }
+    assert contents(saved).keys() == {"config.json", "model.safetensors", "README.md"}
+
+
+def test_model_in_channels_last_memory_format_comes_back_the_same(tmp_path):
+    model = gated_model()
+    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    model.save_pretrained(tmp_path)
+    assert_same(load_pretrained(tmp_path), gated_model())
+
+
+def test_plain_network_is_saved_with_its_metadata_and_is_no_gaternet(tmp_path):
+    net = create_model("resnet20", 5).eval()
+    metadata = {"backbone": {"name": "resnet20", "num_classes": 5}, "classes": ["a", "b", "c", "d", "e"]}
+    save_model(net, tmp_path, metadata)
+    loaded, loaded_metadata = load_model(tmp_path)
+    assert loaded_metadata == metadata
+    assert torch.equal(loaded(IMAGES), net(IMAGES))
+    with pytest.raises(ValueError, match="holds a plain network, not a GaterNet"):
+        load_pretrained(tmp_path)
+
+
+def test_saving_again_replaces_the_model_and_keeps_the_users_readme(saved):
+    (saved / "README.md").write_text("mine")
+    (saved / "notes.txt").write_text("mine, too")
+    model = gated_model(bottleneck=4)
+    model.save_pretrained(saved)
+    assert_same(load_pretrained(saved), model)
+    assert contents(saved).keys() == {"config.json", "model.safetensors", "README.md", "notes.txt"}
+    assert (saved / "README.md").read_text() == "mine"
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, at_file: int) -> None:
+    """The n-th file that is written, counted from 1, does not reach the disk."""
+    flushed = []
+
+    def fsync(descriptor: int) -> None:
+        flushed.append(descriptor)
+        if len(flushed) == at_file:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("at_file", [1, 2])
+def test_a_full_disk_leaves_the_old_model_as_it_was(saved, monkeypatch, at_file):
+    before = contents(saved)
+    full_disk(monkeypatch, at_file)
+    with pytest.raises(OSError, match=r"cannot write .*No space left on device.*what was saved is whole"):
+        gated_model(bottleneck=4).save_pretrained(saved)
+    assert contents(saved) == before
+    assert not [path for path in saved.iterdir() if path.is_dir()]
+
+
+def test_an_error_of_safetensors_leaves_the_old_model_as_it_was(saved, monkeypatch):
+    def half(model: nn.Module, path: str) -> None:
+        Path(path).write_bytes(b"half a file")
+        raise SafetensorError("I/O error: No space left on device")
+
+    before = contents(saved)
+    monkeypatch.setattr(checkpoint, "save_safetensors", half)
+    for save in (lambda: gated_model().save_pretrained(saved), lambda: save_model(gated_model(), saved)):
+        with pytest.raises(OSError, match=r"cannot write .*No space left on device"):
+            save()
+        assert contents(saved) == before
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_failing_write_keeps_the_old_file_and_nothing_else(tmp_path, old):
+    path = tmp_path / "file"
+    if old:
+        path.write_text(old)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("half of the n")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"cannot write .*file .*No space left"):
+        write_atomically(path, write)
+    assert contents(tmp_path) == ({"file": b"old"} if old else {})
+
+
+def test_a_write_is_on_the_disk_before_it_takes_the_old_files_place(tmp_path, monkeypatch):
+    path = tmp_path / "new folder" / "file"
+    path.parent.mkdir()
+    path.write_text("old")
+    at_flush = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: at_flush.append(path.read_text()))
+    write_atomically(path, lambda temporary: temporary.write_text("new"))
+    assert at_flush == ["old"]
+    assert contents(tmp_path) == {"new folder/file": b"new"}
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
+    (lambda saved: (saved / "config.json").unlink(), "holds no saved model: config.json is missing"),
+    (lambda saved: (saved / "model.safetensors").unlink(), "holds no saved model: model.safetensors is missing"),
+    (lambda saved: truncate(saved / "config.json"), "config.json is damaged"),
+    (lambda saved: (saved / "config.json").write_bytes(b"\xff\xfe"), "config.json is damaged"),
+    (lambda saved: (saved / "config.json").write_text("[1]"), "config.json does not hold a JSON object"),
+    (lambda saved: edit_config(saved, metadata=None), "config.json does not say how its model was built"),
+    (lambda saved: edit_config(saved, metadata={"backbone": {}}), "config.json does not describe a model"),
+    (lambda saved: edit_config(saved, gater={"width": 3}), "config.json does not describe a model"),
+    (lambda saved: edit_config(saved, metadata={"backbone": {"name": "vgg"}}), "config.json .*unknown model 'vgg'"),
+    (lambda saved: edit_config(saved, sites=[]), "the gates in .* sit elsewhere"),
+    (lambda saved: truncate(saved / "model.safetensors"), "model.safetensors is damaged or no safetensors file"),
+    (lambda saved: (saved / "model.safetensors").write_bytes(b""), "model.safetensors is damaged or no safetensors"),
+    (lambda saved: edit_config(saved, gater={"bottleneck": 4}), "model.safetensors holds the weights of another model"),
+    (
+        lambda saved: edit_config(saved, gater={**OPTIONS, "batch_norm": False}),
+        "model.safetensors holds the weights of another model: Unexpected key",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_a_damaged_model_is_refused_with_its_path(saved, damage, message):
+    damage(saved)
+    with pytest.raises(ValueError, match=message) as refused:
+        load_pretrained(saved)
+    assert str(saved) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_class_method_names_the_path_of_a_damaged_config_too(saved):
+    truncate(saved / "config.json")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        GaterNet.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("load", [load_pretrained, GaterNet.from_pretrained])
+def test_a_model_comes_from_the_hub_by_name(saved, monkeypatch, load):
+    asked: dict[str, Any] = {}
+
+    def snapshot_download(*args: Any, **kwargs: Any) -> str:
+        asked.update(signature.bind(*args, **kwargs).arguments)  # refuses what the real one would
+        return str(saved)
+
+    signature = inspect.signature(checkpoint.snapshot_download)
+    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(
+        huggingface_hub.hub_mixin, "hf_hub_download", lambda repo_id, filename, **options: str(saved / filename)
+    )
+    assert_same(load("someone/model", revision="v1"), gated_model())
+    assert asked["repo_id"] == "someone/model"
+    assert asked["revision"] == "v1"
+    assert set(asked["allow_patterns"]) == {"config.json", "model.safetensors"}
+
+
+def test_a_gater_of_the_users_own_is_saved_but_theirs_to_rebuild(tmp_path):
+    model = gated_model()
+    gater = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, model.num_gates), nn.Sigmoid())
+    own = GaterNet(model.ungate(), gater, model.sites, model.metadata)
+    own.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not say how its model was built: load the weights by hand"):
+        load_pretrained(tmp_path)
+    before = own(IMAGES)
+    for parameter in own.parameters():
+        nn.init.zeros_(parameter)
+    checkpoint.load_weights_(own, tmp_path / "model.safetensors")
+    assert torch.equal(own(IMAGES), before)
+
+
+# --- Files of torch.save
+
+
+def test_training_state_comes_back_the_same(tmp_path):
+    state = {"step": 3, "rate": 0.1, "names": ["a"], "nested": {"momentum": [torch.arange(3.0), None]}}
+    save_state(tmp_path / "state.pt", state)
+    loaded = load_tensors(tmp_path / "state.pt")
+    assert torch.equal(loaded["nested"]["momentum"].pop(0), state["nested"]["momentum"].pop(0))
+    assert loaded == state
+
+
+class Bomb:
+    """Unpickling it makes a folder: what an attacker's file would do is worse."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_malicious_file_is_refused_and_does_nothing(tmp_path, zipped):
+    proof = tmp_path / "proof"
+    pickle.loads(pickle.dumps(Bomb(proof)))
+    assert proof.is_dir()  # the bomb is live
+    target, file = tmp_path / "target", tmp_path / "model.pth"
+    state = {"backbone_state_dict": {"fc.weight": torch.ones(1), "x": Bomb(target)}, "gater_state_dict": {}}
+    torch.save(state, file, _use_new_zipfile_serialization=zipped)
+    for load in (load_official_checkpoint, load_tensors):
+        with pytest.raises(ValueError, match="holds Python objects, which are refused because they could run code"):
+            load(file)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"<!DOCTYPE html><html>Not found</html>",
+        b"\x89PNG\r\n\x1a\n" + bytes(64),
+        b"hello world",
+    ],
+)
+def test_a_file_of_another_kind_is_refused_with_its_path(tmp_path, content):
+    path = tmp_path / "model.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.pth is (damaged|truncated)"):
+        load_tensors(path)
+
+
+# --- The public evaluation code's layout
+
+
+def official_name(name: str) -> str:
+    """layer2.0.downsample.1.bias -> stage2.block1.shortcut.bn.bias; conv1, bn1 and fc outside stages lose the 1."""
+    parts = name.split(".")
+    if not parts[0].startswith("layer"):
+        return ".".join([parts[0].removesuffix("1"), *parts[1:]])
+    stage, unit, *rest = parts
+    if rest[0] == "downsample":
+        rest = ["shortcut", ("conv", "bn")[int(rest[1])], *rest[2:]]
+    return ".".join([stage.replace("layer", "stage"), f"block{int(unit) + 1}", *rest])
+
+
+def in_official_layout(model: GaterNet, prefix: str) -> dict[str, dict[str, Tensor]]:
+    assert isinstance(model.gater, Gater)
+    gater = {f"resnet.{official_name(name)}": t for name, t in model.gater.extractor.state_dict().items()}
+    gater |= {f"resnet.newfc.{name}": tensor for name, tensor in model.gater.fc1.state_dict().items()}
+    gater |= {f"fnn.fc.0.{name}": tensor for name, tensor in model.gater.fc2.state_dict().items()}
+    backbone = {official_name(name): tensor for name, tensor in model.backbone.state_dict().items()}
+    return {
+        "backbone_state_dict": {prefix + name: tensor for name, tensor in backbone.items()},
+        "gater_state_dict": {prefix + name: tensor for name, tensor in gater.items()},
+    }
+
+
+@pytest.mark.parametrize(("depth", "prefix"), [(20, "module."), (56, ""), (56, "module.")])
+def test_official_layout_says_depth_classes_and_bottleneck(tmp_path, depth, prefix):
+    model = gated_model(f"resnet{depth}_gated", num_classes=7, bottleneck=5, batch_norm=False)
+    torch.save(in_official_layout(model, prefix), tmp_path / "model.pth")
+    loaded = load_official_checkpoint(tmp_path / "model.pth")
+    assert isinstance(model.gater, Gater)
+    assert isinstance(loaded.gater, Gater)
+    assert 1.2 / (1 + np.exp(-loaded.gater.threshold)) - 0.1 == pytest.approx(0.49999, abs=1e-12)  # that code's rule
+    model.gater.threshold = loaded.gater.threshold
+    assert_same(loaded, model)
+    assert not loaded.training
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same(load_pretrained(tmp_path / "again"), model)
+
+
+def test_official_checkpoint_gives_what_the_public_code_computes(shared):
+    model = load_official_checkpoint(shared / "data" / "official_layout" / "resnet20_gated.pth")
+    expected = np.load(shared / "data" / "official_layout" / "resnet20_gated_expected.npz")
+    images = torch.from_numpy(expected["images"])
+    with torch.no_grad():
+        logits, gates = model(images, return_gates=True)
+        assert isinstance(model.gater, Gater)
+        np.testing.assert_allclose(model.gater.logits(images), expected["gate_preactivations"], rtol=0, atol=1e-5)
+    assert np.array_equal(gates, expected["gates"])
+    np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-5)
+
+
+def without(state: dict[str, Any], part: str, name: str) -> dict[str, Any]:
+    return {**state, part: {key: value for key, value in state[part].items() if name not in key}}
+
+
+NOT_OFFICIAL: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda state: torch.ones(3), "does not hold a dict of tensors, but a Tensor"),
+    (lambda state: state["backbone_state_dict"], "not in the public code's layout: it has no backbone_state_dict"),
+    (lambda state: {**state, "gater_state_dict": 1}, "not in the public code's layout: it has no gater_state_dict"),
+    (lambda state: without(state, "backbone_state_dict", "stage"), "layout: its tensors do not fit"),
+    (lambda state: without(state, "backbone_state_dict", "stage3.block2"), "layout: its tensors do not fit"),
+    (lambda state: without(state, "gater_state_dict", "newfc"), "layout: its tensors do not fit"),
+    (lambda state: without(state, "backbone_state_dict", "block3"), "unknown model 'resnet14'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), NOT_OFFICIAL)
+def test_a_file_of_another_layout_is_refused_with_its_path(tmp_path, change, message):
+    path = tmp_path / "model.pth"
+    torch.save(change(in_official_layout(gated_model(batch_norm=False), "module.")), path)
+    with pytest.raises(ValueError, match=message) as refused:
+        load_official_checkpoint(path)
+    assert str(path) in str(refused.value)
+
+
+def test_a_truncated_official_checkpoint_is_refused_with_its_path(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save(in_official_layout(gated_model(batch_norm=False), ""), path)
+    truncate(path)
+    with pytest.raises(ValueError, match=r"model\.pth is truncated or no PyTorch file"):
+        load_official_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        {0: torch.ones(1)},
+        {"stage1.block1.conv1.weight": 1},
+        {"stage1.block1.conv1.weight": torch.ones(1), "fc.weight": torch.tensor(5)},
+    ],
+)
+def test_an_official_layout_without_named_tensors_is_refused(tmp_path, backbone):
+    torch.save({"backbone_state_dict": backbone, "gater_state_dict": {}}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="not in the public code's layout"):
+        load_official_checkpoint(tmp_path / "model.pth")

@@ -1,0 +1,201 @@
+"""The paper's networks: what its tables count, and a gated unit written out by hand."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gaternet.method import Gater, GaterNet
+from gaternet.models import CifarResNet, create_model, model_names
+from gaternet.models.cifar_resnet import BasicBlock, Bottleneck, SqueezeExcite, residual_sites
+from gaternet.models.create import create_backbone
+from gaternet.recipes import RECIPES
+
+PAPER_ROWS = [recipe for recipe in RECIPES.values() if recipe.paper]
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def shake_(model: nn.Module) -> None:
+    """Evaluation mode and random BatchNorms: fresh ones shift nothing, so a gate before one would go unseen."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean):
+                assert tensor is not None
+                nn.init.normal_(tensor, 0.0 if tensor is module.running_mean else 0.5, 0.5, generator=generator)
+    model.eval()
+
+
+@pytest.mark.parametrize("recipe", PAPER_ROWS, ids=lambda recipe: recipe.name)
+def test_parameters_and_gates_are_those_of_the_papers_table_1(recipe):
+    classes = {"cifar10": 10, "cifar100": 100}[recipe.data]
+    model = create_model(recipe.model, classes, **recipe.gater_options())
+    assert f"{parameters(model) / 1e6:.2f}M" == recipe.paper.params
+    assert (model.num_gates if isinstance(model, GaterNet) else None) == recipe.paper.gates
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "expected"),
+    [("resnet20", 10, 272_474), ("resnet56", 10, 855_770), ("resnet164", 10, 1_620_058), ("resnet164", 100, 1_643_188)],
+)
+def test_exact_parameters_of_backbones(name, classes, expected):
+    assert parameters(create_model(name, classes)) == expected
+
+
+@pytest.mark.parametrize(("name", "expected"), [("resnet20_gated", 275_368), ("resnet56_gated", 281_416)])
+def test_exact_parameters_of_the_public_codes_gaters(name, expected):
+    model = create_model(name, batch_norm=False)
+    assert isinstance(model, GaterNet)
+    assert parameters(model.gater) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("resnet20", 336), ("resnet56", 1008), ("resnet110", 2016), ("resnet164", 7200)]
+)
+def test_sites_follow_the_last_conv_of_each_unit_in_execution_order(name, expected):
+    model = create_model(f"{name}_gated").eval()
+    assert isinstance(model, GaterNet)
+    convolved: dict[str, Tensor] = {}
+    ran: list[str] = []  # sites in the order in which they run
+    for site in model.sites:
+        conv, norm = model.backbone.get_submodule(site.conv), model.backbone.get_submodule(site.name)
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert conv.out_channels == norm.num_features == site.channels
+
+        def keep(module: nn.Module, args: tuple, output: Tensor, name: str = site.conv) -> None:
+            convolved[name] = output
+
+        def check(module: nn.Module, args: tuple, site=site) -> None:
+            ran.append(site.name)
+            assert args[0] is convolved[site.conv]  # the norm acts on nothing but the gated filters
+
+        conv.register_forward_hook(keep)
+        norm.register_forward_pre_hook(check)
+    model.backbone(torch.rand(1, 3, 4, 4))
+    assert ran == [site.name for site in model.sites]
+    units = [name for name, module in model.backbone.named_modules() if isinstance(module, BasicBlock | Bottleneck)]
+    assert [site.name.rpartition(".")[0] for site in model.sites] == units  # one each
+    assert [site.start for site in model.sites] == [0, *(site.stop for site in model.sites[:-1])]
+    assert {site.role for site in model.sites} == {"residual"}
+    assert model.num_gates == expected
+
+
+def by_hand(net: CifarResNet, images: Tensor, gates: Tensor) -> Tensor:
+    """A gated residual network, unit by unit: filters, BatchNorm, gate, SE, addition, ReLU."""
+    x, start = F.relu(net.bn1(net.conv1(images))), 0
+    for stage in (net.layer1, net.layer2, net.layer3):
+        for unit in stage.children():
+            assert isinstance(unit, BasicBlock | Bottleneck)
+            y = F.relu(unit.bn1(unit.conv1(x)))
+            if isinstance(unit, Bottleneck):
+                y = unit.bn3(unit.conv3(F.relu(unit.bn2(unit.conv2(y)))))
+            else:
+                y = unit.bn2(unit.conv2(y))
+            stop = start + y.shape[1]
+            y = y * gates[:, start:stop].reshape(len(y), -1, 1, 1)
+            start = stop
+            if isinstance(unit.se, SqueezeExcite):
+                first, second = unit.se.fc1, unit.se.fc2
+                scale = F.relu(F.linear(y.mean((2, 3)), first.weight.flatten(1), first.bias))
+                scale = F.linear(scale, second.weight.flatten(1), second.bias)
+                y = y * scale.sigmoid().reshape(len(y), -1, 1, 1)
+            x = F.relu(y + (x if x.shape == y.shape else unit.downsample(x)))
+    return net.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet20_se", "resnet164"])
+def test_gated_network_is_the_one_written_by_hand(name):
+    torch.manual_seed(0)
+    backbone = create_backbone(name)
+    plain = create_backbone(name)
+    shake_(plain)
+    sites = residual_sites(backbone)
+    backbone.load_state_dict(plain.state_dict())
+    model = GaterNet(backbone, nn.Identity(), sites).eval().double()
+    plain.double()
+    images = torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    gates = torch.randint(2, (3, sites[-1].stop)).double()
+    with torch.no_grad():
+        gated = model.forward_gated(images, gates)
+        torch.testing.assert_close(gated, by_hand(plain, images, gates))
+        assert (gated - plain(images)).abs().max() > 0.1  # the gates matter, so the comparison says something
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet164"])
+def test_stages_halve_the_image_twice_and_change_width_by_conv_and_batchnorm(name):
+    net, sizes = create_backbone(name).eval(), []
+    for stage in (net.layer1, net.layer2, net.layer3):
+        stage.register_forward_hook(lambda module, args, output: sizes.append(tuple(output.shape[1:])))
+        assert all(isinstance(unit.downsample, nn.Identity) for unit in list(stage.children())[1:])
+    net(torch.rand(1, 3, 32, 32))
+    widths = (16, 32, 64) if name == "resnet20" else (16, 128, 256)
+    assert sizes == [(width, side, side) for width, side in zip(widths, (32, 16, 8), strict=True)]
+    kinds = [[type(part) for part in net.get_submodule(f"layer{stage}.0.downsample").children()] for stage in (1, 2, 3)]
+    assert kinds == [[], [nn.Conv2d, nn.BatchNorm2d], [nn.Conv2d, nn.BatchNorm2d]]
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_every_model_runs_and_every_parameter_learns(name):
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=7, in_chans=1, batch_norm=False)  # which would take fc1's bias away
+    logits = model(torch.rand(4, 1, 8, 8))
+    assert logits.shape == (4, 7)
+    F.cross_entropy(logits, torch.arange(4)).backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+        assert parameter.grad.any(), parameter_name
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet20_wider", "resnet164"])
+def test_without_classes_a_backbone_gives_its_features(name):
+    net = create_backbone(name, num_classes=0).eval()
+    assert net(torch.rand(2, 3, 8, 8)).shape == (2, net.num_features)
+
+
+def test_convs_start_kaiming_normal_and_biases_at_zero():
+    torch.manual_seed(0)
+    net = create_backbone("resnet20_se")
+    conv = net.get_submodule("layer3.0.conv1")  # 32 -> 64: its fan-out is not its fan-in
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 64)), rel=0.02)
+    assert not any(p.any() for name, p in net.named_parameters() if name.endswith("bias"))
+
+
+def test_options_reach_the_gater():
+    options: dict[str, Any] = {"noise_std": 0.5, "hard_probability": 0.25, "threshold": 0.1}
+    model = create_model(
+        "resnet20_gated", extractor="resnet20_wider", bottleneck=5, batch_norm=False, initial_bias=2.0, **options
+    )
+    assert isinstance(model, GaterNet)
+    gater = model.gater
+    assert isinstance(gater, Gater)
+    assert {name: getattr(gater, name) for name in options} == options
+    assert gater.fc1.in_features == create_backbone("resnet20_wider").num_features
+    assert gater.fc1.out_features == 5
+    assert isinstance(gater.norm, nn.Identity)
+    assert torch.all(gater.fc2.bias == 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet20_gatd", "unknown model 'resnet20_gatd': did you mean 'resnet20_gated'?"),
+        ("vgg", "unknown model 'vgg': choose from resnet20, resnet56"),
+    ],
+)
+def test_unknown_model_names_the_nearest(name, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        create_model(name)
+
+
+def test_an_extractor_must_be_a_plain_network():
+    with pytest.raises(ValueError, match="unknown model 'resnet20_gated'"):
+        create_model("resnet20_gated", extractor="resnet20_gated")
