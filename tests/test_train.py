@@ -185,12 +185,12 @@ def test_full_disk_is_an_error_and_leaves_the_last_checkpoint_whole(finished, tm
 
 
 def test_two_processes_give_the_loss_curve_of_one(tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = Path(__file__).parent / "train_without_batchnorm.py"
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     for name, command in (("one", []), ("two", launch)):
-        subprocess.run([sys.executable, *command, script, tmp_path / name], check=True, env=environment)
+        subprocess.run([sys.executable, *command, script, tmp_path / name], check=True)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two")]
+    assert [config["processes"] for config in configs] == [1, 2]
     one, two = ([line["loss"] for line in records(tmp_path / name, "step")] for name in ("one", "two"))
     assert len(one) == 10
     np.testing.assert_allclose(two, one, rtol=2e-4)

@@ -1,6 +1,7 @@
 """Run by test_train.py, as one process and as two: a run whose gradient depends on the global batch alone.
 
-BatchNorm is left out, for each process normalises with its own images; the gates' noise is off, for each draws its own.
+BatchNorm keeps its first statistics, for each process normalises with its own images; the gates' noise is off, for each
+draws its own.
 """
 
 import sys
@@ -20,7 +21,9 @@ def build_with_fixed_norms(*args):
     network = build(*args)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.forward = lambda input: input * 0.7  # noqa: A006
+            nn.init.constant_(module.weight, 0.7)  # for sums of many residual units not to grow
+            module.eval()
+            module.train = lambda mode=True, module=module: module
     return network
 
 

@@ -287,7 +287,7 @@ def _open_run(
         if resume:
             state = run.resume(config)
         elif accelerator.is_main_process:
-            run.start({**config, "runtime": asdict(runtime)})
+            run.start({**config, "runtime": asdict(runtime), "processes": accelerator.num_processes})
     return run, state
 
 
