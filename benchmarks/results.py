@@ -33,7 +33,7 @@ def ledger_line(path: Path) -> dict[str, Any]:
         "recipe": recipe["name"],
         "as_published": recipe["paper"] is not None,
         "command": config["command"],
-        "model": recipe["model"],
+        "model": recipe["model"] or recipe["backbone"],
         "data": recipe["data"],
         "epochs": recipe["epochs"],
         "seed": config["seed"],
@@ -106,6 +106,41 @@ def other_runs(ledger: list[dict[str, Any]]) -> str:
     return table(["command", "test error %", "open gates", "dependent gates", "minutes", "machine"], rows)
 
 
+def finetuned() -> str:
+    """Networks trained by others, before and after."""
+    path = DOCS / "results" / "finetune.json"
+    if not path.exists():
+        return "Not measured.\n"
+    rows, commands = [], []
+    for line in json.loads(path.read_text()):
+        images = line["images"]
+        macs = (line["gated_macs"] + line["gater_macs"]) / line["backbone_macs"]
+        rows.append(
+            [
+                line["model"],
+                f"{100 * (1 - line['plain_correct'] / images):.2f}",
+                f"{line['open_correct'] - line['plain_correct']:+d} of {images:,}",
+                f"{line['error']:.2f}",
+                f"{100 * line['density']:.1f} %",
+                f"{100 * line['dependent']:.1f} %",
+                f"{line['gated_macs'] / line['backbone_macs']:.2f}",
+                f"{macs:.2f}",
+                f"{line['minutes']:.0f}",
+            ]
+        )
+        commands.append(f"`{line['command']}` ({machine_of(line)}, {line['machine']['threads']} threads, n = 1)")
+    titles = [
+        "network",
+        "test error %",
+        "images right, gated and open",
+        "error % fine-tuned",
+        "open gates",
+        "dependent",
+    ]
+    titles += ["backbone's MACs", "with the gater", "minutes"]
+    return table(titles, rows) + "\n" + "\n".join(f"- {command}" for command in commands) + "\n"
+
+
 def speed() -> str:
     """The benchmarks' figures."""
     text = ""
@@ -159,6 +194,11 @@ def main() -> None:
         "## Runs with other options\n\n"
         "Short ones are for checking the software, and no evidence for or against the paper's claims.\n\n"
         f"{other_runs(ledger) if any(not line['as_published'] for line in ledger) else 'None.'}\n"
+        "## Networks trained by others\n\n"
+        'Y. Idelbayev\'s CIFAR-10 ResNets, gated by `gaternet.gate(..., sites="all", open=True)`, then fine-tuned to '
+        "half of their filters, a few epochs on a CPU. MACs are means over the test images, relative to the plain "
+        "backbone.\n\n"
+        f"{finetuned()}\n"
         f"## Speed\n\n{speed()}"
     )
     (DOCS / "results.md").write_text(page)

@@ -18,16 +18,17 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from gaternet.cost import count_dense_macs
 from gaternet.data import Preprocessing, mix_seed
 from gaternet.evaluate import ToInput
 from gaternet.machine import make_accelerator, seed_step
+from gaternet.method import GaterNet
 from gaternet.models import create_model
+from gaternet.network import density_weights, make_optimizer
 from gaternet.recipes import Recipe, Runtime, find_recipe
 from gaternet.run import describe_machine
-from gaternet.train import Progress, make_optimizer, training_step
+from gaternet.train import Progress, training_step
 
 BATCH = 128
 PREPROCESSING = Preprocessing(32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -39,7 +40,7 @@ class Stepper:
     def __init__(self, recipe: Recipe, runtime: Runtime) -> None:
         self.recipe, self.accelerator = recipe, make_accelerator(runtime)
         torch.manual_seed(0)
-        self.network = create_model(recipe.model, 10, 3, **recipe.gater_options()).to(self.accelerator.device)
+        self.network = create_model(str(recipe.model), 10, 3, **recipe.gater_options()).to(self.accelerator.device)
         self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.model, self.optimizer = self.accelerator.prepare(
             self.network, make_optimizer(self.network, recipe, self.accelerator)
@@ -48,6 +49,9 @@ class Stepper:
         self.to_input = ToInput(PREPROCESSING)
         self.images = torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8, device=self.accelerator.device)
         self.labels = torch.randint(0, 10, (BATCH,), device=self.accelerator.device)
+        self.weights = None
+        if isinstance(self.network, GaterNet):
+            self.weights = density_weights(self.network, recipe.gating, self.to_input(self.images[:1]))
         self.seconds: list[float] = []
 
     def step(self) -> None:
@@ -56,7 +60,15 @@ class Stepper:
         seed_step(mix_seed(0, self.progress.step), self.accelerator.device)
         self.optimizer.zero_grad()
         self.progress.add(
-            training_step(self.model, self.to_input(self.images), self.labels, self.recipe, 1.0, self.accelerator)
+            training_step(
+                self.model,
+                self.to_input(self.images),
+                self.labels,
+                self.recipe,
+                1.0,
+                self.accelerator,
+                self.weights,
+            )
         )
         self.optimizer.step()
         if self.accelerator.device.type == "cuda":
@@ -65,17 +77,7 @@ class Stepper:
 
     def macs(self) -> int:
         """Multiply-accumulates of one image's forward pass."""
-        return count_macs(self.network)
-
-
-def count_macs(network: nn.Module) -> int:
-    """Multiply-accumulates of the forward pass of one 32x32 image."""
-    image = torch.zeros(1, 3, 32, 32, device=next(network.parameters()).device)
-    network.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(image)
-    network.train()
-    return counter.get_total_flops() // 2
+        return count_dense_macs(self.network, self.to_input(self.images[:1]))
 
 
 def main() -> None:

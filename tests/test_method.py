@@ -508,17 +508,37 @@ def test_gating_twice_is_refused_and_changes_nothing(model, images, gates):
 @pytest.mark.parametrize(
     ("sites", "message"),
     [
-        ([], "without a gap"),
-        ([SITES[0], GateSite("bn2", "conv2", 6, 13)], "without a gap"),  # gap
-        ([SITES[0], GateSite("bn2", "conv2", 4, 11)], "without a gap"),  # overlap
-        ([SITES[1]], "without a gap"),  # does not start at 0
-        ([SITES[0], GateSite("bn2", "conv2", 5, 5)], "without a gap"),  # empty
+        ([], "there must be sites"),
+        ([SITES[0], GateSite("bn1", "conv1", 5, 10)], "no two at one module"),
+        ([SITES[0], GateSite("bn2", "conv2", 6, 13)], "site bn2 has columns 6 to 13, but those before it stop at 5"),
+        ([SITES[0], GateSite("bn2", "conv2", 4, 11)], "site bn2 has columns 4 to 11, but"),  # new and old ones
+        ([SITES[1]], "site bn2 has columns 5 to 12, but those before it stop at 0"),
+        ([SITES[0], GateSite("bn2", "conv2", 5, 5)], "site bn2 has columns 5 to 5"),  # empty
         ([SITES[0], GateSite("bn3", "conv2", 5, 12)], "no module 'bn3'"),
     ],
 )
 def test_sites_that_do_not_fit_the_backbone_are_refused(sites, message):
     with pytest.raises(ValueError, match=message):
         GaterNet(Toy(), gater(), sites)
+
+
+def test_sites_may_share_columns(images):
+    class Depthwise(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv2, self.bn2 = nn.Conv2d(5, 5, 3, padding=1, groups=5), nn.BatchNorm2d(5)
+            self.fc = nn.Linear(5, 4)
+
+    torch.manual_seed(0)
+    backbone = Depthwise().eval()
+    shared = [SITES[0], GateSite("bn2", "conv2", 0, 5, "depthwise")]
+    model = GaterNet(backbone, Gater(extractor(), 6, 5), shared).eval()
+    assert model.num_gates == 5
+    first, second = captured(backbone.bn1), captured(backbone.bn2)
+    model.forward_gated(images, gates := torch.randint(2, (6, 5), generator=seeded(11)).float())
+    for output in (first[0], second[0]):
+        assert not output[gates == 0].any()
+        assert output[gates == 1].any()
 
 
 def test_a_site_of_another_width_says_its_name_and_both_shapes(images):

@@ -113,8 +113,9 @@ def by_hand(net: CifarResNet, images: Tensor, gates: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["resnet20", "resnet20_se", "resnet164"])
 def test_gated_network_is_the_one_written_by_hand(name):
     torch.manual_seed(0)
-    backbone = create_backbone(name)
-    plain = create_backbone(name)
+    backbone, plain = create_backbone(name), create_backbone(name)
+    assert isinstance(backbone, CifarResNet)
+    assert isinstance(plain, CifarResNet)
     shake_(plain)
     sites = residual_sites(backbone)
     backbone.load_state_dict(plain.state_dict())
@@ -131,6 +132,7 @@ def test_gated_network_is_the_one_written_by_hand(name):
 @pytest.mark.parametrize("name", ["resnet20", "resnet164"])
 def test_stages_halve_the_image_twice_and_change_width_by_conv_and_batchnorm(name):
     net, sizes = create_backbone(name).eval(), []
+    assert isinstance(net, CifarResNet)
     for stage in (net.layer1, net.layer2, net.layer3):
         stage.register_forward_hook(lambda module, args, output: sizes.append(tuple(output.shape[1:])))
         assert all(isinstance(unit.downsample, nn.Identity) for unit in list(stage.children())[1:])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.main import get_command
 
 from gaternet.cli import app
 from gaternet.recipes import RECIPES
@@ -19,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_python_example_runs(capsys):
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     assert len(code.strip().splitlines()) == 5
     names: dict = {}
     exec(code, names)
@@ -34,6 +35,13 @@ def test_python_example_runs(capsys):
     assert isinstance(names["logits"], torch.Tensor)
 
 
+def test_gating_example_runs(capsys):
+    names: dict = {}
+    exec(blocks("python")[1], names)
+    assert names["model"].num_gates == 4800
+    assert capsys.readouterr().out.startswith("Macs(backbone=1814073344, gater=")
+
+
 @pytest.mark.parametrize("line", [line for block in blocks("sh") for line in block.splitlines() if "gaternet " in line])
 def test_shell_commands_name_real_recipes_and_options(line):
     words = shlex.split(line.split("gaternet ", 1)[1], comments=True)
@@ -41,9 +49,8 @@ def test_shell_commands_name_real_recipes_and_options(line):
     assert words[0] in commands
     if words[0] == "train":
         assert words[1] in RECIPES
-    import typer.main
-
-    known = {option for p in typer.main.get_command(app).commands[words[0]].params for option in p.opts}  # pyright: ignore[reportAttributeAccessIssue]
+    command = get_command(app).commands[words[0]]  # pyright: ignore[reportAttributeAccessIssue]
+    known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
     assert {word for word in words if word.startswith("--")} <= known
 
 

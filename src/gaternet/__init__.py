@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gaternet.checkpoint import load_official_checkpoint, load_pretrained
+    from gaternet.cost import count_macs
+    from gaternet.gating import gate
     from gaternet.method import Gater, GaterNet, GateSite, gate_sparsity, improved_semhash
     from gaternet.models import create_model, model_names
+    from gaternet.sites import find_sites
 
 __version__ = "0.1.0"
 
@@ -15,7 +18,10 @@ _HOMES = {
     "Gater": "gaternet.method",
     "GateSite": "gaternet.method",
     "GaterNet": "gaternet.method",
+    "count_macs": "gaternet.cost",
     "create_model": "gaternet.models",
+    "find_sites": "gaternet.sites",
+    "gate": "gaternet.gating",
     "gate_sparsity": "gaternet.method",
     "improved_semhash": "gaternet.method",
     "load_official_checkpoint": "gaternet.checkpoint",
@@ -27,7 +33,10 @@ __all__ = [
     "GateSite",
     "Gater",
     "GaterNet",
+    "count_macs",
     "create_model",
+    "find_sites",
+    "gate",
     "gate_sparsity",
     "improved_semhash",
     "load_official_checkpoint",

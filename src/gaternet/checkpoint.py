@@ -27,7 +27,7 @@ from safetensors.torch import load_model as load_safetensors_
 from safetensors.torch import save_model as save_safetensors
 from torch import nn
 
-from gaternet.method import Gater, GaterNet
+from gaternet.method import Gater, GaterNet, GateSite
 from gaternet.models.create import build_gated, create_backbone
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -104,8 +104,15 @@ def save_model(model: nn.Module, directory: Path, metadata: Mapping[str, Any] | 
     write_json(directory / CONFIG, {**config, "metadata": metadata})
 
 
-def load_model(directory: Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(
+    directory: Path, backbone: nn.Module | None = None, extractor: nn.Module | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """The model saved in `directory`, in evaluation mode on the CPU, and its metadata.
+
+    Args:
+        directory: written by `save_model` or `GaterNet.save_pretrained`.
+        backbone, extractor: networks of the saved architecture, for parts that `create_backbone` does not know; their
+            weights are overwritten.
 
     Raises:
         ValueError: what is there is no saved model, or damaged, or does not fit together.
@@ -114,16 +121,20 @@ def load_model(directory: Path) -> tuple[nn.Module, dict[str, Any]]:
         if not (directory / name).is_file():
             raise ValueError(f"{directory} holds no saved model: {name} is missing")
     config = read_json(directory / CONFIG)
-    metadata = config.get("metadata")
-    if not metadata or ("gater" in config and config["gater"] is None):
-        raise ValueError(f"{directory / CONFIG} does not say how its model was built: load the weights by hand")
+    metadata = config.get("metadata") or {}
+    for part, given in (("backbone", backbone), ("extractor", extractor)):
+        if given is None and not metadata.get(part) and (part == "backbone" or "gater" in config):
+            raise ValueError(f"{directory / CONFIG} does not say how its {part} was built: load it with {part}=...")
+    if "gater" in config and config["gater"] is None:
+        raise ValueError(f"{directory / CONFIG} does not say how its gater was built: load the weights by hand")
     try:
-        gater, sites = config.get("gater"), config.get("sites")
-        model = build_gated(metadata, gater) if gater else create_backbone(**metadata["backbone"])
+        if "gater" in config:
+            sites = [GateSite(**site) for site in config["sites"]]
+            model = build_gated(metadata, config["gater"], sites, backbone, extractor)
+        else:
+            model = backbone or create_backbone(**metadata["backbone"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{directory / CONFIG} does not describe a model of gaternet's ({error!r})") from error
-    if isinstance(model, GaterNet) and [asdict(site) for site in model.sites] != sites:
-        raise ValueError(f"the gates in {directory} sit elsewhere than this version of gaternet puts them")
     load_weights_(model, directory / WEIGHTS)
     return model.eval(), metadata
 
@@ -132,7 +143,12 @@ def _gater_options(gater: nn.Module) -> dict[str, Any] | None:
     if not isinstance(gater, Gater):  # somebody's own: it is theirs to rebuild
         return None
     options: dict[str, Any] = {name: getattr(gater, name) for name in ("noise_std", "hard_probability", "threshold")}
-    return {"bottleneck": gater.fc1.out_features, "batch_norm": not isinstance(gater.norm, nn.Identity), **options}
+    return {
+        "num_features": gater.fc1.in_features,
+        "bottleneck": gater.fc1.out_features,
+        "batch_norm": not isinstance(gater.norm, nn.Identity),
+        **options,
+    }
 
 
 def load_weights_(model: nn.Module, path: Path) -> None:
@@ -146,11 +162,14 @@ def load_weights_(model: nn.Module, path: Path) -> None:
         raise ValueError(f"{path} holds the weights of another model: {first[0]}") from error
 
 
-def load_pretrained(model_id: str | Path, **hub_options: Any) -> GaterNet:
+def load_pretrained(
+    model_id: str | Path, *, backbone: nn.Module | None = None, extractor: nn.Module | None = None, **hub_options: Any
+) -> GaterNet:
     """The GaterNet in a local folder or on the Hugging Face Hub, in evaluation mode; also `GaterNet.from_pretrained`.
 
     Args:
         model_id: the folder, or the Hub's "owner/name".
+        backbone, extractor: see `load_model`.
         hub_options: of huggingface_hub's `snapshot_download`: revision, token, cache_dir, local_files_only, ...
 
     Raises:
@@ -159,7 +178,7 @@ def load_pretrained(model_id: str | Path, **hub_options: Any) -> GaterNet:
     directory = Path(model_id)
     if not directory.is_dir():
         directory = Path(snapshot_download(str(model_id), allow_patterns=[CONFIG, WEIGHTS], **hub_options))
-    model, _ = load_model(directory)
+    model, _ = load_model(directory, backbone, extractor)
     if not isinstance(model, GaterNet):
         raise ValueError(f"{model_id} holds a plain network, not a GaterNet: use gaternet.checkpoint.load_model")
     return model

@@ -224,6 +224,64 @@ def recipes(as_json: _Json = False) -> None:
     _console.print(table)
 
 
+@app.command()
+def sites(
+    model: Annotated[str, typer.Argument(help="a network of timm's, torchvision's or ours, or a run or saved model")],
+    select: Annotated[Literal["residual", "all"], typer.Option("--sites", help="which filters")] = "residual",
+    image_size: Annotated[int, typer.Option(min=1, help="side of the images in pixels")] = 224,
+    in_chans: Annotated[int, typer.Option(min=1, help="channels of the images")] = 3,
+    as_json: _Json = False,
+) -> None:
+    """Which filters of a network can be gated, what that saves, and for the others why not.
+
+    Examples:
+
+      gaternet sites timm:resnet50
+
+      gaternet sites torchvision:mobilenet_v3_small --sites all --json
+
+      gaternet sites resnet56 --image-size 32
+    """
+    import torch
+
+    from gaternet.cost import CostModel
+    from gaternet.graph import read_graph
+    from gaternet.models import create_model
+    from gaternet.sites import examine
+
+    backbone = create_model(model.removesuffix("_gated"), 1000, in_chans)
+    graph = read_graph(backbone, torch.zeros(2, in_chans, image_size, image_size))
+    report = examine(graph, select)
+    cost = CostModel(graph, report.sites)
+    savings = cost.savings()
+    if as_json:
+        gated = [{**dataclasses.asdict(site), "saves": int(savings[site.start])} for site in report.sites]
+        print(
+            json.dumps({"sites": gated, "left_out": report.left_out, "macs": cost.dense, "gateable": cost.gateable()})
+        )
+        return
+    table = Table(box=None)
+    for title in ("gated filters", "gates act behind", "role"):
+        table.add_column(title, no_wrap=True)
+    for title in ("gates", "MACs each saves"):
+        table.add_column(title, justify="right")
+    for site in report.sites:
+        saves = "shared" if site.role == "depthwise" else f"{int(savings[site.start]):,}"
+        table.add_row(site.conv, site.name, site.role, f"{site.channels:,}", saves)
+    _console.print(table)
+    gates = max(site.stop for site in report.sites)
+    share = f"{100 * cost.gateable():.1f} % of {cost.dense / 1e6:,.1f}M MACs"
+    _console.print(f"\n{gates:,} gates at {len(report.sites)} sites; with all of them closed, {share} are saved")
+    if report.left_out:
+        _console.print("\nnot gated:")
+        reasons: dict[str, list[str]] = {}
+        for name, reason in report.left_out.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            _console.print(_escape(f"  {some}: {reason}"))
+
+
 def _escape(text: str) -> str:
     from rich.markup import escape
 

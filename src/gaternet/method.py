@@ -139,7 +139,9 @@ class GateSite:
         name: the module whose output (B, channels, H, W) is scaled: the BatchNorm after the gated filters.
         conv: the convolution that holds the gated filters.
         start, stop: the site's columns of the gates (B, C).
-        role: "residual" for the last convolution of a residual unit, the paper's choice.
+        role: "residual" for the last convolution of a residual unit, the paper's choice; "dense" for the last of a
+            densely connected unit; "shortcut" for one beside a residual unit; "depthwise" for a depthwise one that
+            shares the gates of the filters that it reads; "inner" for any other.
     """
 
     name: str
@@ -159,7 +161,7 @@ class _SideChannel(threading.local):
 
     def __init__(self) -> None:
         self.gates: Tensor | None = None
-        self.sites_run: list[int] = []  # the `start` of each, in the order in which they ran
+        self.sites_run: list[str] = []  # their names, in the order in which they ran
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_SideChannel":
         return _SideChannel()
@@ -188,7 +190,7 @@ class _GateHook:
                 f"site {self.site.name} has {self.site.channels} gates, but its output is {tuple(output.shape)}, "
                 f"not (B, {self.site.channels}, H, W): gate another module"
             )
-        self.channel.sites_run.append(self.site.start)
+        self.channel.sites_run.append(self.site.name)
         return output * gates[:, self.site.start : self.site.stop, None, None].to(output.dtype)  # (B, C_site, 1, 1)
 
 
@@ -207,7 +209,8 @@ class GaterNet(
     Args:
         backbone: the network that makes the prediction; must not be gated already.
         gater: maps images (B, channels, H, W) to gates (B, C).
-        sites: where the gates act, in the order of the gates.
+        sites: where the gates act, in the order of the gates. Each starts where those before it stop, or shares columns
+            with them.
         metadata: plain data that is saved beside the weights: how to rebuild the parts, see `gaternet.checkpoint`.
     """
 
@@ -219,9 +222,16 @@ class GaterNet(
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        ends = [0, *(site.stop for site in sites)]
-        if not sites or any(site.start != end or site.channels < 1 for site, end in zip(sites, ends, strict=False)):
-            raise ValueError("sites must follow each other without a gap: each starts where the last one stops")
+        end = 0
+        for site in sites:
+            if site.channels < 1 or not (site.start == end or 0 <= site.start < site.stop <= end):
+                raise ValueError(
+                    f"site {site.name} has columns {site.start} to {site.stop}, but those before it stop at {end}: "
+                    "start there, or share columns with them"
+                )
+            end = max(end, site.stop)
+        if not sites or len({site.name for site in sites}) < len(sites):
+            raise ValueError("there must be sites, and no two at one module")
         modules = dict(backbone.named_modules())
         if missing := [site.name for site in sites if site.name not in modules]:
             raise ValueError(f"the backbone has no module {missing[0]!r}: sites must name modules of this backbone")
@@ -238,7 +248,7 @@ class GaterNet(
     @property
     def num_gates(self) -> int:
         """C, the number of gated filters."""
-        return self.sites[-1].stop
+        return max(site.stop for site in self.sites)
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], return_gates: bool = False
@@ -271,8 +281,8 @@ class GaterNet(
             logits = self.backbone(images)
         finally:
             self._channel.gates = None
-        if sorted(self._channel.sites_run) != [site.start for site in self.sites]:
-            runs = {site.name: self._channel.sites_run.count(site.start) for site in self.sites}
+        if sorted(self._channel.sites_run) != sorted(site.name for site in self.sites):
+            runs = {site.name: self._channel.sites_run.count(site.name) for site in self.sites}
             name = next(name for name, count in runs.items() if count != 1)
             raise RuntimeError(
                 f"site {name} ran {runs[name]} times in one call of the backbone instead of once: the backbone skips, "
@@ -309,7 +319,10 @@ class GaterNet(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_options: Any) -> "GaterNet":
-        """The GaterNet saved in a folder or on the Hugging Face Hub, in evaluation mode: `gaternet.load_pretrained`."""
+        """The GaterNet saved in a folder or on the Hugging Face Hub, in evaluation mode: `gaternet.load_pretrained`.
+
+        A backbone that is neither timm's, torchvision's nor ours is passed in as `backbone`.
+        """
         from gaternet import checkpoint
 
         return checkpoint.load_pretrained(pretrained_model_name_or_path, **hub_options)

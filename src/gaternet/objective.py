@@ -8,11 +8,11 @@ from torch import Tensor
 from gaternet.recipes import Gating, Optimizer
 
 
-def gate_penalty(density: Float[Tensor, ""], gating: Gating, epoch: float) -> Float[Tensor, ""]:
+def gate_penalty(density: Float[Tensor, "*densities"], gating: Gating, epoch: float) -> Float[Tensor, ""]:
     """What gates add to the loss: lambda * density (paper, equation 8), or density_weight * (density - target)^2.
 
     Args:
-        density: `gate_sparsity` of the batch, in [0, 1].
+        density: of the batch, in [0, 1]: one, or several whose penalties are averaged (see `network.density_weights`).
         gating: the weights, and when they act.
         epoch: epochs done so far, fractions included.
     """
@@ -20,8 +20,8 @@ def gate_penalty(density: Float[Tensor, ""], gating: Gating, epoch: float) -> Fl
     if gating.sparsity_ramp > 0:
         ramp = min(1.0, max(0.0, (epoch - gating.sparsity_start) / gating.sparsity_ramp))
     if gating.target_density is not None:
-        return ramp * gating.density_weight * (density - gating.target_density) ** 2
-    return ramp * gating.sparsity * density
+        return ramp * gating.density_weight * ((density - gating.target_density) ** 2).mean()
+    return ramp * gating.sparsity * density.mean()
 
 
 def learning_rate(optimizer: Optimizer, step: int, steps_per_epoch: int, epochs: int) -> float:

@@ -58,7 +58,9 @@ class Optimizer:
 class Gating:
     """The gater and its losses; ignored by plain models."""
 
-    extractor: str = option("resnet20", "name of the plain network that is the gater's E")
+    extractor: str = option("resnet20", "the gater's E: a network of ours or timm's by name; with --backbone also auto")
+    sites: Literal["residual", "all"] = option("residual", "filters of --backbone to gate: residual, all")
+    open: bool = option(False, "with --backbone: start with every gate open, as the plain network")
     bottleneck: int = option(8, "width b of the middle of the gater's D")
     batch_norm: bool = option(True, "BatchNorm in D: the paper's text has it, its public code has not")
     initial_bias: float = option(
@@ -71,8 +73,13 @@ class Gating:
     density_weight: float = option(10.0, "weight of (density - target_density)^2 in the loss")
     sparsity_start: float = option(0.0, "epoch at which either weight begins to act")
     sparsity_ramp: float = option(0.0, "epochs over which it then rises linearly to its full value")
-    backbone_from: str | None = option(None, "run or saved model whose weights the backbone starts from")
-    extractor_from: str | None = option(None, "run or saved model whose weights the gater's E starts from")
+    penalty: Literal["gates", "sites", "macs"] = option(
+        "gates", "density of: gates, all alike; sites, each to the target by itself; macs, gates by what they save"
+    )
+    freeze: Literal["none", "backbone", "gater"] = option("none", "part that does not learn: none, backbone, gater")
+    gater_lr: float | None = option(None, "peak learning rate of the gater; default: the backbone's")
+    backbone_from: str | None = option(None, "run, saved model or state_dict file that the backbone starts from")
+    extractor_from: str | None = option(None, "run, saved model or state_dict file that the gater's E starts from")
 
     def __post_init__(self) -> None:
         _check(self, "bottleneck", self.bottleneck >= 1, "at least 1")
@@ -85,6 +92,10 @@ class Gating:
         _check(self, "density_weight", self.density_weight >= 0, "at least 0")
         _check(self, "sparsity_start", self.sparsity_start >= 0, "at least 0")
         _check(self, "sparsity_ramp", self.sparsity_ramp >= 0, "at least 0")
+        _check(self, "sites", self.sites in ("residual", "all"), "residual or all")
+        _check(self, "penalty", self.penalty in ("gates", "sites", "macs"), "gates, sites or macs")
+        _check(self, "freeze", self.freeze in ("none", "backbone", "gater"), "none, backbone or gater")
+        _check(self, "gater_lr", self.gater_lr is None or self.gater_lr > 0, "above 0")
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,9 @@ class Recipe:
     """A training run, but for its seed and the machine it runs on."""
 
     name: str
-    model: str = option("resnet20_gated", "model name, see gaternet.model_names()")
+    model: str | None = option("resnet20_gated", "model name, see gaternet.model_names()")
+    backbone: str | None = option(None, "in place of a model, a network to gate: timm:NAME, torchvision:NAME or ours")
+    pretrained: bool = option(False, "start --backbone from the trained weights that its library offers")
     data: str = option("cifar10", "digits, cifar10, cifar100, fashion_mnist, a .npz file or a folder of images")
     augment: Literal["none", "crop", "crop_flip"] = option("crop_flip", "training augmentation: none, crop, crop_flip")
     image_size: int | None = option(None, "side in pixels that images are brought to; default: as stored, folders 224")
@@ -114,6 +127,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check(self, "augment", self.augment in ("none", "crop", "crop_flip"), "none, crop or crop_flip")
+        _check(self, "model", (self.model is None) != (self.backbone is None), "left out where backbone is set")
+        _check(self, "pretrained", not self.pretrained or self.backbone is not None, "off without backbone")
         _check(self, "image_size", self.image_size is None or self.image_size >= 1, "at least 1")
         _check(self, "epochs", self.epochs >= 1, "at least 1")
         _check(self, "batch_size", self.batch_size >= 1, "at least 1")
@@ -121,7 +136,7 @@ class Recipe:
     @property
     def gated(self) -> bool:
         """Whether the model is a GaterNet."""
-        return self.model.endswith("_gated")
+        return self.model is None or self.model.endswith("_gated")
 
     def gater_options(self) -> dict[str, Any]:
         """The arguments of `create_model` that a gated model has and a plain one has not."""
@@ -163,6 +178,9 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     changes = dict(changes)
     if not changes:
         return recipe
+    for given, other in (("model", "backbone"), ("backbone", "model")):  # either takes the other's place
+        if changes.get(given):
+            changes.setdefault(other, None)
     only_moved = changes.keys() == {"data"} and Path(changes["data"]).stem == recipe.data
     groups = {}
     for group in ("optimizer", "gating"):
@@ -208,7 +226,7 @@ def _table_1() -> list[Recipe]:
             # By its parameter count, this row alone has a wider bottleneck than 8.
             gating = Gating(bottleneck=128) if (model, data) == ("resnet20_gated", "cifar100") else Gating()
             paper = PaperRow(1, params, error, gates)
-            recipes.append(Recipe(f"{data}_{model}", model, data, gating=gating, paper=paper))
+            recipes.append(Recipe(f"{data}_{model}", model, data=data, gating=gating, paper=paper))
     return recipes
 
 
@@ -218,9 +236,43 @@ def _digits() -> list[Recipe]:
     gating = Gating(target_density=0.6, sparsity_start=2.0, sparsity_ramp=4.0)
     models = ("resnet20", "resnet20_gated")
     return [
-        Recipe(f"digits_{model}", model, "digits", "crop", epochs=20, batch_size=64, optimizer=optimizer, gating=gating)
+        Recipe(
+            f"digits_{model}",
+            model,
+            data="digits",
+            augment="crop",
+            epochs=20,
+            batch_size=64,
+            optimizer=optimizer,
+            gating=gating,
+        )
         for model in models
     ]
 
 
-RECIPES = {recipe.name: recipe for recipe in [*_digits(), *_table_1()]}
+def _finetune() -> Recipe:
+    """A network that was trained elsewhere is gated: all gates are open first, then steered to half of its MACs."""
+    optimizer = Optimizer(lr=0.01, schedule="cosine", warmup_epochs=0.5)
+    gating = Gating(
+        extractor="auto",
+        sites="all",
+        open=True,
+        bottleneck=64,
+        gater_lr=0.05,
+        target_density=0.5,
+        penalty="macs",
+        sparsity_ramp=2.0,
+    )
+    return Recipe(
+        "finetune",
+        model=None,
+        backbone="timm:resnet18",
+        pretrained=True,
+        epochs=10,
+        batch_size=64,
+        optimizer=optimizer,
+        gating=gating,
+    )
+
+
+RECIPES = {recipe.name: recipe for recipe in [*_digits(), _finetune(), *_table_1()]}

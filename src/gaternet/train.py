@@ -25,11 +25,18 @@ from gaternet.evaluate import BATCH as EVALUATION_BATCH
 from gaternet.evaluate import ToInput, evaluate
 from gaternet.machine import collect_signals, make_accelerator, make_loader, seed_step, should_stop, tensorboard
 from gaternet.method import GaterNet, gate_sparsity
-from gaternet.models import create_model
+from gaternet.network import (
+    build_network,
+    density_weights,
+    make_optimizer,
+    model_metadata,
+    prepared_for,
+    set_training_mode,
+)
 from gaternet.objective import gate_penalty, learning_rate
 from gaternet.progress import TrainingDisplay
 from gaternet.recipes import Recipe, Runtime
-from gaternet.run import RunDirectory, find_model
+from gaternet.run import RunDirectory
 
 
 class TrainingError(RuntimeError):
@@ -45,7 +52,12 @@ class Stopped(TrainingError):  # noqa: N818 (it is no failure)
 
 
 def train(
-    recipe: Recipe, run_dir: str | Path, runtime: Runtime | None = None, seed: int = 0, resume: bool = False
+    recipe: Recipe,
+    run_dir: str | Path,
+    runtime: Runtime | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    network: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Train a recipe, evaluating after each epoch, and keep everything in `run_dir` (see `gaternet.run`).
 
@@ -55,6 +67,7 @@ def train(
         runtime: how to use this machine.
         seed: of the weights, the order of images, the augmentation and the gates' noise.
         resume: continue the run that is there.
+        network: train this one, a GaterNet say that `gate` made, in place of the recipe's own.
 
     Returns:
         The metrics of the last epoch, as in metrics.jsonl; accuracies and densities lie in [0, 1].
@@ -72,7 +85,10 @@ def train(
         data = load_data(recipe.data, recipe.augment, recipe.image_size, runtime.data_root, seed)
     if len(data.train) < recipe.batch_size:
         raise ValueError(f"batch_size {recipe.batch_size} is more than the {len(data.train)} training images: lower it")
-    network = build_network(recipe, data, seed).to(accelerator.device)
+    trained = network is not None or recipe.pretrained
+    network = (network or build_network(recipe, data, seed)).to(accelerator.device)
+    data = prepared_for(data, network) if trained else data
+    set_training_mode(network, recipe)
     if runtime.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     decay = recipe.optimizer.ema_decay
@@ -81,6 +97,9 @@ def train(
         network.compile()
     model, optimizer = accelerator.prepare(network, make_optimizer(network, recipe, accelerator))
     to_input = ToInput(data.preprocessing, runtime.channels_last)
+    weights = None
+    if isinstance(network, GaterNet):
+        weights = density_weights(network, recipe.gating, to_input(data.test[0][0][None].to(accelerator.device)))
     train_batches = make_loader(data.train, recipe.batch_size // accelerator.num_processes, runtime, accelerator, seed)
     test_batches = make_loader(data.test, max(1, EVALUATION_BATCH // accelerator.num_processes), runtime, accelerator)
     steps_per_epoch = len(train_batches)
@@ -100,16 +119,18 @@ def train(
     ):
         display.line(_title(recipe, network, data, accelerator))
         for epoch in range(progress.epoch, recipe.epochs):
-            model.train()
+            set_training_mode(network, recipe)
             clock = _Clock(recipe.batch_size, progress.step)
             metrics: dict[str, float] = {}
             for images, labels in _epoch(train_batches, data.train, epoch, progress.step - epoch * steps_per_epoch):
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(recipe.optimizer, progress.step, steps_per_epoch, recipe.epochs)
+                    rate = learning_rate(recipe.optimizer, progress.step, steps_per_epoch, recipe.epochs)
+                    group["lr"] = rate * group["scale"]
                 seed_step(mix_seed(seed, progress.step, accelerator.process_index), accelerator.device)
                 epochs_done = progress.step / steps_per_epoch
                 optimizer.zero_grad()
-                progress.add(training_step(model, to_input(images), labels, recipe, epochs_done, accelerator))
+                inputs = to_input(images)
+                progress.add(training_step(model, inputs, labels, recipe, epochs_done, accelerator, weights))
                 optimizer.step()
                 if ema is not None:
                     ema.update_parameters(network)
@@ -145,7 +166,7 @@ def train(
             is_best = progress.end_epoch(tested["accuracy"])
             if main:
                 run.log(record)
-                metadata = model_metadata(recipe, data, seed, record)
+                metadata = model_metadata(recipe, network, data, seed, tested["accuracy"])
                 for name in ("best", "last") if is_best else ("last",):
                     checkpoint.save_model(judged, run.path / name, metadata)
                 if board is not None:
@@ -159,20 +180,27 @@ def train(
 
 
 def training_step(
-    model: nn.Module, inputs: Tensor, labels: Tensor, recipe: Recipe, epochs_done: float, accelerator: Accelerator
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    epochs_done: float,
+    accelerator: Accelerator,
+    weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Forward and backward of one batch (equation 8); sums over the batch, on the device: nothing waits for them."""
-    logits, gates = model(inputs, return_gates=True) if recipe.gated else (model(inputs), None)
+    gated = weights is not None
+    logits, gates = model(inputs, return_gates=True) if gated else (model(inputs), inputs.new_zeros(0))
     loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.optimizer.label_smoothing)
     sums = {"loss": loss.detach() * len(labels), "correct": (logits.argmax(1) == labels).sum()}
-    if gates is not None:
-        density = gate_sparsity(gates)
+    if gated:
+        density = weights @ gates.mean(0)  # (S,), see `density_weights`
         if accelerator.num_processes > 1:  # the value of the whole batch, with the gradient of this process' part
             mean = accelerator.reduce(density.detach(), "mean")
             assert isinstance(mean, Tensor)
             density = density + (mean - density.detach())
         penalty = gate_penalty(density, recipe.gating, epochs_done)
-        sums |= {"density": density.detach() * len(labels), "penalty": penalty.detach() * len(labels)}
+        sums |= {"density": gate_sparsity(gates.detach()) * len(labels), "penalty": penalty.detach() * len(labels)}
         loss = loss + penalty
     accelerator.backward(loss)
     return sums | {"images": torch.full_like(loss, len(labels)).detach()}
@@ -243,42 +271,6 @@ class Progress:
             part.load_state_dict(state[name])
 
 
-def build_network(recipe: Recipe, data: ImageData, seed: int) -> nn.Module:
-    """The recipe's model with weights drawn from `seed`, or taken from where the recipe says."""
-    torch.manual_seed(seed)
-    network = create_model(recipe.model, len(data.classes), data.preprocessing.channels, **recipe.gater_options())
-    if isinstance(network, GaterNet):
-        if recipe.gating.backbone_from:
-            _start_from(network.backbone, recipe.gating.backbone_from, "backbone")
-        if recipe.gating.extractor_from:
-            _start_from(network.gater.get_submodule("extractor"), recipe.gating.extractor_from, "extractor")
-    return network
-
-
-def make_optimizer(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> torch.optim.Optimizer:
-    """SGD on all parameters."""
-    options = recipe.optimizer
-    return torch.optim.SGD(
-        network.parameters(),
-        options.lr,
-        options.momentum,
-        weight_decay=options.weight_decay,
-        nesterov=options.nesterov,
-        fused=accelerator.scaler is None and accelerator.device.type in ("cpu", "cuda"),
-    )
-
-
-def model_metadata(recipe: Recipe, data: ImageData, seed: int, record: Mapping[str, Any]) -> dict[str, Any]:
-    """What is saved beside the weights: how to rebuild and use the model, and how it was trained."""
-    shape = {"num_classes": len(data.classes), "in_chans": data.preprocessing.channels}
-    metadata: dict[str, Any] = {"backbone": {"name": recipe.model.removesuffix("_gated"), **shape}}
-    if recipe.gated:
-        metadata["extractor"] = {"name": recipe.gating.extractor, "in_chans": shape["in_chans"]}
-    trained = {"recipe": recipe.name, "data": recipe.data, "seed": seed, "epoch": record["epoch"]}
-    trained["test_accuracy"] = record["test_accuracy"]
-    return {**metadata, **data.metadata(), "trained": trained}
-
-
 def _open_run(
     path: Path, recipe: Recipe, runtime: Runtime, seed: int, resume: bool, accelerator: Accelerator
 ) -> tuple[RunDirectory, dict[str, Any] | None]:
@@ -289,22 +281,6 @@ def _open_run(
         elif accelerator.is_main_process:
             run.start({**config, "runtime": asdict(runtime), "processes": accelerator.num_processes})
     return run, state
-
-
-def _start_from(part: nn.Module, source: str, name: str) -> None:
-    """Copy weights of a trained model into the backbone or the extractor, which has no classifier."""
-    trained, _ = checkpoint.load_model(find_model(Path(source)))
-    if isinstance(trained, GaterNet):
-        trained = trained.backbone if name == "backbone" else trained.gater.get_submodule("extractor")
-    state = {
-        key: value for key, value in trained.state_dict().items() if name == "backbone" or not key.startswith("fc.")
-    }
-    try:
-        part.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{source} holds another model than the {name} of this recipe: name one of its kind"
-        ) from error
 
 
 def _epoch(batches: Any, images: ImageSet, epoch: int, skip: int) -> Any:
@@ -338,7 +314,7 @@ def _title(recipe: Recipe, network: nn.Module, data: ImageData, accelerator: Acc
     gates = f", {network.num_gates:,} gates" if isinstance(network, GaterNet) else ""
     where = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.mixed_precision} precision"
     return (
-        f"{recipe.name}: {recipe.model} ({parameters:.2f}M parameters{gates}) on {recipe.data}, "
+        f"{recipe.name}: {recipe.model or recipe.backbone} ({parameters:.2f}M parameters{gates}) on {recipe.data}, "
         f"{len(data.train):,} + {len(data.test):,} images, {recipe.epochs} epochs, {where}"
     ).replace("no precision", "full precision")
 

@@ -1,12 +1,13 @@
-"""Every model of the paper's tables by name."""
+"""Models by name: those of the paper's tables, and the plain networks of timm and torchvision."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
-from gaternet.method import Gater, GaterNet
+from gaternet.method import Gater, GaterNet, GateSite
 from gaternet.models.cifar_resnet import BasicBlock, Bottleneck, CifarResNet, residual_sites
 
 # name: block, units per stage, stem filters, inner widths, unit widths
@@ -21,10 +22,11 @@ _WIDER = {"resnet20": 1.44, "resnet56": 1.12, "resnet110": 1.12, "resnet164": 1.
 _SE_REDUCTION = {"resnet20": 4, "resnet56": 4, "resnet110": 4, "resnet164": 8}
 _BACKBONES = [f"{name}{suffix}" for name in _CIFAR_RESNETS for suffix in ("", "_wider", "_se")]
 _GATED = "_gated"
+_TIMM, _TORCHVISION = "timm:", "torchvision:"
 
 
 def model_names() -> list[str]:
-    """All names that `create_model` knows."""
+    """All names that `create_model` knows, but for those of timm and torchvision."""
     return sorted([*_BACKBONES, *(f"{name}{_GATED}" for name in _CIFAR_RESNETS)], key=lambda name: (len(name), name))
 
 
@@ -40,23 +42,25 @@ def create_model(
     noise_std: float = 1.0,
     hard_probability: float = 0.5,
     threshold: float = 0.0,
+    pretrained: bool = False,
 ) -> nn.Module:
-    """A model of the paper's tables with fresh weights: a GaterNet if the name ends in `_gated`, else a plain net.
+    """A model by name: a GaterNet if the name ends in `_gated`, else a plain network.
 
     Args:
-        name: one of `model_names()`, for example "resnet56_gated".
+        name: one of `model_names()`, for example "resnet56_gated", or "timm:resnet50", or "torchvision:vgg11".
         num_classes: classes K.
         in_chans: channels of the images.
         extractor: for gated models, the name of the plain network that serves as the gater's E, without its classifier.
         bottleneck, batch_norm, initial_bias, noise_std, hard_probability, threshold: for gated models, see `Gater`.
+        pretrained: for timm's and torchvision's models, take their trained weights, which are downloaded.
 
     Raises:
-        ValueError: for a name that is not known.
+        ValueError: for a name that is not known, or weights that cannot be had.
     """
-    if name not in model_names():
+    if name not in model_names() and not name.startswith((_TIMM, _TORCHVISION)):
         raise ValueError(_unknown(name, model_names()))
     if not name.endswith(_GATED):
-        return create_backbone(name, num_classes, in_chans)
+        return create_backbone(name, num_classes, in_chans, pretrained)
     shape = {"num_classes": num_classes, "in_chans": in_chans}
     return build_gated(
         {
@@ -74,8 +78,75 @@ def create_model(
     )
 
 
-def create_backbone(name: str, num_classes: int = 10, in_chans: int = 3) -> CifarResNet:
-    """A plain network by name, such as "resnet20" or "resnet20_wider"; with `num_classes=0` its features (B, h)."""
+def create_backbone(name: str, num_classes: int = 10, in_chans: int = 3, pretrained: bool = False) -> nn.Module:
+    """A plain network by name: "resnet20_wider", "timm:resnet50", "torchvision:vgg11"; with 0 classes, its features."""
+    if name.startswith(_TIMM):
+        network = _timm(name.removeprefix(_TIMM), num_classes, in_chans, pretrained)
+    elif name.startswith(_TORCHVISION):
+        network = _torchvision(name.removeprefix(_TORCHVISION), num_classes, in_chans, pretrained)
+    elif pretrained:
+        raise ValueError(f"there are no trained weights for {name}: train it, and load its run with backbone_from")
+    else:
+        network = _cifar_resnet(name, num_classes, in_chans)
+    source: Any = {"name": name, "num_classes": num_classes, "in_chans": in_chans}
+    network.gaternet_source = source
+    return network
+
+
+def create_extractor(name: str, in_chans: int = 3, shrink: int = 1) -> nn.Module:
+    """A network that maps images to features (B, h): one of the paper's backbones, or else of timm's, by name.
+
+    With `shrink` above 1 it sees the image as averages of so many pixels by so many.
+    """
+    ours = name in _BACKBONES or name.removesuffix(_GATED) in _BACKBONES
+    network = create_backbone(name, 0, in_chans) if ours else _timm(name.removeprefix(_TIMM), 0, in_chans, False)
+    return nn.Sequential(nn.AvgPool2d(shrink), network) if shrink > 1 else network
+
+
+def describe_backbone(backbone: nn.Module, in_chans: int) -> dict[str, Any] | None:
+    """The arguments of `create_backbone` that make such a network anew; None for one that it does not make."""
+    if source := getattr(backbone, "gaternet_source", None):
+        return source
+    config = getattr(backbone, "pretrained_cfg", None) or {}
+    if not (name := config.get("architecture")) or not isinstance(getattr(backbone, "num_classes", None), int):
+        return None
+    source = {"name": _TIMM + name, "num_classes": backbone.num_classes, "in_chans": in_chans}
+    try:
+        with torch.device("meta"):
+            twin = create_backbone(**source)
+    except (ValueError, RuntimeError, TypeError):
+        return None
+    shapes = [{key: value.shape for key, value in network.state_dict().items()} for network in (backbone, twin)]
+    return source if shapes[0] == shapes[1] and repr(backbone) == repr(twin) else None
+
+
+def build_gated(
+    metadata: Mapping[str, Any],
+    gater_options: Mapping[str, Any],
+    sites: Sequence[GateSite] | None = None,
+    backbone: nn.Module | None = None,
+    extractor: nn.Module | None = None,
+) -> GaterNet:
+    """A GaterNet from plain data.
+
+    Args:
+        metadata: "backbone" and "extractor" are the arguments of `create_backbone` and of `create_extractor`.
+        gater_options: those of `Gater`; without "num_features", the extractor's own is taken.
+        sites: where the gates act; default: the paper's sites of a CIFAR ResNet.
+        backbone, extractor: used instead of making them from `metadata`.
+    """
+    backbone = backbone or create_backbone(**metadata["backbone"])
+    extractor = extractor or create_extractor(**metadata["extractor"])
+    if sites is None:
+        assert isinstance(backbone, CifarResNet)
+        sites = residual_sites(backbone)
+    options = dict(gater_options)
+    num_features: Any = options.pop("num_features", None) or extractor.num_features
+    gater = Gater(extractor, num_features, max(site.stop for site in sites), **options)
+    return GaterNet(backbone, gater, sites, metadata)
+
+
+def _cifar_resnet(name: str, num_classes: int, in_chans: int) -> CifarResNet:
     if name not in _BACKBONES:
         raise ValueError(_unknown(name, _BACKBONES))
     base, _, variant = name.partition("_")
@@ -93,15 +164,50 @@ def create_backbone(name: str, num_classes: int = 10, in_chans: int = 3) -> Cifa
     )
 
 
-def build_gated(metadata: Mapping[str, Any], gater_options: Mapping[str, Any]) -> GaterNet:
-    """A GaterNet from plain data: `metadata` says how backbone and extractor are made, the options are `Gater`'s."""
-    backbone = create_backbone(**metadata["backbone"])
-    sites = residual_sites(backbone)
-    extractor = create_backbone(**metadata["extractor"], num_classes=0)
-    gater = Gater(extractor, extractor.num_features, sites[-1].stop, **gater_options)
-    return GaterNet(backbone, gater, sites, metadata)
+def _timm(name: str, num_classes: int, in_chans: int, pretrained: bool) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(_unknown(name, timm.list_models(), "model of timm"))
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans)
+    except OSError as error:  # also what huggingface_hub raises without a network
+        raise _no_weights(_TIMM + name, error) from error
 
 
-def _unknown(name: str, names: list[str]) -> str:
+def _torchvision(name: str, num_classes: int, in_chans: int, pretrained: bool) -> nn.Module:
+    from torchvision import models
+
+    if name not in models.list_models(models):
+        raise ValueError(_unknown(name, models.list_models(models), "classification model of torchvision"))
+    if in_chans != 3:
+        raise ValueError(f"{_TORCHVISION}{name} takes images of 3 channels, not {in_chans}: choose one of timm's")
+    auxiliary = name in ("googlenet", "inception_v3")  # with heads for training that nothing here wants
+    options: dict[str, Any] = {"aux_logits": False, "init_weights": True} if auxiliary else {}
+    if auxiliary and pretrained:
+        options |= {"init_weights": False, "transform_input": True}
+    network = models.get_model(name, weights=None, num_classes=num_classes, **options)
+    if pretrained:
+        try:
+            trained = models.get_model_weights(name)["DEFAULT"].get_state_dict(check_hash=True)
+        except OSError as error:
+            raise _no_weights(_TORCHVISION + name, error) from error
+        shapes = {key: value.shape for key, value in network.state_dict().items()}
+        fitting = {key: value for key, value in trained.items() if shapes.get(key) == value.shape}
+        network.load_state_dict(fitting, strict=False)  # all but the classifier, where the classes are others
+        config: Any = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+        network.pretrained_cfg = config  # as timm's models have it
+    return network
+
+
+def _no_weights(name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"the trained weights of {name} are not here and cannot be downloaded ({type(error).__name__}): "
+        "start without them, or from a checkpoint with backbone_from"
+    )
+
+
+def _unknown(name: str, names: list[str], what: str = "model") -> str:
     close = difflib.get_close_matches(name, names, 1)
-    return f"unknown model {name!r}: " + (f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}")
+    some = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
+    return f"unknown {what} {name!r}: " + (f"did you mean {close[0]!r}?" if close else f"choose from {some}")

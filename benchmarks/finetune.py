@@ -1,0 +1,109 @@
+"""Fine-tune trained CIFAR-10 ResNets to half of their filters, and write docs/results/finetune.json.
+
+python benchmarks/finetune.py --data cifar10.npz --out runs WEIGHTS...
+
+WEIGHTS are files of Y. Idelbayev's pytorch_resnet_cifar10 (resnet20-12fca82f.th, ...). Each is gated with every gate
+open, evaluated beside the plain network, fine-tuned to density 0.5 over all its filters, and evaluated again. A run
+that was cut goes on when the command is given again; a result stays in the file until its network is run anew.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from pretrained_cifar_resnet import load
+
+import gaternet
+from gaternet.cost import CostModel
+from gaternet.data import load_data
+from gaternet.evaluate import BATCH, ToInput, evaluate
+from gaternet.graph import read_graph
+from gaternet.machine import make_accelerator, make_loader
+from gaternet.method import GaterNet
+from gaternet.network import prepared_for
+from gaternet.recipes import Runtime, find_recipe, override
+from gaternet.run import RunDirectory, describe_machine
+from gaternet.train import train
+
+RESULT = Path(__file__).parents[1] / "docs" / "results" / "finetune.json"
+
+
+def mean_macs(model: GaterNet, batches: Any, to_input: ToInput) -> float:
+    """Mean MACs of the gated backbone over a set, every image under its own gates."""
+    cost, total, count = None, 0.0, 0
+    model.eval()
+    with torch.no_grad():
+        for images, _ in batches:
+            inputs = to_input(images)
+            cost = cost or CostModel(read_graph(model.backbone, inputs[:1]), model.sites)
+            total, count = total + float(cost(model.gates(inputs)).sum()), count + len(images)
+    return total / count
+
+
+def finetune(path: Path, data_path: str, out: Path, epochs: int) -> dict[str, Any]:
+    """Gate, evaluate, fine-tune and evaluate one network."""
+    name = path.name.split("-")[0]
+    changes = {"backbone": name, "pretrained": False, "data": data_path, "batch_size": 128, "epochs": epochs}
+    changes |= {"lr": 0.05, "gater_lr": 0.5, "noise_std": 0.25, "penalty": "gates", "sparsity_ramp": 1.0}
+    recipe = override(find_recipe("finetune"), changes)
+    network = load(path)
+    runtime = Runtime(precision="no")
+    accelerator = make_accelerator(runtime)
+    data = prepared_for(load_data(data_path), network)
+    to_input = ToInput(data.preprocessing)
+    batches = make_loader(data.test, BATCH, runtime, accelerator)
+    plain = evaluate(network, batches, to_input, accelerator)
+    torch.manual_seed(0)
+    gating = recipe.gating
+    options: Any = {"bottleneck": gating.bottleneck, "noise_std": gating.noise_std}
+    model = gaternet.gate(network, torch.zeros(2, 3, 32, 32), sites="all", open=True, **options)
+    opened = evaluate(model, batches, to_input, accelerator)
+    run = out / f"finetune_{name}"
+    record = train(recipe, run, Runtime(), resume=(run / "config.json").exists(), network=model)
+    macs = gaternet.count_macs(model.eval(), torch.zeros(1, 3, 32, 32))
+    return {
+        "model": name,
+        "gates": model.num_gates,
+        "sites": len(model.sites),
+        "images": plain["images"],
+        "plain_correct": round(plain["accuracy"] * plain["images"]),
+        "open_correct": round(opened["accuracy"] * opened["images"]),
+        "error": 100 * (1 - record["test_accuracy"]),
+        "density": record["test_density"],
+        "always_on": record["test_always_on"],
+        "always_off": record["test_always_off"],
+        "dependent": record["test_dependent"],
+        "backbone_macs": macs.backbone,
+        "gater_macs": macs.gater,
+        "gated_macs": mean_macs(model, batches, to_input),
+        "epochs": epochs,
+        "minutes": sum(epoch["seconds"] for epoch in RunDirectory(run).epochs()) / 60,
+        "seed": 0,
+        **describe_machine(),
+        "command": f"python benchmarks/finetune.py --data {Path(data_path).name} --epochs {epochs} {path.name}",
+    }
+
+
+def main() -> None:
+    """Run all that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", nargs="+", type=Path)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("runs"))
+    args = parser.parse_args()
+    for path in args.weights:
+        found = finetune(path, args.data, args.out, args.epochs)
+        before = json.loads(RESULT.read_text()) if RESULT.exists() else []
+        results = [*(line for line in before if line["model"] != found["model"]), found]
+        RESULT.write_text(json.dumps(sorted(results, key=lambda line: line["model"]), indent=2) + "\n")
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""What a GaterNet costs: multiply-accumulates (MACs) as a function of the gates, sample by sample.
+
+A closed gate saves its filter, and the reading of that filter's channel in every later convolution that is proven to
+see zeros there. Cost is a sum of products of gates over each sample, never a product of mean densities.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from gaternet.channels import ALIVE, conv_columns, gate_columns
+from gaternet.graph import Conv, Graph, read_graph
+from gaternet.method import GaterNet, GateSite
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates of one image each, convolutions, linear layers and matrix products together.
+
+    Attributes:
+        backbone: of the plain backbone.
+        gater: of the gater.
+        gated: of the backbone under each image's gates, (B,).
+    """
+
+    backbone: int
+    gater: int
+    gated: Float[Tensor, " batch"]
+
+    @property
+    def total(self) -> Float[Tensor, " batch"]:
+        """What each image costs in all: gater and gated backbone, (B,)."""
+        return self.gated + self.gater
+
+
+@dataclass(frozen=True)
+class ConvCost:
+    """One convolution, and the gates' columns that decide each of its channels (`ALIVE` where none does)."""
+
+    conv: Conv
+    reads: Int[Tensor, " in_channels"]
+    writes: Int[Tensor, " out_channels"]
+
+
+class CostModel:
+    """MACs of a backbone as a function of gates: exact for gates 0 and 1, differentiable for those between.
+
+    Args:
+        graph: of the backbone, gated or not, for images of the size to count for.
+        sites: where the gates act.
+    """
+
+    def __init__(self, graph: Graph, sites: Sequence[GateSite]) -> None:
+        flow = gate_columns(graph, sites)
+        by_conv = {site.conv: site for site in sites}
+        self.num_gates = max(site.stop for site in sites)
+        self.dense = count_dense_macs(graph.backbone, graph.example_input)
+        self.convs: list[ConvCost] = []
+        for conv in graph.convs.values():
+            site = by_conv.get(conv.name)
+            writes = torch.arange(site.start, site.stop) if site else torch.full((conv.out_channels,), ALIVE)
+            self.convs.append(ConvCost(conv, conv_columns(flow, conv), writes))
+
+    def __call__(self, gates: Float[Tensor, "batch gates"]) -> Float[Tensor, " batch"]:
+        """MACs of each image under its gates (B, C)."""
+        extended = torch.cat([gates, gates.new_ones(gates.shape[0], 1)], 1).double()  # column -1 is always open
+        saved = extended.new_zeros(gates.shape[0])
+        for cost in self.convs:
+            if (cost.reads == ALIVE).all() and (cost.writes == ALIVE).all():
+                continue
+            saved = saved + (cost.conv.macs - cost.conv.macs_per_pair * _open_pairs(cost, extended))
+        return self.dense - saved
+
+    def savings(self) -> Float[Tensor, " gates"]:
+        """MACs that closing each gate saves where all others are open, (C,)."""
+        gates = torch.ones(1, self.num_gates, dtype=torch.float64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(self(gates).sum(), gates)  # the cost is linear in each single gate
+        return gradient[0]
+
+    def gateable(self) -> float:
+        """Share of the backbone's MACs that goes if all gates close, in [0, 1]."""
+        return 1 - self(torch.zeros(1, self.num_gates)).item() / self.dense
+
+
+def count_macs(model: GaterNet, images: Float[Tensor, "batch channels height width"]) -> Macs:
+    """Multiply-accumulates of the backbone, of the gater, and of the backbone under each image's own gates.
+
+    The model's mode decides the gates, as in `model.gates`: in evaluation they are 0 or 1. Reads the backbone's graph
+    anew each time; to count often, keep a `gaternet.cost.CostModel`.
+
+    Raises:
+        ValueError: the backbone cannot be exported.
+    """
+    cost = CostModel(read_graph(model.backbone, images[:1]), model.sites)
+    with torch.no_grad():
+        gated = cost(model.gates(images))
+    return Macs(cost.dense, count_dense_macs(model.gater, images), gated)
+
+
+@torch.no_grad()
+def count_dense_macs(network: nn.Module, images: Tensor) -> int:
+    """Multiply-accumulates of one image in a plain network, as PyTorch's FlopCounterMode counts them."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        with FlopCounterMode(display=False) as counter:
+            network(images[:1])
+    finally:
+        for module in training:
+            module.training = True
+    return counter.get_total_flops() // 2
+
+
+def _open_pairs(cost: ConvCost, gates: Tensor) -> Tensor:
+    """Pairs of an open filter and an open channel that it reads, per image (B,); gates (B, C + 1)."""
+    conv = cost.conv
+    if conv.depthwise:
+        both = gates[:, cost.writes] * gates[:, cost.reads]
+        same = gates[:, cost.writes]
+        return torch.where(cost.writes == cost.reads, same, both).sum(1)
+    reads = gates[:, cost.reads].unflatten(1, (conv.groups, -1)).sum(2)  # (B, groups)
+    writes = gates[:, cost.writes].unflatten(1, (conv.groups, -1)).sum(2)
+    return (reads * writes).sum(1)

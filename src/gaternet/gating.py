@@ -1,0 +1,106 @@
+"""`gate`: any CNN becomes a GaterNet, in one call."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gaternet.cost import count_dense_macs
+from gaternet.method import Gater, GaterNet
+from gaternet.models.create import create_extractor, describe_backbone
+from gaternet.sites import Selection, find_sites
+
+OPEN_BIAS = 2.0  # with the paper's noise, 98 % of the hard gates are then open in the first training step
+_BUDGET = 0.05  # share of the backbone's MACs that the default gater may cost
+_SMALLEST = 16  # pixels of side below which the default gater sees too little
+
+
+def gate(
+    backbone: nn.Module,
+    example_input: Tensor,
+    *,
+    gater: str | nn.Module | None = None,
+    sites: Selection = "residual",
+    bottleneck: int | None = None,
+    open: bool = False,  # noqa: A002 (the word for it)
+    batch_norm: bool = True,
+    noise_std: float = 1.0,
+    hard_probability: float = 0.5,
+) -> GaterNet:
+    """Gate the filters of a network. The network stays as it is, and so do its weights; `ungate()` gives it back.
+
+    Args:
+        backbone: any CNN that `torch.export` can export; maps images to logits.
+        example_input: images (B, channels, H, W) as it takes them.
+        gater: the extractor E, a network without its output layer: a module that maps images to features (B, h), or a
+            name: one of the paper's CIFAR models ("resnet20") or of timm's ("resnet18"), with fresh weights. Default:
+            cheap, a ResNet-20 on the shrunk image, which costs at most 5 % of the MACs of backbones above 0.5 GMAC.
+        sites: which filters, see `find_sites`: "residual" (the paper's), "all", or a predicate.
+        bottleneck: width of the middle of the gater's D. Default: the paper's, 8 for images up to 64 pixels, else 256.
+        open: start with every gate open, so that the model begins as the plain backbone. Default: the paper's start,
+            with about half of the gates open.
+        batch_norm, noise_std, hard_probability: see `Gater`.
+
+    Returns:
+        The GaterNet, on the backbone's device and in its mode. `save_pretrained` knows how to rebuild backbones from
+        timm and from `create_model`; others are given to `from_pretrained`.
+
+    Raises:
+        ValueError: no filter can be gated, the network cannot be exported, or the extractor gives no features (B, h).
+    """
+    found = find_sites(backbone, example_input, sites)
+    if gater is None:
+        source: dict[str, Any] | None = {"name": "resnet20", "shrink": _shrink(backbone, example_input)}
+    else:
+        source = {"name": gater} if isinstance(gater, str) else None
+    if source is not None:
+        source["in_chans"] = example_input.shape[1]
+    extractor = create_extractor(**source) if source else gater
+    assert isinstance(extractor, nn.Module)
+    extractor.to(example_input.device, example_input.dtype)
+    built = Gater(
+        extractor,
+        _num_features(extractor, example_input),
+        max(site.stop for site in found),
+        bottleneck=bottleneck or (8 if max(example_input.shape[2:]) <= 64 else 256),
+        batch_norm=batch_norm,
+        initial_bias=OPEN_BIAS if open else 0.0,
+        noise_std=noise_std,
+        hard_probability=hard_probability,
+    ).to(example_input.device, example_input.dtype)
+    if open:
+        nn.init.zeros_(built.fc2.weight)
+    metadata = {"backbone": describe_backbone(backbone, example_input.shape[1]), "extractor": source}
+    return GaterNet(backbone, built, found, metadata).train(backbone.training)
+
+
+def _num_features(extractor: nn.Module, example_input: Tensor) -> int:
+    """h, found by a run on the example."""
+    mode = extractor.training
+    extractor.eval()
+    try:
+        with torch.no_grad():
+            features = extractor(example_input)
+    finally:
+        extractor.train(mode)
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(example_input):
+        given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(
+            f"the gater's extractor, a {type(extractor).__name__}, must return features (B, h), but returns {given}: "
+            "remove its output layer and pool over the image"
+        )
+    return features.shape[1]
+
+
+def _shrink(backbone: nn.Module, example_input: Tensor) -> int:
+    """By how much the default gater shrinks images, for it to keep within its budget."""
+    budget = _BUDGET * count_dense_macs(backbone, example_input)
+    channels, height, width = example_input.shape[1:]
+    macs_per_pixel = count_dense_macs(create_extractor("resnet20", channels), torch.zeros(1, channels, 32, 32)) / 32**2
+    shrink = 1
+    while min(height, width) // (shrink + 1) >= _SMALLEST and (
+        macs_per_pixel * math.ceil(height / shrink) * math.ceil(width / shrink) > budget
+    ):
+        shrink += 1
+    return shrink

@@ -1,0 +1,287 @@
+"""A network's exported graph, read channel by channel.
+
+`torch.export` traces any CNN into ATen operations (torch.fx does not: timm's control flow stops it). `Graph` answers
+what gating, counting and skipping ask of it: what each convolution is called, what happens to a channel on its way, and
+which module gives out which tensor, since gates act on the outputs of modules.
+"""
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+# What an operation does to the channels (dimension 1) of a tensor: "keep" acts on each by itself and turns a channel of
+# zeros into one of zeros; "shift" acts on each by itself, but zeros become something else; "view" only moves values.
+_KEEP = frozenset(
+    {"relu", "relu6", "leaky_relu", "prelu", "_prelu_kernel", "elu", "selu", "celu", "silu", "gelu", "mish", "tanh"}
+    | {"hardswish", "abs", "neg", "square", "dropout", "feature_dropout", "max_pool2d", "avg_pool2d"}
+    | {"adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"}
+    | {"_upsample_bilinear2d_aa", "clone", "contiguous", "to", "_to_copy", "detach", "alias"}
+    | {"reflection_pad2d", "replication_pad2d"}
+)
+_SHIFT = frozenset({"batch_norm", "instance_norm", "sigmoid", "hardsigmoid", "softplus"})
+_VIEW = frozenset(
+    {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "expand", "expand_as"}
+    | {"split", "split_with_sizes", "chunk", "unbind", "getitem", "slice", "select", "narrow", "roll"}
+    | {"channel_shuffle", "pixel_shuffle", "pixel_unshuffle"}
+)
+_PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"})
+_MIXERS = frozenset({"softmax", "unfold", "im2col"})
+CONVS = frozenset({"conv2d", "convolution"})
+LAYERS = CONVS | {"conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "linear", "addmm", "embedding"}
+
+
+def op(node: Node) -> str:
+    """The operation's name without overload and in-place mark: "relu" for aten.relu_.default; "" if it is none."""
+    if node.op != "call_function":
+        return ""
+    schema = getattr(node.target, "_schema", None)
+    name = schema.name.removeprefix("aten::") if schema is not None else getattr(node.target, "__name__", "")
+    return name.rstrip("_") or name
+
+
+def shape(node: Node) -> tuple[int, ...]:
+    """Of the node's tensor; () where it is none."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+@dataclass(frozen=True)
+class Conv:
+    """One run of a 2-D convolution.
+
+    Attributes:
+        name: its module, "" where a function computes it outside of an nn.Conv2d.
+        node: its output (B, out_channels, H, W).
+        source: its input (B, in_channels, H, W).
+        groups: as in nn.Conv2d.
+        kernel: (height, width).
+    """
+
+    name: str
+    node: Node
+    source: Node
+    groups: int
+    kernel: tuple[int, int]
+    bias: bool
+
+    @property
+    def in_channels(self) -> int:
+        return shape(self.source)[1]
+
+    @property
+    def out_channels(self) -> int:
+        return shape(self.node)[1]
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether channel c of the output reads channel c of the input, and nothing else."""
+        return self.groups > 1 and self.groups == self.in_channels == self.out_channels
+
+    @property
+    def macs_per_pair(self) -> int:
+        """Multiply-accumulates of one image for one filter and one of the channels that it reads."""
+        return math.prod(self.kernel) * math.prod(shape(self.node)[2:])
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one image."""
+        return self.macs_per_pair * self.out_channels * self.in_channels // self.groups
+
+
+@dataclass(frozen=True)
+class Call:
+    """One run of a module: its name, and the nodes whose tensors leave it."""
+
+    name: str
+    exits: list[Node] = field(default_factory=list)
+
+
+class Graph:
+    """The operations of one evaluation-mode run of `backbone`.
+
+    Attributes:
+        backbone: the network, with its modules' names.
+        example_input: the images (B, channels, H, W) that it was traced with.
+        nodes: operations, in the order in which they run.
+        convs: its 2-D convolutions, by their nodes.
+    """
+
+    def __init__(self, backbone: nn.Module, program: torch.export.ExportedProgram, example_input: Tensor) -> None:
+        self.backbone, self.example_input = backbone, example_input
+        self.modules = dict(backbone.named_modules())
+        inputs = set(program.graph_signature.user_inputs)
+        self.nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+        self.input = next(node for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs)
+        self.output = next(node for node in program.graph.nodes if node.op == "output")
+        self._varying = {self.input}
+        for node in self.nodes:
+            if any(source in self._varying for source in node.all_input_nodes):
+                self._varying.add(node)
+        self._calls = self._find_calls()
+        self._runs: dict[str, int] = defaultdict(int)
+        for call in self._calls.values():
+            self._runs[call.name] += 1
+        self.convs = {node: self._conv(node) for node in self.nodes if op(node) in CONVS and self.varies(node)}
+
+    def varies(self, node: Any) -> bool:
+        """Whether the node's value depends on the image; weights, and what is made of them alone, do not."""
+        return node in self._varying
+
+    def runs(self, name: str) -> int:
+        """How often the module of that name runs."""
+        return self._runs[name]
+
+    def sources(self, node: Node) -> list[Node]:
+        """The inputs of a node that depend on the image."""
+        return [source for source in node.all_input_nodes if self.varies(source)]
+
+    def effect(self, node: Node, source: Node) -> Literal["keep", "shift"] | None:
+        """What `node` does to the channels of its input `source`; None for anything but "keep" and "shift"."""
+        name, before, after = op(node), shape(source), shape(node)
+        args: list[Any] = list(node.args)
+        others = [arg for arg in args if isinstance(arg, Node) and arg is not source]
+        if len(before) < 2 or len(after) < 2 or before[1] != after[1]:
+            return None
+        if name in _KEEP:
+            return "keep"
+        if name in _SHIFT:
+            return "shift"
+        if name in ("clamp", "hardtanh"):
+            bounds = (*args[1:3], None, None)
+            return "keep" if (bounds[0] or 0) <= 0 <= (bounds[1] or 0) else "shift"
+        if name in ("pad", "constant_pad_nd"):
+            value = args[-1] if isinstance(args[-1], int | float) else 0
+            return "keep" if value == 0 and len(args[1]) <= 4 and len(before) == 4 else None
+        if name in ("mean", "sum", "amax") and len(before) == 4 and len(args) > 1:
+            dims = [args[1]] if isinstance(args[1], int) else args[1]
+            return "keep" if {dim % 4 for dim in dims} <= {2, 3} else None
+        if name == "mul":
+            return "keep"
+        if name in ("div", "pow"):
+            return "keep" if args[0] is source and not any(map(self.varies, others)) else None
+        if name in ("add", "sub"):
+            if any(isinstance(arg, int | float) and arg == 0 for arg in args[:2]):
+                return "keep"
+            return "shift" if not any(map(self.varies, others)) and len(args) > 1 else None
+        if name in CONVS and node in self.convs:  # a fixed blur, channel by channel
+            conv = self.convs[node]
+            return "keep" if conv.depthwise and not conv.bias and not self._learns(node) else None
+        return None
+
+    def is_layer(self, node: Node) -> bool:
+        """Whether the node is a layer with weights that mixes channels: where the way of a channel ends."""
+        return op(node) in LAYERS and not (node in self.convs and self.effect(node, self.convs[node].source) == "keep")
+
+    def is_view(self, node: Node) -> bool:
+        """Whether the node only moves, splits or repeats values."""
+        return op(node) in _VIEW
+
+    def is_attention(self, node: Node) -> bool:
+        """Whether the node mixes positions or channels with weights that come from the image."""
+        if op(node) in _PRODUCTS:
+            return len(self.sources(node)) > 1
+        return op(node) in _MIXERS or any(op(step) in _PRODUCTS for step in _inner_nodes(node))
+
+    def attention_modules(self) -> set[str]:
+        """The modules, but not the whole network, that multiply features by features in a matrix product."""
+        products = [node for node in self.nodes if self.is_attention(node) and op(node) not in _MIXERS]
+        return {self.module_of(node) for node in products} - {""}
+
+    def module_of(self, node: Node) -> str:
+        """Name of the innermost module that computes the node; "" for the network itself."""
+        return self._stack(node)[-1][1]
+
+    def module_type(self, node: Node) -> str:
+        """Class name of that module."""
+        return type(self.modules.get(self.module_of(node), self.backbone)).__name__
+
+    def gives_out(self, name: str, node: Node) -> bool:
+        """Whether the module runs once, and gives out this node's tensor alone."""
+        return self.runs(name) == 1 and any(c.exits == [node] for c in self._calls.values() if c.name == name)
+
+    def output_of(self, name: str) -> Node | None:
+        """The tensor that the module gives out, where it runs once and gives out one."""
+        found = [call.exits for call in self._calls.values() if call.name == name]
+        return found[0][0] if len(found) == 1 and len(found[0]) == 1 else None
+
+    def shares_weights(self, conv: Conv) -> bool:
+        """Whether another operation reads the weights of the convolution, too."""
+        weight = conv.node.args[1]
+        return isinstance(weight, Node) and len(weight.users) > 1
+
+    def _learns(self, node: Node) -> bool:
+        weight = node.args[1]
+        return isinstance(weight, Node) and not weight.name.startswith("b_")
+
+    def _conv(self, node: Node) -> Conv:
+        args: list[Any] = [*node.args, *[None] * 9]
+        groups = (args[8] if op(node) == "convolution" else args[6]) or 1
+        name = self.module_of(node)
+        name = name if isinstance(self.modules.get(name), nn.Conv2d) else ""
+        height, width = shape(args[1])[2:]
+        return Conv(name, node, args[0], groups, (height, width), args[2] is not None)
+
+    @staticmethod
+    def _stack(node: Node) -> list[tuple[str, str]]:
+        """(call, module) from the network inwards; calls of one module differ."""
+        stack = node.meta.get("nn_module_stack", {})
+        return [(key, path) for key, (path, _) in stack.items()] or [("", "")]
+
+    def _find_calls(self) -> dict[str, Call]:
+        calls: dict[str, Call] = {}
+        inside = {node: {key for key, _ in self._stack(node)} for node in self.nodes}
+        for node in self.nodes:
+            for key, path in self._stack(node):
+                call = calls.setdefault(key, Call(path))
+                if any(key not in inside.get(user, ()) for user in node.users):
+                    call.exits.append(node)
+        return calls
+
+
+def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
+    """Export a network in evaluation mode, and leave it as it was.
+
+    Args:
+        backbone: maps images to logits.
+        example_input: images (B, channels, H, W), such as it is to be used with; their values do not matter.
+
+    Raises:
+        ValueError: the network cannot be exported, or does not take such images.
+    """
+    training = [module for module in backbone.modules() if module.training]
+    backbone.eval()
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of caches that a network fills when it runs: the trace does not want them
+            program = torch.export.export(backbone, (example_input,), strict=False)
+    except Exception as error:  # tracing runs the network's own code, which may raise anything
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(
+            f"{type(backbone).__name__} cannot be exported with images {tuple(example_input.shape)} ({reason}): try "
+            "torch.export.export on it, and mend what that names or give images of another shape"
+        ) from error
+    finally:
+        for module in training:
+            module.training = True
+    return Graph(backbone, program, example_input)
+
+
+def walk(node: Node) -> Iterator[Node]:
+    """The chain of single users behind a node, up to a tensor that is used more than once, or not at all."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        yield node
+
+
+def _inner_nodes(node: Node) -> list[Node]:
+    """The operations of a node that runs a whole graph, such as one under another autocast."""
+    names = [str(arg.target) for arg in node.args if isinstance(arg, Node) and arg.op == "get_attr"]
+    graphs = [getattr(getattr(node.graph.owning_module, name, None), "graph", None) for name in names]
+    return [step for graph in graphs if graph is not None for step in graph.nodes]

@@ -1,0 +1,146 @@
+"""What a recipe trains: its network and starting weights, its optimizer, and what is saved beside the weights."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gaternet import checkpoint
+from gaternet.cost import CostModel
+from gaternet.data import ImageData
+from gaternet.gating import gate
+from gaternet.graph import read_graph
+from gaternet.method import GaterNet
+from gaternet.models import create_model
+from gaternet.recipes import Gating, Recipe
+from gaternet.run import find_model
+
+
+def build_network(recipe: Recipe, data: ImageData, seed: int) -> nn.Module:
+    """The recipe's model with weights drawn from `seed`, or taken from where the recipe says."""
+    torch.manual_seed(seed)
+    shape: dict[str, Any] = {"num_classes": len(data.classes), "in_chans": data.preprocessing.channels}
+    gating = recipe.gating
+    if recipe.model is not None:
+        network = create_model(recipe.model, **shape, **recipe.gater_options())
+    else:
+        backbone = create_model(str(recipe.backbone), **shape, pretrained=recipe.pretrained)
+        if isinstance(backbone, GaterNet):
+            raise ValueError(f"backbone must be a plain network to gate, but {recipe.backbone} is gated already")
+        network = gate(
+            backbone.train(),
+            torch.zeros(2, data.preprocessing.channels, data.preprocessing.height, data.preprocessing.width),
+            gater=None if gating.extractor == "auto" else gating.extractor,
+            sites=gating.sites,
+            bottleneck=gating.bottleneck,
+            open=gating.open,
+            batch_norm=gating.batch_norm,
+            noise_std=gating.noise_std,
+            hard_probability=gating.hard_probability,
+        )
+    if isinstance(network, GaterNet):
+        if gating.backbone_from:
+            _start_from(network.backbone, gating.backbone_from, "backbone", len(data.classes))
+        if gating.extractor_from:
+            _start_from(network.gater.get_submodule("extractor"), gating.extractor_from, "extractor", 0)
+    return network
+
+
+def prepared_for(data: ImageData, network: nn.Module) -> ImageData:
+    """The data, normalised as a trained network wants it: by its `pretrained_cfg`, timm's, where it has one."""
+    backbone = network.backbone if isinstance(network, GaterNet) else network
+    config: Any = getattr(backbone, "pretrained_cfg", None)
+    if not config or len(config["mean"]) != data.preprocessing.channels:
+        return data
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    return dataclasses.replace(data, preprocessing=dataclasses.replace(data.preprocessing, mean=mean, std=std))
+
+
+def set_training_mode(network: nn.Module, recipe: Recipe) -> None:
+    """Training mode, but for the part that the recipe freezes: it stays in evaluation mode and has no gradients."""
+    network.train()
+    if isinstance(network, GaterNet) and recipe.gating.freeze != "none":
+        part = network.backbone if recipe.gating.freeze == "backbone" else network.gater
+        part.requires_grad_(False).eval()
+
+
+def make_optimizer(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> torch.optim.Optimizer:
+    """SGD on all parameters; each group's "scale" is its learning rate's factor."""
+    options, gater_lr = recipe.optimizer, recipe.gating.gater_lr
+    groups: list[dict[str, Any]] = [{"params": list(network.parameters()), "scale": 1.0}]
+    if isinstance(network, GaterNet) and gater_lr is not None:
+        parts = ((network.backbone, 1.0), (network.gater, gater_lr / options.lr))
+        groups = [{"params": list(part.parameters()), "scale": scale} for part, scale in parts]
+    return torch.optim.SGD(
+        groups,
+        options.lr,
+        options.momentum,
+        weight_decay=options.weight_decay,
+        nesterov=options.nesterov,
+        fused=accelerator.scaler is None and accelerator.device.type in ("cpu", "cuda"),
+    )
+
+
+def density_weights(network: GaterNet, gating: Gating, images: Tensor) -> Float[Tensor, "densities gates"]:
+    """What the penalty sees of the gates: each row's weights, which sum to 1, give one density.
+
+    One row with equal weights; or (penalty "sites") one row a site; or ("macs") one row, in which each gate weighs what
+    it saves. `images` are an example, (B, channels, H, W).
+    """
+    if gating.penalty == "sites":
+        slices = dict.fromkeys((site.start, site.stop) for site in network.sites)
+        rows = torch.zeros(len(slices), network.num_gates)
+        for row, (start, stop) in zip(rows, slices, strict=True):
+            row[start:stop] = 1
+    elif gating.penalty == "macs":
+        rows = CostModel(read_graph(network.backbone, images[:1]), network.sites).savings()[None].float()
+    else:
+        rows = torch.ones(1, network.num_gates)
+    return (rows / rows.sum(1, keepdim=True)).to(images.device)
+
+
+def model_metadata(recipe: Recipe, network: nn.Module, data: ImageData, seed: int, accuracy: float) -> dict[str, Any]:
+    """What is saved beside the weights: how to rebuild and use the model, and how it was trained."""
+    source: Mapping[str, Any] | None = network.metadata if isinstance(network, GaterNet) else None
+    if source is None:
+        source = {"backbone": getattr(network, "gaternet_source", None)}
+    trained = {"recipe": recipe.name, "data": recipe.data, "seed": seed, "test_accuracy": accuracy}
+    return {**source, **data.metadata(), "trained": trained}
+
+
+def _start_from(part: nn.Module, source: str, name: str, num_classes: int) -> None:
+    """Copy trained weights into the backbone, or into the extractor, which has no classifier.
+
+    `source` is a run, a saved model, or a file with a state_dict. A classifier for other classes is left as it is.
+    """
+    wanted = part.state_dict()
+    found = {key.removeprefix("module."): value for key, value in _trained_weights(source, name).items()}
+    foreign = {key for key in found if key not in wanted and name == "extractor" and key.startswith("fc.")}
+    others = {key for key in found if key in wanted and found[key].shape != wanted[key].shape}
+    foreign |= {key for key in others if num_classes and wanted[key].shape[:1] == (num_classes,)}
+    try:
+        part.load_state_dict({**wanted, **{key: value for key, value in found.items() if key not in foreign}})
+        if missing := wanted.keys() - found.keys():
+            raise RuntimeError(f"no {min(missing)}")
+    except RuntimeError as error:
+        raise ValueError(
+            f"{source} holds another model than the {name} of this recipe: name one of its kind"
+        ) from error
+
+
+def _trained_weights(source: str, name: str) -> Mapping[str, Tensor]:
+    path = Path(source)
+    if path.is_file():
+        state = load_file(path) if path.suffix == ".safetensors" else checkpoint.load_tensors(path)
+        nested: list[Any] = [state[key] for key in ("state_dict", "model") if isinstance(state.get(key), dict)]
+        return nested[0] if nested else state
+    trained, _ = checkpoint.load_model(find_model(path))
+    if isinstance(trained, GaterNet):
+        trained = trained.backbone if name == "backbone" else trained.gater.get_submodule("extractor")
+    return trained.state_dict()

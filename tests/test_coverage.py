@@ -1,0 +1,45 @@
+"""Every family of CNNs of timm and torchvision keeps gating's promises: benchmarks/coverage.py, as tests.
+
+The fastest third runs with the others; `make sweep` runs all.
+"""
+
+import json
+from typing import Any
+
+import coverage
+import pytest
+import torch
+from torch import nn
+
+import gaternet
+from gaternet.models.create import create_backbone
+
+ROWS = json.loads(coverage.MODELS.read_text())
+FAST = {row["model"] for row in sorted(ROWS, key=lambda row: row["seconds"])[: len(ROWS) // 3]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, id=row["model"], marks=[] if row["model"] in FAST else [pytest.mark.slow]) for row in ROWS],
+)
+def test_gating_keeps_its_promises(row: dict[str, Any], unchecked_types):
+    found = coverage.check(row["model"])
+    for volatile in ("seconds", "pixels", "macs"):
+        found.pop(volatile)
+    assert found == {name: row[name] for name in found}  # as docs/coverage.md says
+
+
+def test_the_page_is_that_of_the_recorded_rows():
+    assert coverage.table(ROWS) in coverage.PAGE.read_text()
+
+
+@pytest.mark.parametrize("name", ["timm:resnet10t", "timm:mobilenetv3_small_050", "timm:regnetx_002"])
+def test_compiled_families_compute_the_same(name, unchecked_types):
+    torch.manual_seed(0)
+    backbone, images = create_backbone(name, 10), torch.randn(2, 3, 64, 64)
+    extractor = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())
+    model = gaternet.gate(backbone, images, gater=extractor, sites="all").eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(images), model(images))
+        assert not torch.equal(model(images), backbone(images))

@@ -1,0 +1,217 @@
+"""What a recipe builds: a gated backbone of others', its starting weights, frozen parts, the penalty's weights."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from gaternet.checkpoint import load_model
+from gaternet.cost import CostModel
+from gaternet.data import ImageData, load_data
+from gaternet.graph import read_graph
+from gaternet.machine import make_accelerator
+from gaternet.method import Gater, GaterNet
+from gaternet.models import create_model
+from gaternet.network import build_network, density_weights, make_optimizer, prepared_for
+from gaternet.recipes import Gating, Recipe, Runtime, find_recipe, override
+from gaternet.train import train
+
+CPU = Runtime(cpu=True, precision="no", log_every=1)
+
+
+def finetune(**changes: Any) -> Recipe:
+    """The fine-tuning recipe on the digits, small and short."""
+    small = {"backbone": "resnet20", "pretrained": False, "data": "digits", "batch_size": 256, "epochs": 1}
+    return override(find_recipe("finetune"), {**small, **changes})
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageData:
+    return load_data("digits")
+
+
+def build(recipe: Recipe, data: ImageData) -> GaterNet:
+    network = build_network(recipe, data, seed=0)
+    assert isinstance(network, GaterNet)
+    return network
+
+
+def test_finetuning_starts_as_the_plain_network(digits, tmp_path):
+    plain = create_model("resnet20", 10, 1).eval()
+    save_file(plain.state_dict(), tmp_path / "plain.safetensors")
+    network = build(finetune(backbone_from=str(tmp_path / "plain.safetensors")), digits).eval()
+    images = digits.preprocessing.normalize(torch.stack([digits.test[i][0] for i in range(8)]))
+    logits, gates = network(images, return_gates=True)
+    assert gates.all()
+    assert torch.equal(logits, plain(images))
+    assert {site.role for site in network.sites} == {"residual", "inner", "shortcut"}  # all, not only the paper's
+
+
+def test_finetuned_model_is_saved_and_rebuilt(tmp_path):
+    train(finetune(backbone="timm:resnet10t", image_size=32), tmp_path / "run", CPU)
+    model, metadata = load_model(tmp_path / "run" / "last")
+    assert metadata["backbone"] == {"name": "timm:resnet10t", "num_classes": 10, "in_chans": 1}
+    assert metadata["extractor"] == {"name": "resnet20", "shrink": 2, "in_chans": 1}
+    assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("part", ["backbone", "gater"])
+def test_a_frozen_part_stays_as_it_was(digits, tmp_path, part):
+    recipe = finetune(freeze=part, lr=0.1)
+    before = build(recipe, digits).get_submodule(part).state_dict()
+    train(recipe, tmp_path / "run", CPU)
+    trained, _ = load_model(tmp_path / "run" / "last")
+    after = trained.get_submodule(part).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)  # running statistics, too
+    other = "gater" if part == "backbone" else "backbone"
+    fresh = build(recipe, digits).get_submodule(other).state_dict()
+    changed = trained.get_submodule(other).state_dict()
+    assert any(not torch.equal(fresh[name], changed[name]) for name in fresh)
+
+
+def test_the_gater_has_a_learning_rate_of_its_own(digits):
+    network = build(finetune(), digits)
+    optimizer = make_optimizer(network, finetune(lr=0.02, gater_lr=0.1), make_accelerator(CPU))
+    scales = {id(p): group["scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert {scales.pop(id(p)) for p in network.gater.parameters()} == {5.0}
+    assert set(scales.values()) == {1.0}
+    assert scales.keys() == {id(p) for p in network.backbone.parameters()}
+
+
+def test_each_learning_rate_follows_the_schedule(monkeypatch, tmp_path):
+    rates = []
+    step = torch.optim.SGD.step
+
+    def noted(self: torch.optim.SGD, *args: Any) -> Any:
+        rates.append([group["lr"] for group in self.param_groups])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", noted)
+    train(finetune(lr=0.02, gater_lr=0.1, schedule="constant", warmup_epochs=0.0), tmp_path / "run", CPU)
+    assert rates == [pytest.approx([0.02, 0.1])] * 5
+
+
+def toy() -> GaterNet:
+    network = create_model("resnet20_gated", 10, 1)
+    assert isinstance(network, GaterNet)
+    return network
+
+
+def test_density_weights_by_hand():
+    network, images = toy(), torch.zeros(1, 1, 8, 8)
+    gates = torch.rand(network.num_gates)
+    assert (density_weights(network, Gating(), images) @ gates).item() == pytest.approx(gates.mean().item())
+    by_site = density_weights(network, Gating(penalty="sites"), images) @ gates
+    assert by_site.tolist() == pytest.approx([gates[s.start : s.stop].mean().item() for s in network.sites])
+    cost = CostModel(read_graph(network.backbone, images), network.sites)
+    every, none = (cost(torch.full((1, network.num_gates), float(value))).item() for value in (1, 0))
+    closed = gates.round()[None]
+    share = 1 - (every - cost(closed).item()) / (every - none)  # of what gates decide: residual ones add up
+    assert (density_weights(network, Gating(penalty="macs"), images) @ closed[0]).item() == pytest.approx(
+        share, abs=1e-6
+    )
+
+
+def test_density_weights_count_shared_gates_once():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 6, 1)
+            self.fc = nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.c(self.b(self.a(x).relu()).relu()).relu().mean((2, 3)))
+
+    from gaternet.sites import find_sites
+
+    images = torch.zeros(1, 1, 8, 8)
+    net = Net()
+    sites = find_sites(net, images, "all")
+    assert [site.role for site in sites] == ["inner", "depthwise", "inner"]
+    network = GaterNet(net, Gater(nn.Flatten(), 64, 10), sites)
+    assert density_weights(network, Gating(penalty="sites"), images).shape == (2, 10)
+
+
+def test_target_of_each_site_is_steered_to(tmp_path):
+    options = {
+        "sparsity_ramp": 0.0,
+        "density_weight": 300.0,
+        "lr": 0.1,
+        "gater_lr": 0.2,
+        "epochs": 4,
+        "sites": "residual",
+    }
+    record = train(finetune(target_density=0.3, penalty="sites", **options), tmp_path / "run", CPU)
+    assert max(record["test_site_density"]) < 0.6
+    assert len(record["test_site_density"]) == 9
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_weights_come_from_a_file_whatever_its_classes(digits, tmp_path, wrap):
+    plain = create_model("resnet20", 7, 1)
+    state: Any = {f"module.{name}": value for name, value in plain.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3} if wrap else state, tmp_path / "plain.pth")
+    network = build(finetune(backbone_from=str(tmp_path / "plain.pth")), digits)
+    for name, value in network.backbone.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[name]) != name.startswith("fc."), name
+
+
+@pytest.mark.parametrize("change", [lambda s: s.pop("bn1.weight"), lambda s: s.update(new=torch.ones(1))])
+def test_weights_of_another_network_are_refused(digits, tmp_path, change):
+    state = create_model("resnet20", 10, 1).state_dict()
+    change(state)
+    torch.save(dict(state), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth holds another model than the backbone of this recipe"):
+        build_network(finetune(backbone_from=str(tmp_path / "other.pth")), digits, seed=0)
+
+
+def test_a_pretrained_backbone_gets_the_inputs_that_it_knows(digits):
+    rgb = dataclasses.replace(digits.preprocessing, mean=(0.1,) * 3, std=(0.2,) * 3)
+    data = dataclasses.replace(digits, preprocessing=rgb)
+    network = nn.Identity()
+    assert prepared_for(data, network) is data
+    network.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.4, 0.4, 0.4)}  # pyright: ignore[reportArgumentType]
+    found = prepared_for(data, network).preprocessing
+    assert (found.mean, found.std) == ((0.5,) * 3, (0.4,) * 3)
+    assert prepared_for(digits, network) is digits  # grey images
+
+
+def test_a_gated_model_is_no_backbone(digits):
+    with pytest.raises(ValueError, match="resnet20_gated is gated already"):
+        build_network(finetune(backbone="resnet20_gated"), digits, seed=0)
+
+
+def test_model_and_backbone_take_each_others_place():
+    recipe = override(find_recipe("cifar10_resnet20_gated"), {"backbone": "timm:resnet18"})
+    assert (recipe.model, recipe.backbone) == (None, "timm:resnet18")
+    assert recipe.gated
+    recipe = override(find_recipe("finetune"), {"model": "resnet20", "pretrained": False})
+    assert (recipe.model, recipe.backbone) == ("resnet20", None)
+    with pytest.raises(ValueError, match="model must be left out where backbone is set"):
+        override(find_recipe("finetune"), {"model": "resnet20", "backbone": "resnet56"})
+
+
+def test_finetuning_resumes_to_the_same_weights(tmp_path: Path, monkeypatch):
+    import gaternet.train
+
+    recipe = finetune(epochs=2, freeze="none", gater_lr=0.03)
+    train(recipe, tmp_path / "whole", CPU)
+    original, calls = gaternet.train.training_step, []
+
+    def breaks(*args: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(gaternet.train, "training_step", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "cut", CPU)
+    monkeypatch.undo()
+    train(recipe, tmp_path / "cut", CPU, resume=True)
+    whole, cut = (load_model(tmp_path / name / "last")[0].state_dict() for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
