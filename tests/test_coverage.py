@@ -1,4 +1,4 @@
-"""Every family of CNNs of timm and torchvision keeps gating's promises: benchmarks/coverage.py, as tests.
+"""Every family of CNNs of timm and torchvision keeps gating's promises: benchmarks/families.py, as tests.
 
 The fastest third runs with the others; `make sweep` runs all.
 """
@@ -6,7 +6,7 @@ The fastest third runs with the others; `make sweep` runs all.
 import json
 from typing import Any
 
-import coverage
+import families
 import pytest
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 import gaternet
 from gaternet.models.create import create_backbone
 
-ROWS = json.loads(coverage.MODELS.read_text())
+ROWS = json.loads(families.MODELS.read_text())
 FAST = {row["model"] for row in sorted(ROWS, key=lambda row: row["seconds"])[: len(ROWS) // 3]}
 
 
@@ -23,14 +23,14 @@ FAST = {row["model"] for row in sorted(ROWS, key=lambda row: row["seconds"])[: l
     [pytest.param(row, id=row["model"], marks=[] if row["model"] in FAST else [pytest.mark.slow]) for row in ROWS],
 )
 def test_gating_keeps_its_promises(row: dict[str, Any], unchecked_types):
-    found = coverage.check(row["model"])
+    found = families.check(row["model"])
     for volatile in ("seconds", "pixels", "macs"):
         found.pop(volatile)
     assert found == {name: row[name] for name in found}  # as docs/coverage.md says
 
 
 def test_the_page_is_that_of_the_recorded_rows():
-    assert coverage.table(ROWS) in coverage.PAGE.read_text()
+    assert families.table(ROWS) in families.PAGE.read_text()
 
 
 @pytest.mark.parametrize("name", ["timm:resnet10t", "timm:mobilenetv3_small_050", "timm:regnetx_002"])

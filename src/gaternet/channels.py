@@ -34,6 +34,9 @@ class ChannelFlow:
         sources = self.graph.sources(node)
         if not sources:
             return
+        if node in self.graph.rewritten:
+            self.columns[node] = _alive(shape(node))
+            return
         name, first = op(node), self.columns[sources[0]]
         if name in ("add", "sub", "mul", "minimum", "maximum") and len(sources) == 2 and shape(node):
             second = self.columns[sources[1]]
@@ -44,7 +47,7 @@ class ChannelFlow:
         elif name == "cat":
             parts = [self._full(source) for source in node.args[0]]  # pyright: ignore[reportOptionalIterable, reportGeneralTypeIssues]
             self.columns[node] = _compressed(torch.cat(parts, *node.args[1:2]))  # pyright: ignore[reportArgumentType]
-        elif self.graph.is_view(node) and len(sources) == 1:
+        elif self.graph.is_view(node) and node.all_input_nodes == sources and len(sources) == 1:
             self.columns[node] = self._moved(node, sources[0])
         elif len(sources) == 1 and self._keeps(node, sources[0]) and first.ndim == 4 and first.shape[2:] == (1, 1):
             self.columns[node] = first if len(shape(node)) == 4 else first[:, :, 0, 0]
@@ -55,6 +58,8 @@ class ChannelFlow:
 
     def set_gates(self, node: Node, start: int, stop: int) -> None:
         """Say that the node is a site: its channels are decided by these columns of the gates."""
+        if node in self.graph.rewritten:
+            return
         self.columns[node] = torch.arange(start, stop).reshape(1, -1, *[1] * (len(shape(node)) - 2))
 
     def of(self, node: Node) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model as load_safetensors_
 from safetensors.torch import save_model as save_safetensors
 from torch import nn
@@ -31,6 +31,7 @@ from gaternet.method import Gater, GaterNet, GateSite
 from gaternet.models.create import build_gated, create_backbone
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -152,8 +153,12 @@ def _gater_options(gater: nn.Module) -> dict[str, Any] | None:
 
 
 def load_weights_(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into `model`; ValueError if it is damaged or of another model."""
+    """Load a safetensors file into `model`, in the file's precision; ValueError if damaged or of another model."""
     try:
+        with safe_open(path, "pt") as file:
+            kinds = {file.get_slice(name).get_dtype() for name in file.keys()} & _PRECISIONS.keys()  # noqa: SIM118
+        if len(kinds) == 1:
+            model.to(_PRECISIONS[kinds.pop()])
         load_safetensors_(model, path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}): restore it from a copy") from error

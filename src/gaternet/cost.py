@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gaternet.channels import ALIVE, conv_columns, gate_columns
-from gaternet.graph import Conv, Graph, read_graph
+from gaternet.graph import Conv, Graph, read_graph, shape
 from gaternet.method import GaterNet, GateSite
 
 
@@ -61,13 +61,16 @@ class CostModel:
         self.dense = count_dense_macs(graph.backbone, graph.example_input)
         self.convs: list[ConvCost] = []
         for conv in graph.convs.values():
+            if shape(conv.node)[0] != shape(graph.input)[0]:  # images are folded into windows or groups
+                continue
             site = by_conv.get(conv.name)
             writes = torch.arange(site.start, site.stop) if site else torch.full((conv.out_channels,), ALIVE)
             self.convs.append(ConvCost(conv, conv_columns(flow, conv), writes))
 
     def __call__(self, gates: Float[Tensor, "batch gates"]) -> Float[Tensor, " batch"]:
-        """MACs of each image under its gates (B, C)."""
-        extended = torch.cat([gates, gates.new_ones(gates.shape[0], 1)], 1).double()  # column -1 is always open
+        """MACs of each image under its gates (B, C); float64, on the CPU."""
+        gates = gates.cpu().double()
+        extended = torch.cat([gates, gates.new_ones(gates.shape[0], 1)], 1)  # column -1, ALIVE, is always open
         saved = extended.new_zeros(gates.shape[0])
         for cost in self.convs:
             if (cost.reads == ALIVE).all() and (cost.writes == ALIVE).all():
@@ -78,7 +81,8 @@ class CostModel:
     def savings(self) -> Float[Tensor, " gates"]:
         """MACs that closing each gate saves where all others are open, (C,)."""
         gates = torch.ones(1, self.num_gates, dtype=torch.float64, requires_grad=True)
-        (gradient,) = torch.autograd.grad(self(gates).sum(), gates)  # the cost is linear in each single gate
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(self(gates).sum(), gates)  # the cost is linear in each single gate
         return gradient[0]
 
     def gateable(self) -> float:

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from gaternet.cost import count_dense_macs
-from gaternet.method import Gater, GaterNet
+from gaternet.method import Gater, GaterNet, refuse_gated
 from gaternet.models.create import create_extractor, describe_backbone
 from gaternet.sites import Selection, find_sites
 
 OPEN_BIAS = 2.0  # with the paper's noise, 98 % of the hard gates are then open in the first training step
 _BUDGET = 0.05  # share of the backbone's MACs that the default gater may cost
-_SMALLEST = 16  # pixels of side below which the default gater sees too little
+_LARGE = 0.5e9  # MACs above which a backbone has that budget; smaller ones may pay more for a gater that sees enough
 
 
 def gate(
@@ -49,9 +49,14 @@ def gate(
     Raises:
         ValueError: no filter can be gated, the network cannot be exported, or the extractor gives no features (B, h).
     """
+    refuse_gated(backbone)
     found = find_sites(backbone, example_input, sites)
+    num_gates = max(site.stop for site in found)
+    if bottleneck is None:
+        bottleneck = 8 if max(example_input.shape[2:]) <= 64 else 256
     if gater is None:
-        source: dict[str, Any] | None = {"name": "resnet20", "shrink": _shrink(backbone, example_input)}
+        decider = bottleneck * num_gates
+        source: dict[str, Any] | None = {"name": "resnet20", "shrink": _shrink(backbone, example_input, decider)}
     else:
         source = {"name": gater} if isinstance(gater, str) else None
     if source is not None:
@@ -62,8 +67,8 @@ def gate(
     built = Gater(
         extractor,
         _num_features(extractor, example_input),
-        max(site.stop for site in found),
-        bottleneck=bottleneck or (8 if max(example_input.shape[2:]) <= 64 else 256),
+        num_gates,
+        bottleneck=bottleneck,
         batch_norm=batch_norm,
         initial_bias=OPEN_BIAS if open else 0.0,
         noise_std=noise_std,
@@ -72,7 +77,9 @@ def gate(
     if open:
         nn.init.zeros_(built.fc2.weight)
     metadata = {"backbone": describe_backbone(backbone, example_input.shape[1]), "extractor": source}
-    return GaterNet(backbone, built, found, metadata).train(backbone.training)
+    model = GaterNet(backbone, built.train(backbone.training), found, metadata)
+    model.training = backbone.training  # not train(): frozen parts of the backbone stay in their mode
+    return model
 
 
 def _num_features(extractor: nn.Module, example_input: Tensor) -> int:
@@ -93,13 +100,14 @@ def _num_features(extractor: nn.Module, example_input: Tensor) -> int:
     return features.shape[1]
 
 
-def _shrink(backbone: nn.Module, example_input: Tensor) -> int:
-    """By how much the default gater shrinks images, for it to keep within its budget."""
-    budget = _BUDGET * count_dense_macs(backbone, example_input)
+def _shrink(backbone: nn.Module, example_input: Tensor, decider: int) -> int:
+    """By how much the default gater shrinks images, to keep within its budget, of which D takes `decider`."""
+    macs = count_dense_macs(backbone, example_input)
+    budget, smallest = _BUDGET * macs - decider, 8 if macs > _LARGE else 16
     channels, height, width = example_input.shape[1:]
     macs_per_pixel = count_dense_macs(create_extractor("resnet20", channels), torch.zeros(1, channels, 32, 32)) / 32**2
     shrink = 1
-    while min(height, width) // (shrink + 1) >= _SMALLEST and (
+    while min(height, width) // (shrink + 1) >= smallest and (
         macs_per_pixel * math.ceil(height / shrink) * math.ceil(width / shrink) > budget
     ):
         shrink += 1

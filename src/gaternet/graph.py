@@ -111,6 +111,8 @@ class Graph:
         example_input: the images (B, channels, H, W) that it was traced with.
         nodes: operations, in the order in which they run.
         convs: its 2-D convolutions, by their nodes.
+        rewritten: nodes whose tensor is written to later, through a view of it: what they hold then is not known.
+        constants: the weights, running statistics and other tensors that it reads, by their nodes.
     """
 
     def __init__(self, backbone: nn.Module, program: torch.export.ExportedProgram, example_input: Tensor) -> None:
@@ -118,6 +120,8 @@ class Graph:
         self.modules = dict(backbone.named_modules())
         inputs = set(program.graph_signature.user_inputs)
         self.nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+        self.rewritten = _read_what_was_written(self.nodes)
+        self.constants = _constants(program)
         self.input = next(node for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs)
         self.output = next(node for node in program.graph.nodes if node.op == "output")
         self._varying = {self.input}
@@ -147,7 +151,7 @@ class Graph:
         name, before, after = op(node), shape(source), shape(node)
         args: list[Any] = list(node.args)
         others = [arg for arg in args if isinstance(arg, Node) and arg is not source]
-        if len(before) < 2 or len(after) < 2 or before[1] != after[1]:
+        if len(before) < 2 or len(after) < 2 or before[1] != after[1] or source in self.rewritten:
             return None
         if name in _KEEP:
             return "keep"
@@ -155,6 +159,8 @@ class Graph:
             return "shift"
         if name in ("clamp", "hardtanh"):
             bounds = (*args[1:3], None, None)
+            if any(isinstance(bound, Node) for bound in bounds):
+                return None
             return "keep" if (bounds[0] or 0) <= 0 <= (bounds[1] or 0) else "shift"
         if name in ("pad", "constant_pad_nd"):
             value = args[-1] if isinstance(args[-1], int | float) else 0
@@ -164,8 +170,10 @@ class Graph:
             return "keep" if {dim % 4 for dim in dims} <= {2, 3} else None
         if name == "mul":
             return "keep"
-        if name in ("div", "pow"):
+        if name == "div":
             return "keep" if args[0] is source and not any(map(self.varies, others)) else None
+        if name == "pow":
+            return "keep" if isinstance(args[1], int | float) and args[1] > 0 else None
         if name in ("add", "sub"):
             if any(isinstance(arg, int | float) and arg == 0 for arg in args[:2]):
                 return "keep"
@@ -278,6 +286,42 @@ def walk(node: Node) -> Iterator[Node]:
     while len(node.users) == 1:
         node = next(iter(node.users))
         yield node
+
+
+def in_place(node: Node) -> bool:
+    """Whether the operation writes to its first input."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.name.endswith("_") and not schema.name.endswith("__")
+
+
+def _read_what_was_written(nodes: list[Node]) -> set[Node]:
+    """Let what reads a tensor after an operation in place read that operation's node, which has the same value.
+
+    Where the operation writes through a view, no node has the new value of the whole: returns such tensors.
+    """
+    order = {node: i for i, node in enumerate(nodes)}
+    rewritten: set[Node] = set()
+    for node in nodes:
+        if not in_place(node) or not isinstance(target := node.args[0], Node):
+            continue
+        target.replace_all_uses_with(node, delete_user_cb=lambda user, n=node: order.get(user, len(order)) > order[n])
+        while op(target) in _VIEW and isinstance(target.args[0], Node):
+            target = target.args[0]
+            rewritten.add(target)
+    return rewritten
+
+
+def _constants(program: torch.export.ExportedProgram) -> dict[Node, Tensor]:
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    names |= signature.inputs_to_lifted_tensor_constants
+    found: dict[Node, Tensor] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and (name := names.get(node.name)) is not None:
+            value = program.state_dict.get(name, program.constants.get(name))
+            assert isinstance(value, Tensor)
+            found[node] = value
+    return found
 
 
 def _inner_nodes(node: Node) -> list[Node]:

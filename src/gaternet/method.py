@@ -194,6 +194,12 @@ class _GateHook:
         return output * gates[:, self.site.start : self.site.stop, None, None].to(output.dtype)  # (B, C_site, 1, 1)
 
 
+def refuse_gated(network: nn.Module) -> None:
+    """Raise ValueError if any module of the network has gates."""
+    if any(isinstance(hook, _GateHook) for module in network.modules() for hook in module._forward_hooks.values()):
+        raise ValueError("the backbone is gated already: call ungate() on its GaterNet, or on a deep copy of that")
+
+
 class GaterNet(
     nn.Module,
     ModelHubMixin,
@@ -235,8 +241,7 @@ class GaterNet(
         modules = dict(backbone.named_modules())
         if missing := [site.name for site in sites if site.name not in modules]:
             raise ValueError(f"the backbone has no module {missing[0]!r}: sites must name modules of this backbone")
-        if any(isinstance(hook, _GateHook) for m in modules.values() for hook in m._forward_hooks.values()):
-            raise ValueError("the backbone is gated already: call ungate() on its GaterNet, or on a deep copy of that")
+        refuse_gated(backbone)
         self.backbone = backbone
         self.gater = gater
         self.sites = tuple(sites)

@@ -138,7 +138,7 @@ def _place(graph: Graph, conv: Conv) -> _Place | str:
     last = 0  # the last of it that turns zeros into something else: gates must come behind
     for node in walk(conv.node):
         effect = graph.effect(node, chain[-1])
-        if effect is None:
+        if effect is None or len(shape(node)) != 4 or len(graph.sources(node)) > 1:
             break
         if op(node) in ("sigmoid", "hardsigmoid"):
             return "it computes weights between 0 and 1, not features"
@@ -181,16 +181,15 @@ def _mixing_norm(graph: Graph, node: Node) -> str | None:
 
 def _pooled(graph: Graph, node: Node) -> bool:
     """Whether the tensor is an average over whole images, or computed from such alone."""
-    seen: set[Node] = set()
+    known: dict[Node, bool] = {}
 
     def pooled(node: Node) -> bool:
-        if node in seen or len(shape(node)) != 4 or shape(node)[2:] != (1, 1):
-            return False
-        seen.add(node)
-        if op(node) in ("mean", "adaptive_avg_pool2d", "adaptive_max_pool2d", "amax"):
-            return True
-        sources = graph.sources(node)
-        return bool(sources) and all(pooled(source) for source in sources)
+        if node not in known:
+            sources = graph.sources(node)
+            pools = op(node) in ("mean", "adaptive_avg_pool2d", "adaptive_max_pool2d", "amax")
+            one_pixel = len(shape(node)) == 4 and shape(node)[2:] == (1, 1)
+            known[node] = one_pixel and (pools or (bool(sources) and all(map(pooled, sources))))
+        return known[node]
 
     return pooled(node)
 
@@ -239,10 +238,11 @@ def _roles(graph: Graph) -> dict[Node, str]:
             own_a, own_b = upstream[a] & ~upstream[b], upstream[b] & ~upstream[a]
             longer, shorter = (a, b) if own_a.bit_count() >= own_b.bit_count() else (b, a)
             few, many = sorted((own_a.bit_count(), own_b.bit_count()))
-            if few <= 1 or few == many:
-                branches = [a, b] if few == many else [longer]
-                for branch in branches:
-                    roles |= dict.fromkeys(_last_convs(graph, branch), "residual")
+            if many and (few <= 1 or few == many):
+                for branch, own in ((a, own_a), (b, own_b)):
+                    if few == many or branch is longer:
+                        lasts = [last for last in _last_convs(graph, branch) if bits[last] & own]
+                        roles |= dict.fromkeys(lasts, "residual")
                 if few == 1 and few != many:
                     for last in _last_convs(graph, shorter):
                         roles.setdefault(last, "shortcut")
@@ -261,11 +261,12 @@ def _last_convs(graph: Graph, node: Node) -> list[Node]:
         if node in graph.convs and graph.is_layer(node):
             return [node]
         sources = [source for source in graph.sources(node) if len(shape(source)) == 4 or graph.is_view(source)]
-        if op(node) == "cat":
+        if op(node) == "cat" or (op(node) == "add" and len(sources) == 2):
             return [last for source in sources for last in _last_convs(graph, source)]
         if op(node) == "mul" and len(sources) == 2:  # features times weights: SE's are 1x1, others come from a sigmoid
             sources = [s for s in sources if shape(s) == shape(node) and op(s) not in ("sigmoid", "hardsigmoid")]
-        if len(sources) != 1 or (graph.effect(node, sources[0]) is None and not graph.is_view(node)):
+        passes = graph.is_view(node) or "norm" in op(node)
+        if len(sources) != 1 or (graph.effect(node, sources[0]) is None and not passes):
             return []
         node = sources[0]
 

@@ -57,10 +57,12 @@ def create_model(
     Raises:
         ValueError: for a name that is not known, or weights that cannot be had.
     """
-    if name not in model_names() and not name.startswith((_TIMM, _TORCHVISION)):
-        raise ValueError(_unknown(name, model_names()))
-    if not name.endswith(_GATED):
+    if name.startswith((_TIMM, _TORCHVISION)) or name in _BACKBONES:
         return create_backbone(name, num_classes, in_chans, pretrained)
+    if name not in model_names():
+        raise ValueError(_unknown(name, model_names()))
+    if pretrained:
+        raise ValueError(f"there are no trained weights for {name}: train it")
     shape = {"num_classes": num_classes, "in_chans": in_chans}
     return build_gated(
         {
@@ -79,7 +81,10 @@ def create_model(
 
 
 def create_backbone(name: str, num_classes: int = 10, in_chans: int = 3, pretrained: bool = False) -> nn.Module:
-    """A plain network by name: "resnet20_wider", "timm:resnet50", "torchvision:vgg11"; with 0 classes, its features."""
+    """A plain network by name: "resnet20_wider", "timm:resnet50", "torchvision:vgg11".
+
+    With 0 classes it gives features (B, h); torchvision's have no such form.
+    """
     if name.startswith(_TIMM):
         network = _timm(name.removeprefix(_TIMM), num_classes, in_chans, pretrained)
     elif name.startswith(_TORCHVISION):
@@ -105,15 +110,18 @@ def create_extractor(name: str, in_chans: int = 3, shrink: int = 1) -> nn.Module
 
 def describe_backbone(backbone: nn.Module, in_chans: int) -> dict[str, Any] | None:
     """The arguments of `create_backbone` that make such a network anew; None for one that it does not make."""
-    if source := getattr(backbone, "gaternet_source", None):
-        return source
-    config = getattr(backbone, "pretrained_cfg", None) or {}
-    if not (name := config.get("architecture")) or not isinstance(getattr(backbone, "num_classes", None), int):
-        return None
-    source = {"name": _TIMM + name, "num_classes": backbone.num_classes, "in_chans": in_chans}
-    try:
+    source: Any = getattr(backbone, "gaternet_source", None)
+    if source is None:
+        config: Any = getattr(backbone, "pretrained_cfg", None) or {}
+        num_classes = getattr(backbone, "num_classes", None)
+        if "architecture" not in config or not isinstance(num_classes, int):
+            return None
+        source = {"name": _TIMM + config["architecture"], "num_classes": num_classes, "in_chans": in_chans}
+    try:  # to make it anew: it may have been made with other options, or changed since
         with torch.device("meta"):
             twin = create_backbone(**source)
+    except NotImplementedError:  # its initialisation wants real numbers
+        twin = create_backbone(**source)
     except (ValueError, RuntimeError, TypeError):
         return None
     shapes = [{key: value.shape for key, value in network.state_dict().items()} for network in (backbone, twin)]
@@ -171,7 +179,9 @@ def _timm(name: str, num_classes: int, in_chans: int, pretrained: bool) -> nn.Mo
         raise ValueError(_unknown(name, timm.list_models(), "model of timm"))
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans)
-    except OSError as error:  # also what huggingface_hub raises without a network
+    except (OSError, RuntimeError) as error:  # no network, or nobody has trained it
+        if not pretrained:
+            raise
         raise _no_weights(_TIMM + name, error) from error
 
 
@@ -182,6 +192,8 @@ def _torchvision(name: str, num_classes: int, in_chans: int, pretrained: bool) -
         raise ValueError(_unknown(name, models.list_models(models), "classification model of torchvision"))
     if in_chans != 3:
         raise ValueError(f"{_TORCHVISION}{name} takes images of 3 channels, not {in_chans}: choose one of timm's")
+    if num_classes < 1:
+        raise ValueError(f"{_TORCHVISION}{name} gives no features without its classifier: choose one of timm's")
     auxiliary = name in ("googlenet", "inception_v3")  # with heads for training that nothing here wants
     options: dict[str, Any] = {"aux_logits": False, "init_weights": True} if auxiliary else {}
     if auxiliary and pretrained:

@@ -1,8 +1,8 @@
 """Gate every family of CNNs of timm and torchvision, check what gating promises, and write docs/coverage.md.
 
-python benchmarks/coverage.py             # check all, minutes; then write docs/results/coverage.json and the page
-python benchmarks/coverage.py NAME...     # check these alone, write nothing
-python benchmarks/coverage.py --choose    # choose the models anew: the smallest of each family of timm, minutes
+python benchmarks/families.py             # check all, minutes; then write docs/results/coverage.json and the page
+python benchmarks/families.py NAME...     # check these alone, write nothing
+python benchmarks/families.py --choose    # choose the models anew: the smallest of each family of timm, minutes
 
 Families are timm's modules. Of each, the smallest model counts whose convolutions are 10 or more and hold at least 40 %
 of its parameters; of torchvision, every classification network whose convolutions do, or that has no attention.
@@ -182,7 +182,9 @@ def without_closed_filters(model: GaterNet, images: Tensor, gates: Tensor) -> Te
 def check_dead_channels(model: GaterNet, cost: CostModel, images: Tensor) -> None:
     """Channels that the cost model says are dead are zeros where convolutions read them."""
     gates = torch.randint(2, (2, model.num_gates), generator=torch.Generator().manual_seed(3)).float()
-    reads = {entry.conv.name: entry.reads for entry in cost.convs if entry.conv.name and (entry.reads != ALIVE).any()}
+    runs = Counter(entry.conv.name for entry in cost.convs)
+    reads = {entry.conv.name: entry.reads for entry in cost.convs if runs[entry.conv.name] == 1 and entry.conv.name}
+    reads = {name: columns for name, columns in reads.items() if (columns != ALIVE).any()}
     handles = []
     for name, columns in reads.items():
 
@@ -242,7 +244,7 @@ def main() -> None:
     MODELS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     PAGE.write_text(
         "# Coverage\n\n"
-        f"{len(rows)} networks, gated in one call and checked by `python benchmarks/coverage.py` with gaternet "
+        f"{len(rows)} networks, gated in one call and checked by `python benchmarks/families.py` with gaternet "
         f"{gaternet.__version__}, torch {torch.__version__}. Images are small, so that the sweep is fast: MACs are for "
         "that size.\n\n" + " ".join(str(__doc__).split("\n\n")[-1].split()) + "\n\n"
         "Checked for each: with all gates open the output is the plain network's bit for bit; closed gates leave exact "
