@@ -570,6 +570,9 @@ LINKS: dict[str, Callable[[], nn.Module]] = {  # from 8 channels to 8 channels
     "branches": lambda: Block(
         lambda u, x: torch.cat([u.one(x), u.two(x)], 1), one=layers(conv(8, 3), norm(3)), two=conv(8, 5, 1)
     ),
+    "twice": lambda: Block(
+        lambda u, x: u.down(torch.cat([u.more(x)] * 2, 1)), more=layers(conv(8, 6), nn.ReLU()), down=conv(12, 8)
+    ),
     "dense": lambda: Block(
         lambda u, x: u.down(torch.cat([x, u.more(x)], 1)), more=layers(norm(), nn.ReLU(), conv(8, 4)), down=conv(12, 8)
     ),

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from gaternet.method import Gater, GaterNet, GateSite, gate_sparsity, improved_semhash
     from gaternet.models import create_model, model_names
     from gaternet.sites import find_sites
+    from gaternet.skipping import skip
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOMES = {
     "load_official_checkpoint": "gaternet.checkpoint",
     "load_pretrained": "gaternet.checkpoint",
     "model_names": "gaternet.models",
+    "skip": "gaternet.skipping",
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "load_official_checkpoint",
     "load_pretrained",
     "model_names",
+    "skip",
 ]
 
 
