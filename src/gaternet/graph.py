@@ -307,7 +307,8 @@ def _read_what_was_written(nodes: list[Node]) -> set[Node]:
         target.replace_all_uses_with(node, delete_user_cb=lambda user, n=node: order.get(user, len(order)) > order[n])
         while op(target) in _VIEW and isinstance(target.args[0], Node):
             target = target.args[0]
-            rewritten.add(target)
+            if any(order.get(user, len(order)) > order[node] for user in target.users):
+                rewritten.add(target)
     return rewritten
 
 
