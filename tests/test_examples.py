@@ -37,7 +37,9 @@ def test_pretrained_cifar_resnet(monkeypatch, tmp_path, capsys):
     assert second.startswith("Macs(backbone=40551040, gater=")
 
 
-@pytest.mark.parametrize("file", ["resnet20-12fca82f.th", "resnet56-4bfd9763.th"])
+@pytest.mark.parametrize(
+    "file", ["resnet20-12fca82f.th", "resnet32-d509ac18.th", "resnet44-014dd654.th", "resnet56-4bfd9763.th"]
+)
 def test_trained_networks_of_others_start_as_they_were(shared, file):
     network = load(shared / "data" / "cifar_resnets" / file)
     images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
