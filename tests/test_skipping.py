@@ -1,5 +1,6 @@
 """Skipping computes what masking computes, with open filters only."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,11 +17,15 @@ from gaternet.cost import CostModel
 from gaternet.graph import read_graph
 from gaternet.method import GaterNet
 from gaternet.models.create import create_backbone
-from gaternet.skipping.engine import SliceEngine
-from gaternet.skipping.plan import Plan, plan_for
-from gaternet.skipping.skip import Skipper
+from gaternet.skipping import Skipper, kernels
+from gaternet.skipping.engines import KernelName
+from gaternet.skipping.native import NativeProgram
+from gaternet.skipping.plan import Plan
+from gaternet.skipping.planner import make_plan
+from gaternet.skipping.program import Program
 
 THREE = torch.cat([IMAGES, IMAGES[:1].flip(3)])
+KERNELS: list[KernelName] = ["torch", "native"]
 
 
 def gated(backbone: nn.Module, images: Tensor = IMAGES, sites: Any = "all") -> GaterNet:
@@ -32,14 +37,19 @@ def random_gates(model: GaterNet, density: float, seed: int = 0, batch: int = 3)
     return (torch.rand(batch, model.num_gates, generator=seeded(seed)) < density).float()
 
 
+def plan_of(model: GaterNet, images: Tensor = IMAGES) -> Plan:
+    return make_plan(read_graph(model.backbone, images[:1]), model.sites)
+
+
 @torch.no_grad()
 def assert_skips_exactly(model: GaterNet, images: Tensor, gates: Tensor) -> None:
     expected = model.forward_gated(images, gates)
-    for count in (1, len(images)):
-        fast = gaternet.skip(model, images)
-        found = fast.forward_gated(images[:count], gates[:count])
-        scale = expected.abs().max().item()
-        torch.testing.assert_close(found, expected[:count], rtol=1e-4, atol=1e-4 * scale)
+    scale = expected.abs().max().item()
+    for name in KERNELS:
+        fast = gaternet.skip(model, images, "slice", kernels=name)
+        for count in (1, len(images)):
+            found = fast.forward_gated(images[:count], gates[:count])
+            torch.testing.assert_close(found, expected[:count], rtol=1e-4, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("name", LINKS)
@@ -68,19 +78,86 @@ def test_networks_skip_exactly(name, sites):
     assert_skips_exactly(model, images, one)
 
 
+CONVS = st.fixed_dictionaries(
+    {
+        "channels": st.integers(1, 70),
+        "filters": st.integers(1, 150),
+        "kernel": st.tuples(st.integers(1, 5), st.integers(1, 3)),
+        "stride": st.integers(1, 3),
+        "dilation": st.integers(1, 2),
+        "padding": st.integers(0, 2),
+        "height": st.integers(9, 13),
+        "width": st.integers(9, 13),
+        "bias": st.booleans(),
+        "threads": st.integers(1, 3),
+        "density": st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    }
+)
+
+
+@given(CONVS)
+@settings(max_examples=60, deadline=None)
+def test_convolutions_of_any_shape_skip_exactly(case):
+    """Tiles and panels have many sizes; a second convolution reads what the first left open, a third is depthwise."""
+    torch.manual_seed(0)
+    filters, shape = case["filters"], {name: case[name] for name in ("stride", "dilation", "padding", "bias")}
+    images = torch.randn(3, case["channels"], case["height"], case["width"])
+    network = nn.Sequential(
+        nn.Conv2d(case["channels"], filters, case["kernel"], **shape),
+        nn.ReLU(),
+        nn.Conv2d(filters, filters, 3, padding=1, groups=filters),
+        nn.Conv2d(filters, 9, 1),
+        nn.Flatten(),
+    )
+    model = gated(network, images, sites=lambda name, module: name in ("0", "2"))
+    gates = random_gates(model, case["density"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(case["threads"])
+    try:
+        with torch.no_grad():
+            found = NativeProgram(plan_of(model, images))(images, gates)
+            torch.testing.assert_close(found, model.forward_gated(images, gates), rtol=1e-4, atol=1e-4)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_the_gater_decides():
     model = gated(chain_of(["residual", "inverted residual"]))
-    with torch.no_grad():
-        torch.testing.assert_close(gaternet.skip(model, IMAGES)(IMAGES), model(IMAGES))
-        assert 0 < model.gates(IMAGES).mean() < 1
+    for name in KERNELS:
+        fast = gaternet.skip(model, IMAGES, "slice", kernels=name)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(IMAGES), model(IMAGES))
+            assert torch.equal(fast.gates(IMAGES), model.gates(IMAGES))
+            assert 0 < fast.gates(IMAGES).mean() < 1
 
 
-def test_a_result_does_not_depend_on_the_neighbours():
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_result_does_not_depend_on_the_neighbours(name):
     model = gated(chain_of(["residual", "residual with SE", "shuffle"]))
-    fast, gates = gaternet.skip(model, IMAGES), random_gates(model, 0.5)
+    fast, gates = gaternet.skip(model, IMAGES, "slice", kernels=name), random_gates(model, 0.5)
     together = fast.forward_gated(THREE, gates)
+    others = 1 - gates
     for i in range(3):
-        assert torch.equal(fast.forward_gated(THREE[i : i + 1], gates[i : i + 1])[0], together[i])
+        keep = torch.arange(3) == i
+        images = torch.where(keep[:, None, None, None], THREE, THREE.flip(0) + 1)
+        mixed = fast.forward_gated(images, torch.where(keep[:, None], gates, others))
+        assert torch.equal(mixed[i], together[i])
+        alone = fast.forward_gated(THREE[i : i + 1], gates[i : i + 1])[0]
+        torch.testing.assert_close(alone, together[i])  # a matrix product of one row may round otherwise
+
+
+def test_threads_change_no_bit():
+    model = gated(chain_of(["residual", "inverted residual", "residual with SE"]))
+    program, gates, threads = NativeProgram(plan_of(model)), random_gates(model, 0.5), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(program(THREE, gates))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def chain(net: Any, x: Tensor) -> Tensor:
@@ -99,32 +176,42 @@ def inverted() -> Net:
 
 
 @pytest.mark.parametrize("density", [0.2, 0.6, 1.0])
-def test_only_open_filters_are_computed(density):
+def test_only_open_filters_are_computed(density, monkeypatch):
     """The multiplications that really happen are those that the cost model counts."""
+    monkeypatch.setattr(kernels, "MULTIPLE", 1)
     model = gated(inverted())
     gates = random_gates(model, density, batch=1)
     gates[0, [site.start for site in model.sites]] = 1  # none is closed as a whole, which costs a filler
-    graph = read_graph(model.backbone, IMAGES[:1])
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        SliceEngine(Plan(graph, model.sites), multiple=1)(IMAGES[:1], gates[0])
-    assert counter.get_total_flops() / 2 == CostModel(graph, model.sites)(gates).item()
+    program = Program(plan_of(model), kernels.Kernels)
+    with FlopCounterMode(display=False) as counter:
+        program(IMAGES[:1], gates)
+    cost = CostModel(read_graph(model.backbone, IMAGES[:1]), model.sites)
+    assert counter.get_total_flops() / 2 == cost(gates).item()
 
 
-def test_rounding_up_changes_nothing():
+def test_native_code_reads_no_closed_filter():
+    """Not a number in the weights of closed filters, and of what reads them, reaches the result."""
+    model = gated(inverted())
+    gates, plan = random_gates(model, 0.5, batch=1), plan_of(model)
+    expected = NativeProgram(plan)(IMAGES[:1], gates)
+    sites = {site.conv: gates[0, site.start : site.stop] == 0 for site in model.sites}
+    for step in plan.steps:
+        if step.conv is not None and step.conv.name in sites:
+            step.conv.weight[sites[step.conv.name]] = torch.nan
+            if step.conv.bias is not None:
+                step.conv.bias[sites[step.conv.name]] = torch.nan
+    assert torch.equal(NativeProgram(plan)(IMAGES[:1], gates), expected)
+
+
+def test_rounding_up_changes_nothing(monkeypatch):
     model = gated(chain_of(["residual with SE", "inverted residual", "dense", "shuffle"]))
-    gates, plan = random_gates(model, 0.4, batch=1)[0], plan_for(model.backbone, model.sites, IMAGES)
-    with torch.no_grad():
-        results = [SliceEngine(plan, multiple)(IMAGES[:1], gates) for multiple in (1, 3, 8, 100)]
+    gates, program = random_gates(model, 0.4), Program(plan_of(model), kernels.Kernels)
+    results = []
+    for multiple in (1, 3, 8, 100):
+        monkeypatch.setattr(kernels, "MULTIPLE", multiple)
+        results.append(program(THREE, gates))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])
-
-
-def test_fully_open_gates_run_the_plain_backbone(monkeypatch):
-    model = gated(chain_of(["residual"]))
-    monkeypatch.setattr(SliceEngine, "forward", None)
-    fast = gaternet.skip(model, IMAGES)
-    with torch.no_grad():
-        assert torch.equal(fast.forward_gated(THREE, torch.ones(3, model.num_gates)), model.backbone(THREE))
 
 
 def test_mask_is_the_model_itself():
@@ -135,19 +222,40 @@ def test_mask_is_the_model_itself():
         assert torch.equal(fast.forward_gated(THREE, gates), model.forward_gated(THREE, gates))
 
 
+def test_auto_takes_the_engine_that_was_fastest():
+    model = gated(chain_of(["residual"]))
+    fast = gaternet.skip(model, IMAGES)
+    assert fast.timings.keys() == {"slice", "mask"}
+    assert fast.timings[fast.engine] == min(fast.timings.values())
+
+
 @pytest.mark.parametrize("value", [0.5, -1.0, float("nan")])
 def test_gates_that_are_not_0_or_1_are_refused(value):
     model = gated(chain_of(["residual"]))
     gates = torch.ones(2, model.num_gates)
     gates[1, 3] = value
     with pytest.raises(ValueError, match="gates must be 0 or 1 for filters to be skipped"):
-        gaternet.skip(model, IMAGES).forward_gated(IMAGES, gates)
+        gaternet.skip(model, IMAGES, "slice").forward_gated(IMAGES, gates)
 
 
-def test_gates_of_another_shape_are_refused(unchecked_types):
+def test_what_does_not_fit_is_refused(unchecked_types):
     model = gated(chain_of(["residual"]))
-    with pytest.raises(ValueError, match=rf"gates must be \(2, {model.num_gates}\)"):
-        gaternet.skip(model, IMAGES).forward_gated(IMAGES, torch.ones(2, model.num_gates + 1))
+    fast, gates = gaternet.skip(model, IMAGES, "slice"), torch.ones(2, model.num_gates)
+    cases: list[tuple[str, Callable[[], Any]]] = [
+        (rf"gates must be \(2, {model.num_gates}\)", lambda: fast.forward_gated(IMAGES, torch.ones(2, 1))),
+        (r"images must be \(B, 3, 8, 8\).*call skip again", lambda: fast(torch.ones(2, 3, 9, 9))),
+        (r"images must be torch.float32 on cpu", lambda: fast.forward_gated(IMAGES.double(), gates)),
+    ]
+    for message, call in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(RuntimeError, match="move the model, and call skip again"):
+        fast.double()
+
+
+def test_an_empty_batch_gives_no_logits():
+    model = gated(chain_of(["residual"]))
+    assert gaternet.skip(model, IMAGES, "slice")(IMAGES[:0]).shape == (0, 4)
 
 
 def test_no_gradients_and_no_training_mode():
@@ -156,6 +264,69 @@ def test_no_gradients_and_no_training_mode():
     assert not model.training
     assert not fast(IMAGES).requires_grad
     assert isinstance(fast, Skipper)
+
+
+def test_the_weights_are_held_once():
+    images = torch.zeros(1, 3, 32, 32)
+    model = gated(create_backbone("resnet56", 10), images)
+    dense = sum(p.numel() * 4 for p in model.backbone.parameters())
+    program = NativeProgram(plan_of(model, images))
+    program(images, torch.ones(1, model.num_gates))
+    assert program.weight_bytes <= 1.1 * dense
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_saved_and_loaded_it_computes_the_same(name, tmp_path):
+    model = gated(chain_of(["residual with SE", "inverted residual", "dense", "shuffle", "windows"]))
+    fast, gates = gaternet.skip(model, IMAGES, "slice", kernels=name), random_gates(model, 0.5)
+    fast.save(tmp_path / "fast")
+    for other in KERNELS:
+        loaded = Skipper.load(tmp_path / "fast", kernels=other)
+        torch.testing.assert_close(loaded(IMAGES), fast(IMAGES))
+        found = loaded.forward_gated(THREE, gates)
+        assert torch.equal(found, fast.forward_gated(THREE, gates)) or other != name
+        assert str(loaded.plan) == str(fast.plan)
+
+
+def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path):
+    model = gated(chain_of(["residual"]))
+    with pytest.raises(ValueError, match="the engine mask runs the model itself"):
+        gaternet.skip(model, IMAGES, "mask").save(tmp_path)
+    gaternet.skip(model, IMAGES, "slice").save(tmp_path)
+    (tmp_path / "gater.safetensors").write_bytes(b"no plan")
+    with pytest.raises(ValueError, match=r"gater\.safetensors is not a plan"):
+        Skipper.load(tmp_path)
+    with pytest.raises(OSError, match="config"):
+        Skipper.load(tmp_path / "elsewhere")
+
+
+def test_a_file_cannot_call_anything_but_operations(tmp_path):
+    model = gated(chain_of(["windows"]))
+    plan = plan_of(model)
+    plan.save(tmp_path / "plan")
+    data = (tmp_path / "plan").read_bytes()
+    assert b"reshape.default" in data
+    (tmp_path / "plan").write_bytes(data.replace(b"reshape.default", b"__class__.mro##"))
+    with pytest.raises(ValueError, match="which this PyTorch does not have"):
+        Plan.load(tmp_path / "plan")
+
+
+def test_without_a_compiler_it_is_slow_and_says_so(monkeypatch, tmp_path):
+    from gaternet.skipping.native import library
+
+    model = gated(chain_of(["residual"]))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    library.load_library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"skipped slowly: native code needs a C\+\+ compiler: install g\+\+"):
+            fast = gaternet.skip(model, IMAGES, "slice")
+        with pytest.raises(library.NativeUnavailableError):
+            gaternet.skip(model, IMAGES, "slice", kernels="native")
+    finally:
+        library.load_library.cache_clear()
+    with torch.no_grad():
+        torch.testing.assert_close(fast(IMAGES), model(IMAGES))
 
 
 def test_the_plan_can_be_read():
@@ -167,13 +338,11 @@ def test_the_plan_can_be_read():
             se=squeeze_excite(),
         )
     )
-    lines = str(gaternet.skip(model, IMAGES).plan).splitlines()
+    lines = str(gaternet.skip(model, IMAGES, "slice").plan).splitlines()
     assert lines[0] == "first: reads all of 3, writes open filters of 6"
     assert lines[1] == "second: reads open channels of 6, writes open filters of 8"
     grouped = gated(Net(lambda net, x: net.grouped(net.first(x)), first=conv(3, 6), grouped=conv(6, 8, groups=2)))
-    assert (
-        str(gaternet.skip(grouped, IMAGES).plan).splitlines()[1] == "grouped: reads all of 6, writes all of 8, masked"
-    )
+    assert str(plan_of(grouped)).splitlines()[1] == "grouped: reads all of 6, writes all of 8, masked"
 
 
 def test_writes_to_a_part_of_a_tensor_are_refused():

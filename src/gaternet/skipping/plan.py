@@ -1,97 +1,141 @@
-"""What to compute, and what may be left out: the backbone's operations as a list of steps.
+"""A plan: a network's operations as a list of steps, with what closed gates allow to leave out. Plain data.
 
-A tensor is *compact* where some of its channels are decided by gates: then only the open ones are held. Its *pattern*
-says which gate decides each channel. A convolution that writes and reads compact tensors uses those rows and columns of
-its weights that belong to open channels. Whatever cannot be done on compact tensors is done on dense ones, with zeros
-in the
-closed channels: that is always right, and saves nothing.
+A tensor is *compact* where gates decide its channels: then only the open ones are held. Its *pattern* says which gate
+decides each channel. A convolution that writes and reads compact tensors uses those rows and columns of its weights
+that belong to open channels. Whatever cannot be done on compact tensors is done on dense ones, with zeros in the closed
+channels: that is always right, and saves nothing.
 """
 
+import dataclasses
+import json
+import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import safetensors
 import torch
-from torch import Tensor, nn
-from torch.fx import Node
-from torch.fx.node import map_arg
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from gaternet.channels import ALIVE, ChannelFlow
-from gaternet.graph import Conv, Graph, in_place, op, read_graph, shape, walk
-from gaternet.method import GateSite
+from gaternet.channels import ALIVE
 
-Kind = Literal["conv", "keep", "add", "scale", "cat", "dense"]
+Kind = Literal["conv", "keep", "add", "scale", "cat", "aten"]
 DENSE = -1  # the pattern of a tensor that holds all its channels
+FORMAT = 1
+
+
+class Ref(NamedTuple):
+    """In an operation's arguments, the value or constant of that name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operation of PyTorch and its arguments."""
+
+    target: Callable[..., Any]
+    args: Any
+    kwargs: Any
+
+    def __call__(self, values: Mapping[str, Any]) -> Any:
+        """Run it on values by name."""
+        return self.target(*_filled(self.args, values), **_filled(self.kwargs, values))
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """A 2-D convolution with the BatchNorm behind it folded in.
+
+    Attributes:
+        name: its module, or its node where it has none.
+        weight: (out_channels, in_channels / groups, height, width).
+        bias: (out_channels,) or None.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether channel c of the output reads channel c of the input, and nothing else."""
+        return self.groups > 1 and self.groups == len(self.weight) and self.weight.shape[1] == 1
+
+    @property
+    def in_channels(self) -> int:
+        return self.weight.shape[1] * self.groups
 
 
 @dataclass
 class Step:
-    """One operation, or a convolution with the BatchNorm and ReLU behind it.
+    """One operation, or several that are done as one.
 
     Attributes:
-        node: whose value the step computes.
-        kind: "conv"; "keep", on each channel by itself; "add" and "scale", of two tensors; "cat"; "dense", all else.
-        sources: the nodes that it reads and that depend on the image.
+        kind: "conv"; "keep", an operation on each channel by itself; "add" and "scale", of two tensors; "cat", of
+            channels; "aten", all else.
+        out: name of the value that it computes.
+        sources: names of the values that it reads.
         pattern: of its value, an index into the plan's patterns, or `DENSE`.
-        mask: columns of the gates to multiply with, for a site whose filters run whether open or not; else None.
-        free: nodes that nothing reads after this step.
-        weight, bias, relu: of a convolution, BatchNorm folded in.
+        filters: of a "conv", the pattern of its filters: that of its value, save where it adds to a dense one.
+        adds: of a "conv", the value that it adds to, in place; also the last of its sources.
+        relu: whether a ReLU follows.
+        mask: columns (start, stop) of the gates to multiply with: at a site whose filters run whether open or not.
+        in_place: "add" may overwrite its source of this number.
+        stacked: whether the operation treats the images of a batch as one would treat them one by one.
+        free: values that nothing reads after this step.
+        conv: of a "conv".
+        call: of a "keep" or "aten".
     """
 
-    node: Node
     kind: Kind
-    sources: list[Node]
+    out: str
+    sources: list[str]
     pattern: int = DENSE
-    mask: slice | None = None
-    free: list[Node] = field(default_factory=list)
-    conv: Conv | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
+    filters: int = DENSE
+    adds: str | None = None
     relu: bool = False
+    mask: tuple[int, int] | None = None
+    in_place: int | None = None
+    stacked: bool = True
+    free: list[str] = field(default_factory=list)
+    conv: ConvSpec | None = None
+    call: Call | None = None
 
 
+@dataclass
 class Plan:
-    """Steps in execution order, and the patterns of their tensors.
-
-    Args:
-        graph: of the backbone, for a single image.
-        sites: where the gates act.
+    """Steps in execution order, made by `make_plan` for single images.
 
     Attributes:
+        input, output: names of the images and of what comes out.
+        input_shape: (channels, height, width) of the images.
+        num_gates: C; 0 for a network without sites.
+        steps: the operations.
+        shapes: of each value that is a tensor with one image in front, without that: (channels, height, width).
         patterns: for each pattern, the column of the gates for each channel, `ALIVE` for none; (channels,).
-        constants: values of the nodes that do not depend on the image.
-
-    Raises:
-        ValueError: the network writes to a tensor through a view of it, which the graph does not show.
+        constants: values that do not depend on the images.
     """
 
-    def __init__(self, graph: Graph, sites: Sequence[GateSite]) -> None:
-        if graph.rewritten:
-            name = min(graph.module_of(node) or type(graph.backbone).__name__ for node in graph.rewritten)
-            raise ValueError(
-                f"a part of what {name} gives is overwritten in place: make a new tensor there, to skip filters"
-            )
-        self.graph, self.sites = graph, tuple(sites)
-        self.constants = dict(graph.constants)
-        self.num_gates = max(site.stop for site in sites)
-        self.patterns: list[Tensor] = []
-        self.steps: list[Step] = []
-        self.alias: dict[Node, Node] = {}  # nodes whose value an earlier step has computed already
-        self._places = {graph.output_of(site.name): site for site in sites}
-        self._flow = ChannelFlow(graph)
-        self._patterns_of: dict[Node, int] = {}
-        owners = {site.conv: site for site in sites}
-        for node in graph.nodes:
-            if node in self.alias:
-                continue
-            if not graph.varies(node):
-                self.constants[node] = call(node, self.constants)
-            elif node in graph.convs:
-                self._add_conv(graph.convs[node], owners.get(graph.convs[node].name))
-            else:
-                self._add(node)
-        self._release()
+    input: str
+    output: str
+    input_shape: tuple[int, int, int]
+    num_gates: int
+    steps: list[Step]
+    shapes: dict[str, tuple[int, ...]]
+    patterns: list[Tensor]
+    constants: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        self.pattern_of = {step.out: step.pattern for step in self.steps}
+        self.pattern_of[self.input] = DENSE
 
     def __str__(self) -> str:
         """A line for each convolution: what it may skip."""
@@ -99,171 +143,167 @@ class Plan:
         for step in self.steps:
             if step.conv is None:
                 continue
-            reads = self.pattern_of(step.conv.source)
-            reads = reads if step.conv.groups == 1 or reads == step.pattern else DENSE
-            parts = [f"reads {'open channels' if reads != DENSE else 'all'} of {step.conv.in_channels}"]
-            parts += [f"writes {'open filters' if step.pattern != DENSE else 'all'} of {step.conv.out_channels}"]
+            reads = self.pattern_of[step.sources[0]]
+            skips = reads != DENSE and (step.conv.groups == 1 or reads == step.filters)
+            parts = [f"reads {'open channels' if skips else 'all'} of {step.conv.in_channels}"]
+            parts += [f"writes {'open filters' if step.filters != DENSE else 'all'} of {len(step.conv.weight)}"]
             parts += ["masked"] if step.mask else []
-            lines.append(f"{step.conv.name or step.node.name}: {', '.join(parts)}")
+            lines.append(f"{step.conv.name}: {', '.join(parts)}")
         kinds = Counter(step.kind for step in self.steps)
         lines.append(", ".join(f"{count} {kind}" for kind, count in kinds.items()))
         return "\n".join(lines)
 
-    def resolve(self, node: Node) -> Node:
-        """The node whose value stands for this one's."""
-        while node in self.alias:
-            node = self.alias[node]
-        return node
+    @property
+    def _weights(self) -> list[Tensor]:
+        return [*self.constants.values(), *(step.conv.weight for step in self.steps if step.conv)]
 
-    def pattern_of(self, node: Node) -> int:
-        """Pattern of a node's value."""
-        return self._patterns_of.get(self.resolve(node), DENSE)
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; the CPU where they are held elsewhere."""
+        return next((tensor.device for tensor in self._weights if not tensor.is_meta), torch.device("cpu"))
 
-    def _add_conv(self, conv: Conv, site: GateSite | None) -> None:
-        weight = self._constant(conv.node.args[1])
-        if (
-            weight is None or op(conv.node) != "conv2d"
-        ):  # weights that the image makes, or a convolution of another kind
-            return self._add(conv.node)
-        bias = self._constant(conv.node.args[2]) if len(conv.node.args) > 2 else None
-        step = Step(conv.node, "conv", [conv.source], conv=conv)
-        end = conv.node
-        self._flow.run(end)
-        norm = self._only_user(end, "batch_norm")
-        if norm is not None:
-            weight, bias = self._folded(norm, weight, bias)
-            end = self._skip_to(norm, end)
-        if site is not None and self._leads_to(end, site):
-            self._flow.set_gates(end, site.start, site.stop)
-            if conv.groups == 1 or conv.depthwise:
-                step.pattern = self._pattern(end)
-            else:
-                step.mask = slice(site.start, site.stop)
-        elif site is None and conv.depthwise and bias is None:
-            step.pattern = self._pattern(end)
-        if act := self._only_user(end, "relu"):
-            step.relu, end = True, self._skip_to(act, end)
-        step.weight, step.bias = weight.detach(), None if bias is None else bias.detach()
-        self._append(step)
-        return None
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' precision."""
+        return next((t.dtype for t in reversed(self._weights) if t.is_floating_point()), torch.float32)
 
-    def _leads_to(self, node: Node, site: GateSite) -> bool:
-        """Whether only what keeps zeros stands between the node and the site: then gates may act on the node itself."""
-        if self._places.get(node) == site:
-            return self._places.pop(node) == site
-        for user in walk(node):
-            if self.graph.effect(user, node) != "keep":
-                return False
-            if self._places.get(user) == site:
-                return self._places.pop(user) == site
-            node = user
-        return False
+    @property
+    def weight_bytes(self) -> int:
+        """What the weights and other constants take."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._weights if not tensor.is_meta)
 
-    def _add(self, node: Node) -> None:
-        self._flow.run(node)
-        graph, name = self.graph, op(node)
-        sources = graph.sources(node)
-        tensors = bool(shape(node)) and all(shape(source) for source in sources)
-        kind: Kind = "dense"
-        constants = [arg for arg in node.all_input_nodes if not graph.varies(arg)]
-        if tensors and len(sources) == 1 and graph.effect(node, sources[0]) == "keep" and not constants:
-            kind = "keep" if len(shape(node)) == 4 else "dense"
-        elif tensors and len(sources) == 2 and name in ("add", "mul") and len(node.args) == 2 and not node.kwargs:
-            kind = "add" if name == "add" and shape(sources[0]) == shape(sources[1]) else kind
-            kind = "scale" if name == "mul" else kind
-        elif tensors and name == "cat" and len(shape(node)) == 4 and (*node.args, 0)[1] in (1, -3):
-            kind = "cat" if list(node.args[0]) == sources else "dense"  # pyright: ignore[reportArgumentType]
-        step = Step(node, kind, list(dict.fromkeys(sources)))
-        if (site := self._places.get(node)) is not None:
-            self._flow.set_gates(node, site.start, site.stop)
-            step.mask, step.kind = slice(site.start, site.stop), "dense"
-        elif kind == "keep":
-            step.pattern = self.pattern_of(sources[0])
-        elif kind == "cat":
-            held = [self.pattern_of(source) for source in sources]
-            known = all(
-                pattern != DENSE or self._pattern(source) == DENSE
-                for pattern, source in zip(held, sources, strict=True)
-            )
-            if any(pattern != DENSE for pattern in held) and known:
-                step.pattern = self._pattern(node)
-        elif kind == "scale" and shape(node) == shape(sources[0]) and shape(sources[1])[1] == shape(node)[1]:
-            step.pattern = self.pattern_of(sources[0])
-            agrees = self.pattern_of(sources[1]) in (DENSE, step.pattern)
-            step.kind, step.pattern = ("scale", step.pattern) if agrees else ("dense", DENSE)
-        elif kind == "scale":
-            step.kind = "dense"
-        elif kind == "add":
-            first, second = (self.pattern_of(source) for source in sources)
-            step.pattern = first if first == second else DENSE
-        self._append(step)
+    def save(self, path: Path) -> None:
+        """Write the plan with its weights to a safetensors file.
 
-    def _append(self, step: Step) -> None:
-        self._patterns_of[step.node] = step.pattern
-        self.steps.append(step)
-
-    def _pattern(self, node: Node) -> int:
-        """Index of the pattern of a node's channels; `DENSE` where no gate decides any."""
-        columns = self._flow.of(node)
-        if (columns == ALIVE).all():
-            return DENSE
-        for index, known in enumerate(self.patterns):
-            if torch.equal(known, columns):
-                return index
-        self.patterns.append(columns)
-        return len(self.patterns) - 1
-
-    def _only_user(self, node: Node, name: str) -> Node | None:
-        users = list(node.users)
-        return users[0] if len(users) == 1 and op(users[0]) == name else None
-
-    def _skip_to(self, node: Node, before: Node) -> Node:
-        """Let the step that computes `before` compute `node`, too."""
-        self._flow.run(node)
-        self.alias[node] = before
-        return node
-
-    def _constant(self, node: Any) -> Tensor | None:
-        return self.constants.get(node)
-
-    def _folded(self, norm: Node, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weights and bias of a convolution with the evaluation-mode BatchNorm behind it (B, C, H, W) -> the same."""
-        gamma, beta, mean, var = (self._constant(arg) for arg in norm.args[1:5])
-        assert mean is not None
-        assert var is not None
-        eps: Any = norm.args[7]
-        scale = (var + eps).rsqrt()
-        scale = scale if gamma is None else scale * gamma
-        shift = (0 if beta is None else beta) + ((0 if bias is None else bias) - mean) * scale
-        return weight * scale[:, None, None, None], shift
-
-    def _release(self) -> None:
-        """Note after which step each value is read no more."""
-        last = {}
+        Raises:
+            ValueError: it has an operation that is not one of PyTorch's own.
+        """
+        tensors = {f"constant.{name}": tensor for name, tensor in self.constants.items()}
+        tensors |= {f"pattern.{i}": tensor for i, tensor in enumerate(self.patterns)}
+        steps = []
         for step in self.steps:
-            for source in step.sources:
-                last[self.resolve(source)] = step
-        kept = {self.resolve(node) for node in self.graph.output.all_input_nodes}
-        for node, step in last.items():
-            if node not in kept:
-                step.free.append(node)
+            fields = {f.name: getattr(step, f.name) for f in dataclasses.fields(step)}
+            if step.conv is not None:
+                spec = {f.name: getattr(step.conv, f.name) for f in dataclasses.fields(step.conv)}
+                tensors[f"weight.{step.out}"] = spec.pop("weight")
+                if (bias := spec.pop("bias")) is not None:
+                    tensors[f"bias.{step.out}"] = bias
+                fields["conv"] = spec
+            if step.call is not None:
+                fields["call"] = [_op_name(step.call.target), _plain(step.call.args), _plain(step.call.kwargs)]
+            steps.append(fields)
+        header = {name: getattr(self, name) for name in ("input", "output", "input_shape", "num_gates", "shapes")}
+        text = json.dumps({"format": FORMAT, **header, "steps": steps})
+        save_file(
+            {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, path, {"plan": text}
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "Plan":
+        """Read a plan that `save` wrote.
+
+        Raises:
+            ValueError: the file is no plan, or of another format.
+        """
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                text = (file.metadata() or {}).get("plan")
+            tensors = load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is not a plan: {error}") from error
+        data = json.loads(text) if text else {}
+        if data.pop("format", None) != FORMAT:
+            raise ValueError(f"{path} is not a plan of this version: make it anew with gaternet.skip(...).save")
+        steps = []
+        for fields in data.pop("steps"):
+            if fields["conv"] is not None:
+                spec: dict[str, Any] = {
+                    key: tuple(v) if isinstance(v, list) else v for key, v in fields["conv"].items()
+                }
+                weight, bias = tensors[f"weight.{fields['out']}"], tensors.get(f"bias.{fields['out']}")
+                fields["conv"] = ConvSpec(weight=weight, bias=bias, **spec)
+            if fields["call"] is not None:
+                name, args, kwargs = fields["call"]
+                fields["call"] = Call(_op(name), _filled_in(args), _filled_in(kwargs))
+            fields["mask"] = fields["mask"] and tuple(fields["mask"])
+            steps.append(Step(**fields))
+        count = sum(name.startswith("pattern.") for name in tensors)
+        patterns = [tensors[f"pattern.{i}"] for i in range(count)]
+        prefix = "constant."
+        constants = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        data["input_shape"] = tuple(data["input_shape"])
+        data["shapes"] = {name: tuple(size) for name, size in data["shapes"].items()}
+        return cls(**data, steps=steps, patterns=patterns, constants=constants)
 
 
-@torch.no_grad()
-def call(node: Node, values: Mapping[Node, Any]) -> Any:
-    """Run a node's operation on the values of its inputs; never in place."""
-    target: Any = node.target
-    if in_place(node):
-        target = getattr(getattr(torch.ops.aten, op(node)), target._overloadname)
-
-    def value(arg: Node) -> Any:
-        return getattr(node.graph.owning_module, str(arg.target)) if arg.op == "get_attr" else values[arg]
-
-    args: Any = map_arg(node.args, value)
-    kwargs: Any = map_arg(node.kwargs, value)
-    return target(*args, **kwargs)
+def is_dense(pattern: Tensor) -> bool:
+    """Whether no gate decides any of the channels."""
+    return bool((pattern == ALIVE).all())
 
 
-def plan_for(backbone: nn.Module, sites: Sequence[GateSite], example_input: Tensor) -> Plan:
-    """Read a backbone's graph for single images, and plan it."""
-    return Plan(read_graph(backbone, example_input[:1]), sites)
+def _filled(args: Any, values: Mapping[str, Any]) -> Any:
+    if isinstance(args, Ref):
+        return values[args.name]
+    if isinstance(args, list | tuple):
+        return [_filled(arg, values) for arg in args]
+    if isinstance(args, dict):
+        return {name: _filled(arg, values) for name, arg in args.items()}
+    return args
+
+
+_PLAIN = (torch.dtype, torch.memory_format, torch.layout)
+
+
+def _plain(args: Any) -> Any:
+    """Arguments as JSON holds them."""
+    if isinstance(args, Ref):
+        return {"ref": args.name}
+    if isinstance(args, list | tuple):
+        return [_plain(arg) for arg in args]
+    if isinstance(args, dict):
+        return {"dict": {name: _plain(arg) for name, arg in args.items()}}
+    if isinstance(args, _PLAIN):
+        return {"torch": str(args).removeprefix("torch.")}
+    if isinstance(args, torch.device):
+        return {"device": str(args)}
+    if args is None or isinstance(args, bool | int | float | str):
+        return args
+    raise ValueError(f"a plan with {args!r} in it cannot be saved")
+
+
+def _filled_in(args: Any) -> Any:
+    """What `_plain` took apart."""
+    if isinstance(args, list):
+        return [_filled_in(arg) for arg in args]
+    if not isinstance(args, dict):
+        return args
+    ((kind, value),) = args.items()
+    if kind == "dict":
+        return {name: _filled_in(arg) for name, arg in value.items()}
+    if kind == "ref":
+        return Ref(value)
+    if kind == "device":
+        return torch.device(value)
+    found = getattr(torch, value, None)
+    if not isinstance(found, _PLAIN):
+        raise ValueError(f"a plan must not name torch.{value}")
+    return found
+
+
+def _op_name(target: Any) -> str:
+    if target is operator.getitem:
+        return "getitem"
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
+        return str(target).removeprefix("aten.")
+    raise ValueError(f"a plan with the operation {target} cannot be saved")
+
+
+def _op(name: str) -> Any:
+    """An operation by the name that `_op_name` gave it; nothing but PyTorch's own, for files come from anywhere."""
+    if name == "getitem":
+        return operator.getitem
+    packet, _, overload = name.partition(".")
+    found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
+    if not isinstance(found, torch._ops.OpOverload):
+        raise ValueError(f"a plan names the operation {name!r}, which this PyTorch does not have")
+    return found

@@ -1,65 +1,153 @@
 """`skip`: a GaterNet becomes a module with the same outputs that computes its open filters only."""
 
-from typing import Literal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gaternet.checkpoint import read_json, staged, write_json
+from gaternet.graph import read_graph
 from gaternet.method import GaterNet
-from gaternet.skipping.engine import SliceEngine
-from gaternet.skipping.plan import Plan, plan_for
+from gaternet.skipping.engines import Backbone, KernelName, make_program, time_engines
+from gaternet.skipping.native import NativeProgram
+from gaternet.skipping.plan import Plan
+from gaternet.skipping.planner import make_plan
+from gaternet.skipping.program import Program
 
-Engine = Literal["slice", "mask"]
+Engine = Literal["auto", "slice", "mask"]
 
 
 class Skipper(nn.Module):
-    """A GaterNet in evaluation mode that does not compute closed filters; made by `skip`.
+    """A GaterNet in evaluation mode that does not compute closed filters; made by `skip`, or loaded.
+
+    It stays on the device and in the precision that it was made for, and takes images of one size, any number of them.
 
     Attributes:
-        model: the GaterNet. Its weights were copied when the plan was made: after a change, call `skip` again.
-        plan: what is skipped and what is not; print it.
+        plan: what of the backbone is skipped and what is not; print it.
+        engine: what runs the backbone.
+        timings: where the engine was chosen by measurement, the median seconds of each for the example.
     """
 
-    def __init__(self, model: GaterNet, plan: Plan, engine: Engine) -> None:
+    def __init__(self, plan: Plan, gater: Callable[[Tensor], Tensor], backbone: Backbone, engine: str) -> None:
         super().__init__()
-        self.model, self.plan, self.engine = model, plan, engine
-        self._slices = SliceEngine(plan)
+        self.plan, self.engine = plan, engine
+        self.timings: Mapping[str, float] = {}
+        self._gater, self._backbone = gater, backbone
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Logits (B, K), those of the model up to rounding."""
-        return self.forward_gated(images, self.model.gates(images))
+        return self.forward_gated(images, self.gates(images))
+
+    @torch.no_grad()
+    def gates(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch gates"]:
+        """The gater alone: gates (B, C), each 0 or 1.
+
+        They are those of the model, but where a gate's logit lies within rounding (about 1e-6) of the threshold.
+        """
+        self._check_images(images)
+        return self._gater(images)
 
     @torch.no_grad()
     def forward_gated(
         self, images: Float[Tensor, "batch channels height width"], gates: Float[Tensor, "batch gates"]
     ) -> Float[Tensor, "batch classes"]:
-        """Logits (B, K) under given gates (B, C), each 0 or 1."""
-        if gates.shape != (images.shape[0], self.model.num_gates):
+        """Logits (B, K) under given gates (B, C), each 0 or 1.
+
+        Raises:
+            ValueError: gates of another shape or with other values, or images of another size than planned for.
+        """
+        self._check_images(images)
+        if gates.shape != (images.shape[0], self.plan.num_gates):
             raise ValueError(
-                f"gates must be ({images.shape[0]}, {self.model.num_gates}), a row per image and a column per gated "
+                f"gates must be ({images.shape[0]}, {self.plan.num_gates}), a row per image and a column per gated "
                 f"filter, but are {tuple(gates.shape)}"
             )
         if not ((gates == 0) | (gates == 1)).all():
             raise ValueError("gates must be 0 or 1 for filters to be skipped: use the model itself for others")
-        if self.engine == "mask":
-            return self.model.forward_gated(images, gates)
-        if (gates == 1).all():
-            return self.model.backbone(images)
-        return torch.cat([self._slices(image[None], row) for image, row in zip(images, gates, strict=True)])
+        if len(images) == 0:
+            return self._backbone(images.new_zeros(1, *self.plan.input_shape), gates.new_zeros(1, gates.shape[1]))[:0]
+        return self._backbone(images, gates)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the plans of the gater and the backbone with their weights, for `Skipper.load`.
+
+        Raises:
+            ValueError: the engine is "mask", or a part cannot be saved.
+            OSError: the files cannot be written; the folder is as it was.
+        """
+        gater, backbone = self._gater, self._backbone
+        if not isinstance(gater, Program | NativeProgram) or not isinstance(backbone, Program | NativeProgram):
+            what = "the engine mask runs the model itself" if self.engine == "mask" else "its gater cannot be exported"
+            raise ValueError(f"this Skipper cannot be saved, for {what}: save the model with save_pretrained")
+        with staged(Path(directory)) as staging:
+            gater.whole_plan().save(staging / "gater.safetensors")
+            backbone.whole_plan().save(staging / "backbone.safetensors")
+            write_json(staging / "config.json", {"engine": self.engine})
+
+    @classmethod
+    def load(cls, directory: str | Path, kernels: KernelName = "auto") -> "Skipper":
+        """The Skipper that `save` wrote; neither the model nor its code is needed, and nothing is planned anew.
+
+        Raises:
+            OSError: there are no such files.
+            ValueError: they are something else.
+        """
+        root = Path(directory)
+        engine = str(read_json(root / "config.json").get("engine"))
+        gater, backbone = (
+            make_program(Plan.load(root / f"{name}.safetensors"), kernels) for name in ("gater", "backbone")
+        )
+        return cls(backbone.plan, gater, backbone, engine)
+
+    def _check_images(self, images: Tensor) -> None:
+        if images.shape[1:] != self.plan.input_shape:
+            raise ValueError(
+                f"images must be (B, {', '.join(map(str, self.plan.input_shape))}), as the example that was planned "
+                f"for, but are {tuple(images.shape)}: call skip again with one of their size"
+            )
+        if images.dtype != self.plan.dtype or images.device.type != self.plan.device.type:
+            raise ValueError(
+                f"images must be {self.plan.dtype} on {self.plan.device.type}, as the weights are, but are "
+                f"{images.dtype} on {images.device.type}"
+            )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Skipper":
+        raise RuntimeError("a Skipper stays where it was made: move the model, and call skip again")
 
 
-def skip(model: GaterNet, example_input: Tensor, engine: Engine = "slice") -> Skipper:
+def skip(model: GaterNet, example_input: Tensor, engine: Engine = "auto", *, kernels: KernelName = "auto") -> Skipper:
     """A module with the model's outputs that computes its open filters only.
 
     Args:
-        model: a GaterNet; it is put in evaluation mode.
-        example_input: images (B, channels, H, W) of the size that it is to run with.
-        engine: "slice" gathers the open rows and columns of the weights, image by image; "mask" computes all filters.
+        model: a GaterNet; it is put in evaluation mode. Its weights are copied: after a change, call `skip` again.
+        example_input: images (B, channels, H, W) of the size, and for "auto" such and as many, as it is to run with.
+        engine: "slice" gathers the open rows and columns of the weights, image by image; "mask" is the model itself,
+            which computes all filters; "auto" takes the fastest of them for the example under the model's own gates.
+        kernels: what "slice" computes with, see `make_program`.
 
     Raises:
         ValueError: the backbone cannot be exported.
     """
     model.eval()
-    return Skipper(model, plan_for(model.backbone, model.sites, example_input), engine)
+    plan = make_plan(read_graph(model.backbone, example_input[:1]), model.sites)
+    mask: Backbone = model.forward_gated
+    if engine == "mask":
+        return Skipper(plan, model.gates, mask, engine)
+    try:
+        gater: Callable[[Tensor], Tensor] = make_program(make_plan(read_graph(model.gater, example_input[:1])), kernels)
+    except ValueError:  # it runs as it is
+        gater = model.gates
+    program = make_program(plan, kernels)
+    if engine == "slice":
+        return Skipper(program.plan, gater, program, engine)
+    engines: dict[str, Backbone] = {"slice": program, "mask": mask}
+    with torch.no_grad():
+        timings = time_engines(engines, example_input, gater(example_input))
+    best = min(timings, key=timings.__getitem__)
+    skipper = Skipper(program.plan, gater, engines[best], best)
+    skipper.timings = timings
+    return skipper

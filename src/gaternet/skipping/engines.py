@@ -1,0 +1,69 @@
+"""Engines: the ways to run a GaterNet's backbone under given gates, and which is fastest here."""
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gaternet.skipping.kernels import Kernels
+from gaternet.skipping.native import NativeProgram, NativeUnavailableError
+from gaternet.skipping.plan import Plan
+from gaternet.skipping.program import Program
+
+KernelName = Literal["auto", "native", "triton", "torch"]
+Backbone = Callable[[Tensor, Tensor], Tensor]  # images (B, channels, H, W), gates (B, C) -> logits (B, K)
+
+
+def make_program(plan: Plan, kernels: KernelName = "auto") -> Program | NativeProgram:
+    """What carries out a plan.
+
+    Args:
+        plan: of a network.
+        kernels: "native", compiled C++ for CPUs; "triton" for CUDA; "torch" for any device, slowly. "auto" takes the
+            fast ones where they run, and warns where they should and do not.
+
+    Raises:
+        NativeUnavailableError: `kernels` is "native", and there is no C++ compiler, or the plan is not for the CPU.
+        ValueError: `kernels` is "triton", and Triton is not installed.
+    """
+    if kernels == "torch":
+        return Program(plan, Kernels)
+    if kernels == "triton" or (kernels == "auto" and plan.device.type == "cuda"):
+        try:
+            from gaternet.skipping.triton_kernels import TritonKernels
+        except ImportError as error:
+            if kernels == "triton":
+                raise ValueError("Triton is not installed: pip install triton, or choose other kernels") from error
+            warnings.warn("filters are skipped slowly, for Triton is not installed: pip install triton", stacklevel=3)
+            return Program(plan, Kernels)
+        return Program(plan, TritonKernels)
+    try:
+        return NativeProgram(plan)
+    except NativeUnavailableError as error:
+        if kernels == "native":
+            raise
+        if plan.device.type == "cpu" and plan.dtype == torch.float32:
+            warnings.warn(f"filters are skipped slowly: {error}", stacklevel=3)
+        return Program(plan, Kernels)
+
+
+def time_engines(
+    engines: Mapping[str, Backbone], images: Tensor, gates: Tensor, seconds: float = 0.3
+) -> dict[str, float]:
+    """Median seconds of each engine for a batch; each runs for `seconds`, and at least three times after a first."""
+    medians = {}
+    for name, engine in engines.items():
+        engine(images, gates)
+        times: list[float] = []
+        while len(times) < 3 or sum(times) < seconds:
+            began = time.perf_counter()
+            engine(images, gates)
+            if images.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        medians[name] = statistics.median(times)
+    return medians

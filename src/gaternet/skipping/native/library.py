@@ -1,0 +1,131 @@
+"""The C++ library: compiled on first use with the machine's compiler, and kept in the user's cache folder."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+_SOURCES = [Path(__file__).with_name(name) for name in ("program.cpp", "convolution.h")]
+_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w"]
+KINDS = {
+    name: number
+    for number, name in enumerate(
+        ["conv", "depthwise", "add", "add_open", "expand", "compress", "max_pool", "mean", "pointwise", "scale", "copy"]
+    )
+}
+FUNCTIONS = {
+    name: number for number, name in enumerate(["relu", "relu6", "sigmoid", "silu", "hardsigmoid", "hardswish"])
+}
+
+
+class NativeUnavailableError(RuntimeError):
+    """There is no native code for this here; the message says why."""
+
+
+def _numbers(*names: str) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, ctypes.c_int64) for name in names)
+
+
+class Conv(ctypes.Structure):
+    """`Conv` of convolution.h."""
+
+    _fields_ = (
+        *_numbers("height", "width", "out_height", "out_width", "channels", "filters"),
+        *_numbers("kernel_height", "kernel_width", "stride_height", "stride_width", "pad_height", "pad_width"),
+        *_numbers("dilation_height", "dilation_width"),
+        ("weights", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+class Op(ctypes.Structure):
+    """`Op` of program.cpp."""
+
+    _fields_ = (
+        *_numbers("kind", "function", "source", "other", "target", "reads", "writes", "adds", "relu"),
+        ("shape", Conv),
+    )
+
+
+class Value(ctypes.Structure):
+    """`Value` of program.cpp."""
+
+    _fields_ = (("data", ctypes.c_void_p), *_numbers("step", "room"))
+
+
+class Live(ctypes.Structure):
+    """`Live` of program.cpp."""
+
+    _fields_ = (
+        ("offsets", ctypes.c_void_p),
+        *_numbers("patterns"),
+        ("numbers", ctypes.c_void_p),
+        ("counts", ctypes.c_void_p),
+    )
+
+
+@functools.cache
+def load_library() -> Any:
+    """The compiled library.
+
+    Raises:
+        NativeUnavailableError: it cannot be compiled here.
+    """
+    if sys.platform == "win32":
+        raise NativeUnavailableError("native code needs a Unix-like system")
+    names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
+    if compiler is None:
+        raise NativeUnavailableError("native code needs a C++ compiler: install g++ or clang++, or set CXX")
+    key = [*(source.read_text() for source in _SOURCES), compiler, *_FLAGS, _processor()]
+    name = f"native-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:16]}.so"
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gaternet"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        path = root / name
+        if not path.exists():
+            _compile(compiler, path)
+        return _declared(ctypes.CDLL(str(path)))
+    except OSError:  # no home, or one that cannot be written or run from
+        path = Path(tempfile.mkdtemp(prefix="gaternet-")) / name
+        _compile(compiler, path)
+        return _declared(ctypes.CDLL(str(path)))
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Compile to `path`, which appears once it is whole."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    done = subprocess.run([compiler, *_FLAGS, str(_SOURCES[0]), "-o", str(partial)], capture_output=True, text=True)
+    if done.returncode:
+        reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+        raise NativeUnavailableError(f"{compiler} cannot compile the native code: {reason}")
+    partial.replace(path)
+
+
+def _declared(library: Any) -> Any:
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.half_lanes.restype = number
+    library.pack_weights.argtypes = [pointer, number, number, number, pointer]
+    library.unpack_weights.argtypes = [pointer, number, number, number, pointer]
+    library.open_channels.argtypes = [pointer, number, number, pointer, pointer, number, pointer, pointer]
+    library.run.argtypes = [pointer, number, pointer, number, pointer, pointer, number, number, number]
+    for name in ("pack_weights", "unpack_weights", "open_channels", "run"):
+        getattr(library, name).restype = None
+    return library
+
+
+def _processor() -> str:
+    """What the processor can do: code compiled for one must not run on another that shares the cache."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    found = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
+    return "\n".join(sorted(found)) or platform.platform() + platform.processor()

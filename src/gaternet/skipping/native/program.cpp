@@ -1,0 +1,269 @@
+// Runs a list of operations on a batch of images, each under its own gates; see convolution.h for how tensors lie.
+//
+// With many images, each thread takes one at a time through all the operations, so that what is held between them stays
+// in its cache. With few, the threads work on one image together.
+
+#include <omp.h>
+
+#include <cmath>
+
+#include "convolution.h"
+
+// A tensor: of each image at `data` + image * `step`, or in the arena at offset `step` where `data` is null.
+struct Value {
+    float *data;
+    int64_t step, room;
+};
+
+enum Kind : int64_t { CONV, DEPTHWISE, ADD, ADD_OPEN, EXPAND, COMPRESS, MAX_POOL, MEAN, POINTWISE, SCALE, COPY };
+enum Function : int64_t { RELU, RELU6, SIGMOID, SILU, HARDSIGMOID, HARDSWISH };
+
+// target = kind(source, other). Patterns are those of what is read and of what is written, -1 where it is dense.
+struct Op {
+    int64_t kind, function, source, other, target, reads, writes, adds, relu;
+    Conv shape;
+};
+
+// For each image, the open channels of each pattern: pattern p's list starts at `offsets[p]` of its numbers.
+struct Live {
+    const int64_t *offsets;
+    int64_t patterns;
+    const int32_t *numbers, *counts;
+
+    List list(int64_t pattern, int64_t image, int64_t all) const {
+        if (pattern < 0) return {nullptr, all};
+        const int64_t count = counts[image * patterns + pattern];
+        return {count == all ? nullptr : numbers + image * offsets[patterns] + offsets[pattern], count};
+    }
+};
+
+namespace {
+
+struct Runner {
+    const Value *values;
+    const Live &live;
+    float *arena;
+    int64_t workspace;  // offset in the arena
+    int64_t image;
+    Team team;
+
+    Image at(int64_t value) const {
+        const Value &v = values[value];
+        return {v.data ? v.data + image * v.step : arena + v.step, v.room};
+    }
+
+    void run(const Op &op) const {
+        const Conv &s = op.shape;
+        const Image x = at(op.source), y = at(op.target);
+        const List reads = live.list(op.reads, image, s.channels), writes = live.list(op.writes, image, s.filters);
+        const int64_t pixels = s.out_height * s.out_width;
+        switch (op.kind) {
+            case CONV:
+                if (writes.count > 0)
+                    Convolution{s, x, reads, writes, y, op.adds != 0, op.relu != 0, team, arena + workspace}.run();
+                break;
+            case DEPTHWISE: depthwise(op, x, y, writes); break;
+            case ADD: add(pixels, x, at(op.other), y, writes.count, op.relu != 0); break;
+            case ADD_OPEN: add_open(pixels, x, y, reads, s.filters, op.relu != 0); break;
+            case EXPAND:
+                for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++)
+                    std::memset(y.data + pixel * y.room, 0, s.filters * sizeof(float));
+                add_open(pixels, x, y, reads, s.filters, false);
+                break;
+            case COMPRESS:
+                for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++)
+                    for (int64_t j = 0; j < writes.count; j++)
+                        y.data[pixel * y.room + j] = x.data[pixel * x.room + (writes.numbers ? writes.numbers[j] : j)];
+                break;
+            case MAX_POOL: max_pool(s, x, y, writes.count); break;
+            case MEAN: mean(s.height * s.width, x, y, writes.count); break;
+            case POINTWISE: pointwise(op.function, pixels, x, y, writes.count); break;
+            case SCALE: scale(pixels, x, at(op.other), y, writes.count, s.height * s.width); break;
+            case COPY:
+                for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++)
+                    std::memcpy(y.data + pixel * y.room, x.data + pixel * x.room, writes.count * sizeof(float));
+                break;
+        }
+    }
+
+    // Weights (taps, filters); source and target have the same open channels.
+    void depthwise(const Op &op, Image x, Image y, List open) const {
+        const Conv &s = op.shape;
+        const int64_t taps = s.kernel_height * s.kernel_width, room = divide_up(open.count, LANES) * LANES;
+        std::vector<float> gathered((taps + 1) * room);
+        float *weights = gathered.data(), *bias = weights + taps * room;
+        for (int64_t j = 0; j < open.count; j++) {
+            const int64_t channel = open.numbers ? open.numbers[j] : j;
+            for (int64_t tap = 0; tap < taps; tap++) weights[tap * room + j] = s.weights[tap * s.filters + channel];
+            bias[j] = s.bias ? s.bias[channel] : 0;
+        }
+        const int64_t pixels = s.out_height * s.out_width;
+        for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++) {
+            const int64_t row = pixel / s.out_width, column = pixel % s.out_width;
+            for (int64_t first = 0; first < open.count; first += LANES) {
+                Vector sum = load(bias + first);
+                for_taps(s, row, column, [&](int64_t tap, int64_t source) {
+                    sum += part(x.data + source * x.room + first, open.count - first) * load(weights + tap * room + first);
+                });
+                if (op.relu) sum = positive(sum);
+                Convolution::store_part(y.data + pixel * y.room + first, sum, open.count - first);
+            }
+        }
+    }
+
+    // Up to LANES numbers, zeros behind the last.
+    static Vector part(const float *from, int64_t count) {
+        if (count >= LANES) return load(from);
+        Vector value = {};
+        std::memcpy(&value, from, count * sizeof(float));
+        return value;
+    }
+
+    // Calls use(tap, pixel) for each tap of an output pixel that lies inside the image.
+    template <class Use>
+    static void for_taps(const Conv &s, int64_t row, int64_t column, Use use) {
+        for (int64_t ky = 0; ky < s.kernel_height; ky++) {
+            const int64_t source_row = row * s.stride_height - s.pad_height + ky * s.dilation_height;
+            if (source_row < 0 || source_row >= s.height) continue;
+            for (int64_t kx = 0; kx < s.kernel_width; kx++) {
+                const int64_t source_column = column * s.stride_width - s.pad_width + kx * s.dilation_width;
+                if (source_column < 0 || source_column >= s.width) continue;
+                use(ky * s.kernel_width + kx, source_row * s.width + source_column);
+            }
+        }
+    }
+
+    void max_pool(const Conv &s, Image x, Image y, int64_t count) const {
+        const int64_t pixels = s.out_height * s.out_width;
+        for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++)
+            for (int64_t first = 0; first < count; first += LANES) {
+                Vector most = Vector{} - INFINITY;
+                for_taps(s, pixel / s.out_width, pixel % s.out_width, [&](int64_t, int64_t source) {
+                    const Vector value = part(x.data + source * x.room + first, count - first);
+                    most = (value > most) | (value != value) ? value : most;  // NaN stays
+                });
+                Convolution::store_part(y.data + pixel * y.room + first, most, count - first);
+            }
+    }
+
+    void mean(int64_t pixels, Image x, Image y, int64_t count) const {
+        for (int64_t c = team.begin(count); c < team.end(count); c++) y.data[c] = 0;
+        for (int64_t pixel = 0; pixel < pixels; pixel++)
+            for (int64_t c = team.begin(count); c < team.end(count); c++) y.data[c] += x.data[pixel * x.room + c];
+        for (int64_t c = team.begin(count); c < team.end(count); c++) y.data[c] /= static_cast<float>(pixels);
+    }
+
+    void add(int64_t pixels, Image a, Image b, Image y, int64_t count, bool relu) const {
+        for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++) {
+            const float *first = a.data + pixel * a.room, *second = b.data + pixel * b.room;
+            float *to = y.data + pixel * y.room;
+            for (int64_t c = 0; c < count; c++) {
+                const float sum = first[c] + second[c];
+                to[c] = relu && sum < 0 ? 0 : sum;
+            }
+        }
+    }
+
+    // y += x at the open channels, then ReLU on all.
+    void add_open(int64_t pixels, Image x, Image y, List open, int64_t channels, bool relu) const {
+        const std::vector<Piece> pieces = find_pieces(open, 0, open.count);
+        for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++) {
+            const float *from = x.data + pixel * x.room;
+            float *to = y.data + pixel * y.room;
+            for (const Piece &piece : pieces) {
+                const int64_t first = piece.step * LANES;
+                const Vector added = expand(part(from + piece.to, open.count - piece.to), piece.mask);
+                Convolution::store_part(to + first, part(to + first, channels - first) + added, channels - first);
+            }
+            for (int64_t c = 0; relu && c < channels; c++) to[c] = to[c] < 0 ? 0 : to[c];
+        }
+    }
+
+    // y = x * factor, which has one pixel for all, or as many as x.
+    void scale(int64_t pixels, Image x, Image factor, Image y, int64_t count, int64_t factor_pixels) const {
+        for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++) {
+            const float *by = factor.data + (factor_pixels == 1 ? 0 : pixel * factor.room);
+            for (int64_t c = 0; c < count; c++) y.data[pixel * y.room + c] = x.data[pixel * x.room + c] * by[c];
+        }
+    }
+
+    void pointwise(int64_t function, int64_t pixels, Image x, Image y, int64_t count) const {
+        const auto each = [&](auto f) {
+            for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++)
+                for (int64_t c = 0; c < count; c++) y.data[pixel * y.room + c] = f(x.data[pixel * x.room + c]);
+        };
+        const auto clamp6 = [](float v) { return v < 0 ? 0 : v > 6 ? 6 : v; };
+        switch (function) {
+            case RELU: each([](float v) { return v < 0 ? 0 : v; }); break;
+            case RELU6: each(clamp6); break;
+            case SIGMOID: each([](float v) { return 1 / (1 + std::exp(-v)); }); break;
+            case SILU: each([](float v) { return v / (1 + std::exp(-v)); }); break;
+            case HARDSIGMOID: each([&](float v) { return clamp6(v + 3) / 6; }); break;
+            case HARDSWISH: each([&](float v) { return v * clamp6(v + 3) / 6; }); break;
+        }
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+int64_t half_lanes() { return HALF; }
+
+// Filters' weights (filters, channels, taps) -> panels, with zeros behind the last filter.
+void pack_weights(const float *weights, int64_t filters, int64_t channels, int64_t taps, float *to) {
+    for (const Panel &panel : split(filters))
+        for (int64_t tap = 0; tap < taps; tap++)
+            for (int64_t channel = 0; channel < channels; channel++)
+                for (int64_t lane = 0; lane < panel.width(); lane++) {
+                    const int64_t filter = panel.first + lane;
+                    *to++ = filter < filters ? weights[(filter * channels + channel) * taps + tap] : 0;
+                }
+}
+
+// The inverse.
+void unpack_weights(const float *packed, int64_t filters, int64_t channels, int64_t taps, float *to) {
+    for (const Panel &panel : split(filters))
+        for (int64_t tap = 0; tap < taps; tap++)
+            for (int64_t channel = 0; channel < channels; channel++, packed += panel.width())
+                for (int64_t lane = 0; lane < panel.width() && panel.first + lane < filters; lane++)
+                    to[((panel.first + lane) * channels + channel) * taps + tap] = packed[lane];
+}
+
+// Lists of open channels: for each image and pattern, those whose gate is open; column -1 is always open. `numbers`
+// needs room for one more than it holds.
+void open_channels(const float *gates, int64_t images, int64_t num_gates, const int64_t *columns, const int64_t *offsets,
+                   int64_t patterns, int32_t *counts, int32_t *numbers) {
+    for (int64_t image = 0; image < images; image++)
+        for (int64_t p = 0; p < patterns; p++) {
+            int32_t *start = numbers + image * offsets[patterns] + offsets[p], *next = start;
+            for (int64_t c = offsets[p]; c < offsets[p + 1]; c++) {
+                *next = static_cast<int32_t>(c - offsets[p]);
+                next += columns[c] < 0 || gates[image * num_gates + columns[c]] > 0;
+            }
+            counts[image * patterns + p] = static_cast<int32_t>(next - start);
+        }
+}
+
+// Run `count` operations on each image; every thread has an arena, `arena_step` apart.
+void run(const Op *ops, int64_t count, const Value *values, int64_t images, const Live *live, float *arenas,
+         int64_t arena_step, int64_t workspace, int64_t threads) {
+    if (threads > 1 && (images % threads == 0 || images >= 4 * threads)) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+        for (int64_t image = 0; image < images; image++) {
+            float *arena = arenas + omp_get_thread_num() * arena_step;
+            const Runner runner = {values, *live, arena, workspace, image, {0, 1}};
+            for (int64_t i = 0; i < count; i++) runner.run(ops[i]);
+        }
+        return;
+    }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (int64_t image = 0; image < images; image++) {
+        const Runner runner = {values, *live, arenas, workspace, image, {omp_get_thread_num(), omp_get_num_threads()}};
+        for (int64_t i = 0; i < count; i++) {
+            runner.run(ops[i]);
+            runner.team.wait();
+        }
+    }
+}
+}

@@ -1,0 +1,131 @@
+"""Carrying out a plan on the CPU: as many steps as can be in one call of the C++ library, the others in PyTorch."""
+
+import threading
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gaternet.skipping.kernels import Kernels, Live
+from gaternet.skipping.native import library as lib
+from gaternet.skipping.native.segment import Segment, is_native, packs
+from gaternet.skipping.plan import ConvSpec, Plan, Step
+from gaternet.skipping.program import Run
+
+
+class _Moves(Kernels):
+    """What steps that are left to PyTorch need: these are no convolutions with gathered weights."""
+
+    def prepare(self) -> None:
+        pass
+
+
+class NativeProgram:
+    """A plan as the C++ library carries it out. It holds the weights once, in the layout that the library wants.
+
+    Args:
+        plan: with float32 weights on the CPU.
+
+    Attributes:
+        plan: the same without the weights that the library holds; `whole_plan` has them.
+
+    Raises:
+        NativeUnavailableError: there is no C++ compiler, or weights are of another kind.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._library = lib.load_library()
+        if plan.device.type != "cpu" or plan.dtype != torch.float32:
+            raise lib.NativeUnavailableError("native code is for float32 weights on the CPU")
+        self.plan = replace(plan, steps=[self._lightened(step) for step in plan.steps])
+        self.kernels = _Moves(self.plan)
+        sizes = self.kernels.sizes
+        self._offsets = torch.tensor([*self.kernels.offsets, sum(sizes)])
+        self._weights = {step.out: self._packed(step.conv) for step in plan.steps if step.conv and packs(step.conv)}
+        self._arenas = threading.local()
+        self._parts = self._split()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, gates: Tensor | None = None) -> Tensor:
+        """The network's output for images (B, channels, H, W) under gates (B, C), each 0 or 1."""
+        if gates is None:
+            gates = images.new_ones(len(images), self.plan.num_gates)
+        run = Run(self.plan, self.kernels, images, gates, self._open_channels(gates))
+        for part in self._parts:
+            if isinstance(part, Segment):
+                part.run(run.values, run.live, self._offsets, self._arenas)
+                free = part.free
+            else:
+                run.values[part.out] = run.step(part)
+                free = part.free
+            for name in free:
+                run.values.pop(name, None)
+        return run.values[self.plan.output]
+
+    @property
+    def weight_bytes(self) -> int:
+        """What weights, biases and other constants take."""
+        packed = [tensor for pair in self._weights.values() for tensor in pair if tensor is not None]
+        return self.plan.weight_bytes + sum(tensor.numel() * 4 for tensor in packed)
+
+    def whole_plan(self) -> Plan:
+        """The plan with its weights, as for `NativeProgram(plan)`."""
+        steps = []
+        for step in self.plan.steps:
+            spec = step.conv
+            if spec is not None and step.out in self._weights:
+                packed, bias = self._weights[step.out]
+                step = replace(step, conv=replace(spec, weight=self._unpacked(packed, spec), bias=bias))
+            steps.append(step)
+        return replace(self.plan, steps=steps)
+
+    @staticmethod
+    def _lightened(step: Step) -> Step:
+        spec = step.conv
+        if spec is None or not packs(spec):
+            return step
+        return replace(step, conv=replace(spec, weight=spec.weight.to("meta"), bias=None))
+
+    def _packed(self, spec: ConvSpec) -> tuple[Tensor, Tensor | None]:
+        """Weights as the library wants them, and the bias."""
+        weight, bias = spec.weight.contiguous(), None if spec.bias is None else spec.bias.contiguous()
+        if spec.depthwise:
+            return weight.flatten(1).t().contiguous(), bias  # (taps, filters)
+        filters, channels, height, width = weight.shape
+        half = self._library.half_lanes()
+        # The library reads whole vectors, so some numbers beyond the last.
+        packed = torch.zeros(-(-filters // half) * half * channels * height * width + half)
+        self._library.pack_weights(weight.data_ptr(), filters, channels, height * width, packed.data_ptr())
+        return packed, bias
+
+    def _unpacked(self, packed: Tensor, spec: ConvSpec) -> Tensor:
+        if spec.depthwise:
+            return packed.t().reshape(spec.weight.shape)
+        filters, channels, height, width = spec.weight.shape
+        weight = torch.empty(spec.weight.shape)
+        self._library.unpack_weights(packed.data_ptr(), filters, channels, height * width, weight.data_ptr())
+        return weight
+
+    def _open_channels(self, gates: Tensor) -> Live:
+        gates = gates.float().contiguous()
+        sizes, kernels = self.kernels.sizes, self.kernels
+        counts = torch.zeros(len(gates), len(sizes), dtype=torch.int32)
+        memory = torch.zeros(len(gates) * sum(sizes) + 1, dtype=torch.int32)
+        where = kernels.columns.data_ptr(), self._offsets.data_ptr(), len(sizes), counts.data_ptr(), memory.data_ptr()
+        self._library.open_channels(gates.data_ptr(), len(gates), gates.shape[1], *where)
+        return Live(counts, memory[:-1].view(len(gates), sum(sizes)), sizes)
+
+    def _split(self) -> list["Segment | Step"]:
+        """The plan's steps, runs of those that the library can do as segments."""
+        groups: list[list[Step] | Step] = []
+        for step in self.plan.steps:
+            if not is_native(self.plan, step):
+                groups.append(step)
+            elif groups and isinstance(groups[-1], list):
+                groups[-1].append(step)
+            else:
+                groups.append([step])
+        return [
+            Segment(self.plan, self._library, self._weights, group) if isinstance(group, list) else group
+            for group in groups
+        ]

@@ -1,0 +1,255 @@
+"""Making a plan: from a network's exported graph to steps that may leave closed filters out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from gaternet.channels import ChannelFlow
+from gaternet.graph import Conv, Graph, in_place, op, shape, walk
+from gaternet.method import GateSite
+from gaternet.skipping.lifetimes import finish
+from gaternet.skipping.plan import DENSE, Call, ConvSpec, Kind, Plan, Ref, Step, is_dense
+from gaternet.skipping.stacking import is_stacked, stacked_args
+
+
+def make_plan(graph: Graph, sites: Sequence[GateSite] = ()) -> Plan:
+    """The plan of a network whose graph was read with a single image.
+
+    Args:
+        graph: of the network, in evaluation mode.
+        sites: where gates act on it; none for a network that only is to run fast.
+
+    Raises:
+        ValueError: the network writes to a tensor through a view of it, which the graph does not show.
+    """
+    return _Planner(graph, sites).plan()
+
+
+class _Planner:
+    def __init__(self, graph: Graph, sites: Sequence[GateSite]) -> None:
+        if graph.rewritten:
+            name = min(graph.module_of(node) or type(graph.backbone).__name__ for node in graph.rewritten)
+            raise ValueError(
+                f"a part of what {name} gives is overwritten in place: make a new tensor there, to skip filters"
+            )
+        self.graph, self.sites = graph, sites
+        self.constants: dict[Node, Any] = dict(graph.constants)
+        self.patterns: list[Tensor] = []
+        self.steps: list[Step] = []
+        self._flow = ChannelFlow(graph)
+        self._places = {graph.output_of(site.name): site for site in sites}
+        self._owners = {site.conv: site for site in sites}
+        self._values: dict[Node, str] = {graph.input: graph.input.name}  # which value stands for a node's
+        self._pattern_of: dict[str, int] = {graph.input.name: DENSE}
+        self._shapes: dict[str, tuple[int, ...]] = {graph.input.name: shape(graph.input)}
+
+    def plan(self) -> Plan:
+        graph = self.graph
+        for node in graph.nodes:
+            if node in self._values or not node.users:  # checks of types and the like have no users
+                continue
+            if not graph.varies(node):
+                self.constants[node] = _evaluate(node, self.constants)
+            elif node in graph.convs:
+                self._add_conv(graph.convs[node], self._owners.get(graph.convs[node].name))
+            else:
+                self._add(node)
+        output: Any = graph.output.args[0]
+        while isinstance(output, list | tuple):
+            output = output[0]
+        steps = finish(self.steps, self._values[output])
+        channels, height, width = shape(graph.input)[1:]
+        return Plan(
+            input=graph.input.name,
+            output=self._values[output],
+            input_shape=(channels, height, width),
+            num_gates=max((site.stop for site in self.sites), default=0),
+            steps=steps,
+            shapes={name: size[1:] for name, size in self._shapes.items() if size[:1] == (1,)},
+            patterns=self.patterns,
+            constants=self._used_constants(),
+        )
+
+    def _add_conv(self, conv: Conv, site: GateSite | None) -> None:
+        weight = self.constants.get(_node(conv.node.args[1]))
+        plain = op(conv.node) == "conv2d" and not any(isinstance(arg, str) for arg in conv.node.args)
+        if weight is None or not plain or shape(conv.source)[0] != 1:  # the image makes the weights, or is cut up
+            return self._add(conv.node)
+        bias = self.constants.get(_node(conv.node.args[2])) if len(conv.node.args) > 2 else None
+        step = Step("conv", conv.node.name, [self._values[conv.source]])
+        end = conv.node
+        self._flow.run(end)
+        norm = self._only_user(end, "batch_norm")
+        if norm is not None:
+            weight, bias = self._folded(norm, weight, bias)
+            end = self._absorb(norm, step)
+        if site is not None and self._take_site(end, site):
+            self._flow.set_gates(end, site.start, site.stop)
+            if conv.groups == 1 or conv.depthwise:
+                step.pattern = self._pattern(end)
+            else:
+                step.mask = (site.start, site.stop)
+        elif site is None and conv.depthwise and bias is None:
+            step.pattern = self._pattern(end)
+        step.filters = step.pattern
+        self._absorb_relu(end, step)
+        options: list[Any] = [*conv.node.args[3:6]]
+        stride, padding, dilation = (tuple(option) for option in [*options, *[(1, 1), (0, 0), (1, 1)][len(options) :]])
+        name, bias = conv.name or conv.node.name, None if bias is None else bias.detach()
+        step.conv = ConvSpec(name, weight.detach(), bias, stride, padding, dilation, conv.groups)
+        self._append(step, conv.node)
+        return None
+
+    def _take_site(self, node: Node, site: GateSite) -> bool:
+        """Let the gates act on the node itself, where nothing but what keeps zeros stands between it and the site."""
+        if self._places.get(node) != site:
+            for user in walk(node):
+                if self.graph.effect(user, node) != "keep":
+                    return False
+                node = user
+                if self._places.get(node) == site:
+                    break
+            else:
+                return False
+        del self._places[node]
+        return True
+
+    def _add(self, node: Node) -> None:
+        self._flow.run(node)
+        step = self._step(node)
+        site = self._places.get(node)
+        if site is not None:  # a site that no convolution could take along
+            self._flow.set_gates(node, site.start, site.stop)
+            step.kind, step.pattern, step.mask = "aten", DENSE, (site.start, site.stop)
+        if step.kind == "add":
+            self._absorb_relu(node, step)
+        if step.kind in ("keep", "aten"):
+            step.stacked = is_stacked(self.graph, node)
+            args = stacked_args(node) if step.stacked else node.args
+            step.call = Call(_target(node), self._refs(args), self._refs(dict(node.kwargs)))
+        self._append(step, node)
+
+    def _step(self, node: Node) -> Step:
+        graph, name = self.graph, op(node)
+        sources = graph.sources(node)
+        held = [self._pattern_of[self._values[source]] for source in sources]
+        step = Step("aten", node.name, list(dict.fromkeys(self._values[source] for source in sources)))
+        if any(len(shape(n)) != 4 or shape(n)[0] != 1 for n in [node, *sources]):
+            return step
+        pair = len(sources) == 2 and len(node.args) == 2 and not node.kwargs
+        kind: Kind = "aten"
+        if len(sources) == 1 == len(node.all_input_nodes) and graph.effect(node, sources[0]) == "keep":
+            kind, step.pattern = "keep", held[0]
+        elif name == "add" and pair and shape(sources[0]) == shape(sources[1]) == shape(node):
+            kind, step.pattern = "add", held[0] if held[0] == held[1] else DENSE
+        elif name == "mul" and pair and shape(node) == shape(sources[0]) and shape(sources[1])[1] == shape(node)[1]:
+            if held[1] in (DENSE, held[0]):
+                kind, step.pattern = "scale", held[0]
+        elif name == "cat" and (*node.args, 0)[1] in (1, -3) and list(_first(node)) == sources:
+            # A part that is held dense must have no gates, else the open channels of the whole are not those held.
+            kinds = [p != DENSE or self._pattern(s) == DENSE for p, s in zip(held, sources, strict=True)]
+            kind, step.pattern = ("cat", self._pattern(node)) if all(kinds) else (kind, DENSE)
+        if kind in ("add", "scale", "cat"):
+            step.sources = [self._values[source] for source in sources]
+        step.kind = kind
+        return step
+
+    def _append(self, step: Step, node: Node) -> None:
+        self._values[node] = step.out
+        self._pattern_of[step.out] = step.pattern
+        self._shapes[step.out] = shape(node)
+        self.steps.append(step)
+
+    def _pattern(self, node: Node) -> int:
+        """Index of the pattern of a node's channels; `DENSE` where no gate decides any."""
+        columns = self._flow.of(node)
+        if is_dense(columns):
+            return DENSE
+        for index, known in enumerate(self.patterns):
+            if torch.equal(known, columns):
+                return index
+        self.patterns.append(columns)
+        return len(self.patterns) - 1
+
+    def _only_user(self, node: Node, name: str) -> Node | None:
+        users = list(node.users)
+        return users[0] if len(users) == 1 and op(users[0]) == name else None
+
+    def _absorb(self, node: Node, step: Step) -> Node:
+        """Let the step compute this node, too."""
+        self._flow.run(node)
+        self._values[node] = step.out
+        return node
+
+    def _absorb_relu(self, node: Node, step: Step) -> None:
+        relu = self._only_user(node, "relu")
+        if relu is not None and relu not in self._places:
+            self._absorb(relu, step)
+            step.relu = True
+
+    def _folded(self, norm: Node, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weight (out, in, H, W) and bias of a convolution together with the evaluation-mode BatchNorm behind it."""
+        gamma, beta, mean, var = (self.constants.get(_node(arg)) for arg in norm.args[1:5])
+        assert mean is not None
+        assert var is not None
+        eps: Any = norm.args[7]
+        scale = (var + eps).rsqrt() * (1 if gamma is None else gamma)
+        shift = (0 if beta is None else beta) + ((0 if bias is None else bias) - mean) * scale
+        return weight * scale[:, None, None, None], shift
+
+    def _refs(self, args: Any) -> Any:
+        def ref(node: Node) -> Any:
+            if node.op == "get_attr":  # a graph within the graph
+                return getattr(node.graph.owning_module, str(node.target))
+            return Ref(self._values.get(node, node.name))
+
+        return map_arg(args, ref)
+
+    def _used_constants(self) -> dict[str, Tensor]:
+        """Those constants that steps refer to."""
+        names: set[str] = set()
+
+        def note(args: Any) -> None:
+            if isinstance(args, Ref):
+                names.add(args.name)
+            elif isinstance(args, list | tuple):
+                for arg in args:
+                    note(arg)
+            elif isinstance(args, dict):
+                note(list(args.values()))
+
+        for step in self.steps:
+            if step.call is not None:
+                note([step.call.args, step.call.kwargs])
+        return {node.name: value for node, value in self.constants.items() if node.name in names}
+
+
+def _first(node: Node) -> Any:
+    return node.args[0]
+
+
+def _node(arg: Any) -> Any:
+    """An argument that is a node, or None."""
+    return arg
+
+
+def _target(node: Node) -> Callable[..., Any]:
+    """The node's operation; its twin that makes a new tensor where it writes in place."""
+    target: Any = node.target
+    if op(node) == "view":  # values here may lie in memory otherwise than in the graph's run
+        return torch.ops.aten.reshape.default
+    return getattr(getattr(torch.ops.aten, op(node)), target._overloadname) if in_place(node) else target
+
+
+@torch.no_grad()
+def _evaluate(node: Node, values: Mapping[Node, Any]) -> Any:
+    def value(arg: Node) -> Any:
+        return getattr(node.graph.owning_module, str(arg.target)) if arg.op == "get_attr" else values[arg]
+
+    args: Any = map_arg(node.args, value)
+    kwargs: Any = map_arg(node.kwargs, value)
+    return _target(node)(*args, **kwargs)

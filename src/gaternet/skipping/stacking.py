@@ -1,0 +1,69 @@
+"""Which operations of a graph of one image may run on a whole batch at once.
+
+A graph that was read with a single image has its batch size, 1, in the arguments of views and elsewhere. An operation
+is *stacked* where running it on the stacked values of several images gives the stacked results.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.fx import Node
+
+from gaternet.graph import CONVS, Graph, op, shape
+
+_BY_IMAGE = (
+    {"relu", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "gelu", "mish", "tanh", "hardswish", "hardtanh"}
+    | {"sigmoid", "hardsigmoid", "softplus", "clamp", "abs", "neg", "square", "exp", "sqrt", "rsqrt", "pow"}
+    | {"prelu", "_prelu_kernel", "dropout", "feature_dropout", "clone", "contiguous", "to", "_to_copy", "detach"}
+    | {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "pad", "constant_pad_nd"}
+    | {"upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "reflection_pad2d", "replication_pad2d"}
+    | {"batch_norm", "group_norm", "linear", "getitem", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "alias"}
+    | {"gt", "ge", "lt", "le"}
+    | CONVS
+)
+_PAIRS = frozenset({"add", "sub", "mul", "div", "minimum", "maximum"})
+_ALONG = {"mean": 1, "sum": 1, "amax": 1, "softmax": 1, "chunk": 2, "split": 2, "split_with_sizes": 2, "slice": 1}
+_ALONG |= {"select": 1, "unbind": 1, "cat": 1, "flatten": 1}
+
+
+def is_stacked(graph: Graph, node: Node) -> bool:
+    """Whether the node's operation, with `stacked_args`, treats a batch as it would treat its images one by one."""
+    name, sources = op(node), graph.sources(node)
+    if not all(map(_one, [node, *sources])):
+        return False
+    size = shape(sources[0])
+    if name in _BY_IMAGE:
+        return True
+    if name in _PAIRS:
+        ranks = {len(shape(source)) for source in sources}
+        others = [shape(arg) for arg in node.all_input_nodes if arg not in sources]
+        return len(ranks) == 1 and all(len(other) < len(size) or other[0] == 1 for other in others)
+    if name in _ALONG:
+        dims: Any = (*node.args, *[None] * 3)[_ALONG[name]]
+        dims = dims if isinstance(dims, list | tuple) else [0 if dims is None else dims]
+        rank = len(size) or len(shape(node))
+        return bool(dims) and rank > 1 and all(dim % rank != 0 for dim in dims)
+    if name == "permute":
+        return _dims(node)[0] == 0
+    if name == "transpose":
+        return all(dim % len(size) != 0 for dim in node.args[1:3])  # pyright: ignore[reportOperatorIssue]
+    return name in ("view", "reshape")
+
+
+def stacked_args(node: Node) -> tuple[Any, ...]:
+    """The node's arguments, for any number of images."""
+    if op(node) in ("view", "reshape"):
+        return (node.args[0], [-1, *shape(node)[1:]])
+    return node.args
+
+
+def _one(node: Node) -> bool:
+    """Whether the node has one image's tensor, or a list of such."""
+    value: Any = node.meta.get("val")
+    parts = value if isinstance(value, list | tuple) else [value]
+    return all(getattr(part, "ndim", 0) > 0 and part.shape[0] == 1 for part in parts)
+
+
+def _dims(node: Node) -> Sequence[int]:
+    dims: Any = node.args[1]
+    return dims
