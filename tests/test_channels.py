@@ -9,7 +9,7 @@ from small_networks import IMAGES, Block, Net, conv, norm, squeeze_excite
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gaternet.channels import ALIVE, contiguous, conv_columns, gate_columns
+from gaternet.channels import ALIVE, contiguous, gate_columns
 from gaternet.graph import op, read_graph
 from gaternet.method import Gater, GaterNet, GateSite
 
@@ -35,7 +35,7 @@ def reader(body: Body, channels: int = 4, **parts: nn.Module | Tensor) -> Net:
 def columns_read(net: nn.Module, name: str = "end", sites: list[GateSite] = SITES) -> list[int]:
     graph = read_graph(net, IMAGES)
     (read,) = (found for found in graph.convs.values() if found.name == name)
-    return conv_columns(gate_columns(graph, sites), read).tolist()
+    return gate_columns(graph, sites).of(read.source).tolist()
 
 
 def columns_computed(net: nn.Module) -> list[int]:
@@ -164,7 +164,7 @@ def test_windows_are_no_images_whatever_the_example_batch(batch):
     net = reader(lambda net, a, b: windows(a))
     graph = read_graph(net, torch.zeros(batch, 3, 8, 8))
     (read,) = (found for found in graph.convs.values() if found.name == "end")
-    assert conv_columns(gate_columns(graph, SITES), read).tolist() == NONE
+    assert gate_columns(graph, SITES).of(read.source).tolist() == NONE
 
 
 @pytest.mark.parametrize("flatten", [lambda x: x.flatten(1), lambda x: x.view(len(x), 4 * 64)])
@@ -209,9 +209,18 @@ def test_a_site_that_does_not_run_once_is_refused_by_name(net, name):
 
 @pytest.mark.parametrize(
     ("columns", "expected"),
-    [([3, 4, 5], (3, 6)), ([0], (0, 1)), ([4, 3], None), ([1, 3], None), ([2, 2], None), ([ALIVE, 0], None)],
+    [
+        ([3, 4, 5], (3, 6, 1)),
+        ([0], (0, 1, 1)),
+        ([2, 2, 3, 3], (2, 4, 2)),
+        ([2, 2, 3], None),
+        ([4, 3], None),
+        ([1, 3], None),
+        ([ALIVE, 0], None),
+        ([ALIVE, ALIVE], None),
+    ],
 )
-def test_contiguous_columns_are_a_slice(columns, expected):
+def test_columns_in_order_are_a_slice_that_may_repeat(columns, expected):
     assert contiguous(torch.tensor(columns)) == expected
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from small_networks import IMAGES, Block, Net, conv, norm, seeded
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gaternet import GaterNet, count_macs, create_model, gate, load_pretrained
+from gaternet import GaterNet, count_macs, create_model, gate, load_pretrained, skip
 from gaternet.checkpoint import load_model
-from gaternet.cost import count_dense_macs
+from gaternet.cost import CostModel, count_dense_macs
+from gaternet.graph import read_graph
 from gaternet.method import Gater
 from gaternet.models.create import create_backbone, create_extractor, describe_backbone
 
@@ -554,3 +556,34 @@ def test_a_model_in_double_precision_comes_back_the_same(tmp_path):
     model = gate(create_backbone("resnet20").double().eval(), images).eval()
     model.save_pretrained(tmp_path)
     assert {tensor.dtype for tensor in load_pretrained(tmp_path).parameters()} == {torch.float64}
+
+
+# --- Neighbours that share a gate
+
+
+@pytest.mark.parametrize("size", [2, 4, 5])
+def test_a_group_shares_a_gate(size, tmp_path):
+    """Each gate opens its group's filters: the same as single gates that agree within the groups."""
+    backbone = create_backbone("timm:mobilenetv3_small_050", 10).eval()
+    single = gate(copy.deepcopy(backbone), PIXELS, gater=features(), sites="all").eval()
+    model = gate(backbone, PIXELS, gater=features(), sites="all", group_size=size).eval()
+    gates = torch.randint(2, (2, model.num_gates), generator=seeded(2)).float()
+    repeated = torch.zeros(2, single.num_gates)
+    for site, alone in zip(model.sites, single.sites, strict=True):
+        assert site.channels == alone.channels
+        assert site.group_size == math.gcd(size, alone.channels)
+        repeated[:, alone.columns] = gates[:, site.columns]
+    with torch.no_grad():
+        expected = single.forward_gated(PIXELS, repeated)
+        assert torch.equal(model.forward_gated(PIXELS, gates), expected)
+        skipped = skip(model, PIXELS, "slice").forward_gated(PIXELS, gates)
+        torch.testing.assert_close(skipped, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    costs = [CostModel(read_graph(backbone, PIXELS[:1]), m.sites)(g) for m, g in ((model, gates), (single, repeated))]
+    assert torch.equal(*costs)
+    model.save_pretrained(tmp_path)
+    assert load_pretrained(tmp_path, extractor=features()).sites == model.sites
+
+
+def test_a_group_has_at_least_one_filter():
+    with pytest.raises(ValueError, match="group_size must be at least 1, but is 0"):
+        gate(custom(), IMAGES, group_size=0)

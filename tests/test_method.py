@@ -543,10 +543,10 @@ def test_sites_may_share_columns(images):
 
 def test_a_site_of_another_width_says_its_name_and_both_shapes(images):
     model = GaterNet(Toy(), gater(), [GateSite("bn1", "conv1", 0, 4), GateSite("fc", "fc", 4, 8)])
-    with pytest.raises(ValueError, match=r"site bn1 has 4 gates, but its output is \(6, 5, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"site bn1 gates 4 filters, but its output is \(6, 5, 8, 8\)"):
         model.forward_gated(images, torch.ones(6, 8))
     model = GaterNet(Toy(), gater(), [GateSite("fc", "fc", 0, 4)])
-    with pytest.raises(ValueError, match=r"site fc has 4 gates, but its output is \(6, 4\), not \(B, 4, H, W\)"):
+    with pytest.raises(ValueError, match=r"site fc gates 4 filters, but its output is \(6, 4\), not \(B, 4, H, W\)"):
         model.forward_gated(images, torch.ones(6, 4))
 
 

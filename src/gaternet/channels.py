@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from gaternet.graph import Conv, Graph, op, shape
+from gaternet.graph import Graph, op, shape
 from gaternet.method import GateSite
 
 ALIVE = -1  # of a channel that no gate closes
@@ -56,11 +56,11 @@ class ChannelFlow:
             lists = isinstance(value, list | tuple)
             self.columns[node] = [_alive(tuple(v.shape)) for v in value] if lists else _alive(shape(node))
 
-    def set_gates(self, node: Node, start: int, stop: int) -> None:
-        """Say that the node is a site: its channels are decided by these columns of the gates."""
+    def set_gates(self, node: Node, columns: Tensor) -> None:
+        """Say that the node is a site: its channels are decided by these columns of the gates, (channels,)."""
         if node in self.graph.rewritten:
             return
-        self.columns[node] = torch.arange(start, stop).reshape(1, -1, *[1] * (len(shape(node)) - 2))
+        self.columns[node] = columns.reshape(1, -1, *[1] * (len(shape(node)) - 2))
 
     def of(self, node: Node) -> Tensor:
         """Columns of a tensor's channels, (C,); `ALIVE` where its values do not agree."""
@@ -112,19 +112,16 @@ def gate_columns(graph: Graph, sites: Sequence[GateSite]) -> ChannelFlow:
     for node in graph.nodes:
         flow.run(node)
         if node in places:
-            flow.set_gates(node, places[node].start, places[node].stop)
+            flow.set_gates(node, places[node].columns)
     return flow
 
 
-def contiguous(columns: Tensor) -> tuple[int, int] | None:
-    """(start, stop) where the columns (C,) are start, start + 1, ..., stop - 1; else None."""
-    start, stop = int(columns[0]), int(columns[0]) + len(columns)
-    return (start, stop) if start != ALIVE and torch.equal(columns, torch.arange(start, stop)) else None
-
-
-def conv_columns(flow: ChannelFlow, conv: Conv) -> Tensor:
-    """Columns of the channels that a convolution reads, (in_channels,)."""
-    return flow.of(conv.source)
+def contiguous(columns: Tensor) -> tuple[int, int, int] | None:
+    """(start, stop, times) where the columns (C,) are start, ..., stop - 1, each that many times; else None."""
+    start, times = int(columns[0]), int((columns == columns[0]).sum())
+    stop = start + len(columns) // times
+    ordered = torch.equal(columns, torch.arange(start, stop).repeat_interleave(times))
+    return (start, stop, times) if start != ALIVE and ordered else None
 
 
 def _alive(size: tuple[int, ...]) -> Tensor:

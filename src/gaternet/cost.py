@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gaternet.channels import ALIVE, conv_columns, gate_columns
+from gaternet.channels import ALIVE, gate_columns
 from gaternet.graph import Conv, Graph, read_graph, shape
 from gaternet.method import GaterNet, GateSite
 
@@ -64,8 +64,8 @@ class CostModel:
             if shape(conv.node)[0] != shape(graph.input)[0]:  # images are folded into windows or groups
                 continue
             site = by_conv.get(conv.name)
-            writes = torch.arange(site.start, site.stop) if site else torch.full((conv.out_channels,), ALIVE)
-            self.convs.append(ConvCost(conv, conv_columns(flow, conv), writes))
+            writes = site.columns if site else torch.full((conv.out_channels,), ALIVE)
+            self.convs.append(ConvCost(conv, flow.of(conv.source), writes))
 
     def __call__(self, gates: Float[Tensor, "batch gates"]) -> Float[Tensor, " batch"]:
         """MACs of each image under its gates (B, C); float64, on the CPU."""

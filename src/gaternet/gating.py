@@ -22,6 +22,7 @@ def gate(
     *,
     gater: str | nn.Module | None = None,
     sites: Selection = "residual",
+    group_size: int = 1,
     bottleneck: int | None = None,
     open: bool = False,  # noqa: A002 (the word for it)
     batch_norm: bool = True,
@@ -37,6 +38,8 @@ def gate(
             name: one of the paper's CIFAR models ("resnet20") or of timm's ("resnet18"), with fresh weights. Default:
             cheap, a ResNet-20 on the shrunk image, which costs at most 5 % of the MACs of backbones above 0.5 GMAC.
         sites: which filters, see `find_sites`: "residual" (the paper's), "all", or a predicate.
+        group_size: number of neighbouring filters that share a gate, the paper's is 1. Larger groups make skipping
+            faster and choice coarser.
         bottleneck: width of the middle of the gater's D. Default: the paper's, 8 for images up to 64 pixels, else 256.
         open: start with every gate open, so that the model begins as the plain backbone. Default: the paper's start,
             with about half of the gates open.
@@ -50,7 +53,7 @@ def gate(
         ValueError: no filter can be gated, the network cannot be exported, or the extractor gives no features (B, h).
     """
     refuse_gated(backbone)
-    found = find_sites(backbone, example_input, sites)
+    found = find_sites(backbone, example_input, sites, group_size)
     num_gates = max(site.stop for site in found)
     if bottleneck is None:
         bottleneck = 8 if max(example_input.shape[2:]) <= 64 else 256

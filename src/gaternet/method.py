@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelHubMixin
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -139,6 +139,7 @@ class GateSite:
         name: the module whose output (B, channels, H, W) is scaled: the BatchNorm after the gated filters.
         conv: the convolution that holds the gated filters.
         start, stop: the site's columns of the gates (B, C).
+        group_size: number of neighbouring filters that share a gate, the paper's is 1.
         role: "residual" for the last convolution of a residual unit, the paper's choice; "dense" for the last of a
             densely connected unit; "shortcut" for one beside a residual unit; "depthwise" for a depthwise one that
             shares the gates of the filters that it reads; "inner" for any other.
@@ -149,11 +150,17 @@ class GateSite:
     start: int
     stop: int
     role: str = "residual"
+    group_size: int = 1
 
     @property
     def channels(self) -> int:
-        """Number of gates of the site, one a filter."""
-        return self.stop - self.start
+        """Number of gated filters."""
+        return (self.stop - self.start) * self.group_size
+
+    @property
+    def columns(self) -> Int[Tensor, " channels"]:
+        """The gates' column of each filter."""
+        return torch.arange(self.start, self.stop).repeat_interleave(self.group_size)
 
 
 class _SideChannel(threading.local):
@@ -187,11 +194,12 @@ class _GateHook:
             return None
         if output.ndim != 4 or output.shape[1] != self.site.channels:
             raise ValueError(
-                f"site {self.site.name} has {self.site.channels} gates, but its output is {tuple(output.shape)}, "
+                f"site {self.site.name} gates {self.site.channels} filters, but its output is {tuple(output.shape)}, "
                 f"not (B, {self.site.channels}, H, W): gate another module"
             )
         self.channel.sites_run.append(self.site.name)
-        return output * gates[:, self.site.start : self.site.stop, None, None].to(output.dtype)  # (B, C_site, 1, 1)
+        own = gates[:, self.site.start : self.site.stop, None, None].to(output.dtype)  # (B, C_site, 1, 1)
+        return output * (own if self.site.group_size == 1 else own.repeat_interleave(self.site.group_size, 1))
 
 
 def refuse_gated(network: nn.Module) -> None:
@@ -230,7 +238,11 @@ class GaterNet(
         super().__init__()
         end = 0
         for site in sites:
-            if site.channels < 1 or not (site.start == end or 0 <= site.start < site.stop <= end):
+            if (
+                site.channels < 1
+                or site.group_size < 1
+                or not (site.start == end or 0 <= site.start < site.stop <= end)
+            ):
                 raise ValueError(
                     f"site {site.name} has columns {site.start} to {site.stop}, but those before it stop at {end}: "
                     "start there, or share columns with them"

@@ -38,6 +38,7 @@ def build_network(recipe: Recipe, data: ImageData, seed: int) -> nn.Module:
             torch.zeros(2, data.preprocessing.channels, data.preprocessing.height, data.preprocessing.width),
             gater=None if gating.extractor == "auto" else gating.extractor,
             sites=gating.sites,
+            group_size=gating.group_size,
             bottleneck=gating.bottleneck,
             open=gating.open,
             batch_norm=gating.batch_norm,

@@ -60,6 +60,7 @@ class Gating:
 
     extractor: str = option("resnet20", "the gater's E: a network of ours or timm's by name; with --backbone also auto")
     sites: Literal["residual", "all"] = option("residual", "filters of --backbone to gate: residual, all")
+    group_size: int = option(1, "with --backbone: number of neighbouring filters that share a gate")
     open: bool = option(False, "with --backbone: start with every gate open, as the plain network")
     bottleneck: int = option(8, "width b of the middle of the gater's D")
     batch_norm: bool = option(True, "BatchNorm in D: the paper's text has it, its public code has not")
@@ -92,6 +93,7 @@ class Gating:
         _check(self, "density_weight", self.density_weight >= 0, "at least 0")
         _check(self, "sparsity_start", self.sparsity_start >= 0, "at least 0")
         _check(self, "sparsity_ramp", self.sparsity_ramp >= 0, "at least 0")
+        _check(self, "group_size", self.group_size >= 1, "at least 1")
         _check(self, "sites", self.sites in ("residual", "all"), "residual or all")
         _check(self, "penalty", self.penalty in ("gates", "sites", "macs"), "gates, sites or macs")
         _check(self, "freeze", self.freeze in ("none", "backbone", "gater"), "none, backbone or gater")

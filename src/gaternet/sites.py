@@ -5,6 +5,7 @@ mixes channels: then a closed filter need not run. That is behind the BatchNorm 
 the convolution itself where none follows. Filters for which there is no such place are left out, each with a reason.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -41,7 +42,9 @@ class _Place:
     node: Node
 
 
-def find_sites(backbone: nn.Module, example_input: Tensor, sites: Selection = "residual") -> list[GateSite]:
+def find_sites(
+    backbone: nn.Module, example_input: Tensor, sites: Selection = "residual", group_size: int = 1
+) -> list[GateSite]:
     """The filters of a network that can be gated.
 
     Args:
@@ -50,6 +53,8 @@ def find_sites(backbone: nn.Module, example_input: Tensor, sites: Selection = "r
         sites: "residual", the paper's rule: the last convolution of each residual unit; in networks without such units,
             the last of each densely connected unit, else every convolution. "all": every convolution whose closing is
             exact. Or a predicate on (name, module) of a convolution.
+        group_size: number of neighbouring filters that share a gate. Where it does not divide the number of filters,
+            the largest number that divides both is taken.
 
     Returns:
         The sites in execution order. A depthwise convolution shares the gates of the convolution that feeds it, where
@@ -58,11 +63,13 @@ def find_sites(backbone: nn.Module, example_input: Tensor, sites: Selection = "r
     Raises:
         ValueError: the network cannot be exported, or none of its filters can be gated; the message says why.
     """
-    return list(examine(read_graph(backbone, example_input), sites).sites)
+    return list(examine(read_graph(backbone, example_input), sites, group_size).sites)
 
 
-def examine(graph: Graph, sites: Selection = "residual") -> SiteReport:
+def examine(graph: Graph, sites: Selection = "residual", group_size: int = 1) -> SiteReport:
     """`find_sites` on a graph that was read already, with the reasons for what is left out."""
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, but is {group_size}")
     if isinstance(sites, str) and sites not in ("residual", "all"):
         raise ValueError(f"sites must be 'residual', 'all' or a predicate on (name, module), not {sites!r}")
     places: dict[Node, _Place] = {}
@@ -77,7 +84,7 @@ def examine(graph: Graph, sites: Selection = "residual") -> SiteReport:
             places[node] = place
     roles = _roles(graph)
     chosen = _choose(graph, places, roles, sites, left_out)
-    found = _number(graph, chosen, roles)
+    found = _number(graph, chosen, roles, group_size)
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:5]) or "it has no nn.Conv2d"
         raise ValueError(f"no filter of {type(graph.backbone).__name__} can be gated with sites={sites!r}: {reasons}")
@@ -103,7 +110,7 @@ def _choose(
     return {node: place for node, place in places.items() if node in picked}
 
 
-def _number(graph: Graph, chosen: dict[Node, _Place], roles: dict[Node, str]) -> list[GateSite]:
+def _number(graph: Graph, chosen: dict[Node, _Place], roles: dict[Node, str], group_size: int) -> list[GateSite]:
     """Give each place its columns of the gates, in execution order; depthwise convolutions those of their input."""
     by_node = {place.node: place for place in chosen.values()}
     flow, found, stop = ChannelFlow(graph), [], 0
@@ -113,11 +120,13 @@ def _number(graph: Graph, chosen: dict[Node, _Place], roles: dict[Node, str]) ->
             continue
         place = by_node[node]
         conv = place.conv
-        site = GateSite(place.name, conv.name, stop, stop + conv.out_channels, roles.get(conv.node, "inner"))
+        size = math.gcd(group_size, conv.out_channels)
+        end = stop + conv.out_channels // size
+        site = GateSite(place.name, conv.name, stop, end, roles.get(conv.node, "inner"), size)
         if conv.depthwise and (shared := contiguous(flow.of(conv.source))):
-            site = replace(site, start=shared[0], stop=shared[1], role="depthwise")
+            site = replace(site, start=shared[0], stop=shared[1], group_size=shared[2], role="depthwise")
         stop = max(stop, site.stop)
-        flow.set_gates(node, site.start, site.stop)
+        flow.set_gates(node, site.columns)
         found.append(site)
     return found
 

@@ -87,7 +87,7 @@ class Step:
         filters: of a "conv", the pattern of its filters: that of its value, save where it adds to a dense one.
         adds: of a "conv", the value that it adds to, in place; also the last of its sources.
         relu: whether a ReLU follows.
-        mask: columns (start, stop) of the gates to multiply with: at a site whose filters run whether open or not.
+        mask: the gates' column of each channel to multiply with: at a site whose filters run whether open or not.
         in_place: "add" may overwrite its source of this number.
         stacked: whether the operation treats the images of a batch as one would treat them one by one.
         free: values that nothing reads after this step.
@@ -102,7 +102,7 @@ class Step:
     filters: int = DENSE
     adds: str | None = None
     relu: bool = False
-    mask: tuple[int, int] | None = None
+    mask: list[int] | None = None
     in_place: int | None = None
     stacked: bool = True
     free: list[str] = field(default_factory=list)
@@ -225,7 +225,6 @@ class Plan:
             if fields["call"] is not None:
                 name, args, kwargs = fields["call"]
                 fields["call"] = Call(_op(name), _filled_in(args), _filled_in(kwargs))
-            fields["mask"] = fields["mask"] and tuple(fields["mask"])
             steps.append(Step(**fields))
         count = sum(name.startswith("pattern.") for name in tensors)
         patterns = [tensors[f"pattern.{i}"] for i in range(count)]

@@ -88,11 +88,11 @@ class _Planner:
             weight, bias = self._folded(norm, weight, bias)
             end = self._absorb(norm, step)
         if site is not None and self._take_site(end, site):
-            self._flow.set_gates(end, site.start, site.stop)
+            self._flow.set_gates(end, site.columns)
             if conv.groups == 1 or conv.depthwise:
                 step.pattern = self._pattern(end)
             else:
-                step.mask = (site.start, site.stop)
+                step.mask = site.columns.tolist()
         elif site is None and conv.depthwise and bias is None:
             step.pattern = self._pattern(end)
         step.filters = step.pattern
@@ -123,8 +123,8 @@ class _Planner:
         step = self._step(node)
         site = self._places.get(node)
         if site is not None:  # a site that no convolution could take along
-            self._flow.set_gates(node, site.start, site.stop)
-            step.kind, step.pattern, step.mask = "aten", DENSE, (site.start, site.stop)
+            self._flow.set_gates(node, site.columns)
+            step.kind, step.pattern, step.mask = "aten", DENSE, site.columns.tolist()
         if step.kind == "add":
             self._absorb_relu(node, step)
         if step.kind in ("keep", "aten"):

@@ -64,7 +64,7 @@ class Run:
         else:
             value = self._call(step, {name: self.dense(name) for name in step.sources})
         if step.mask is not None:
-            value = value * self.gates[:, slice(*step.mask), None, None].to(value.dtype)
+            value = value * self.gates[:, step.mask, None, None].to(value.dtype)
         return value.relu_() if step.relu and step.mask is not None else value
 
     def dense(self, name: str) -> Any:
