@@ -35,6 +35,8 @@ FLOORS = [
     "skipping.native",
     "skipping.engines",
     "skipping.skip",
+    "skipping.dense",
+    "skipping.bench",
     "skipping",
     "recipes",
     "objective",

@@ -47,7 +47,7 @@ def fail(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *argume
     return stopped.value.code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "recipes"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "recipes", "sites", "bench"])
 def test_every_command_has_help_with_examples(command):
     text = call(command, "--help")
     assert "Examples:" in text
@@ -146,3 +146,27 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, gaternet_command):
     assert "continue with --resume" in errors
     assert "Traceback" not in errors
     assert (run / "training.pt").exists()
+
+
+def test_bench_times_dense_masked_and_skipped():
+    options = ["--image-size", 16, "--batch-size", 2, "--density", 0.5, "--engine", "eager", "--rounds", 1, "--json"]
+    rows = {row["name"]: row for row in json.loads(call("bench", "resnet20", *options))}
+    assert rows.keys() == {"dense: eager", "masked", "skipped", "gater"}
+    assert all(row["batch"] == 2 and 0 < row["p10"] <= row["median"] <= row["p90"] for row in rows.values())
+    assert rows["skipped"]["macs"] == rows["masked"]["macs"] < rows["dense: eager"]["macs"]
+    assert 0.4 < rows["skipped"]["density"] < 0.6
+
+
+def test_bench_of_a_run_times_its_own_gates_on_its_own_images(run):
+    text = call("bench", run, "--batch-size", 3, "--engine", "eager", "--rounds", 1)
+    assert "3 at a time" in text
+    assert "gater and skipped" in text
+
+
+def test_bench_refuses_what_has_no_gates_and_engines_that_are_not_there(capsys, monkeypatch, tmp_path):
+    code, message = fail(capsys, monkeypatch, "bench", tmp_path)
+    assert code == 2
+    assert "is neither a run nor a saved model" in message
+    code, message = fail(capsys, monkeypatch, "bench", "resnet20", "--image-size", 16, "--engine", "abacus")
+    assert code == 2
+    assert "no dense engine 'abacus': choose of eager" in message

@@ -225,6 +225,98 @@ def recipes(as_json: _Json = False) -> None:
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="a network of timm's, torchvision's or ours, or a run or saved model")],
+    batch_size: Annotated[list[int], typer.Option(min=1, help="images at once; may be repeated")] = [1, 16],  # noqa: B006
+    density: Annotated[
+        list[float] | None,
+        typer.Option(min=0, max=1, help="share of open gates, drawn at random; default: those of the run"),
+    ] = None,
+    engine: Annotated[
+        list[str] | None, typer.Option(help="dense engine to compare with; default: all that are installed")
+    ] = None,
+    select: Annotated[Literal["residual", "all"], typer.Option("--sites", help="gated filters of a network")] = "all",
+    image_size: Annotated[int, typer.Option(min=1, help="side of a network's images in pixels")] = 224,
+    data: Annotated[str | None, typer.Option(help="images for a run, see train --data; default: its own")] = None,
+    which: _Which = "last",
+    rounds: Annotated[int, typer.Option(min=1, help="turns that each takes")] = 5,
+    as_json: _Json = False,
+) -> None:
+    """Time plain, masked and skipped computation beside each other: milliseconds, images a second, MACs.
+
+    Examples:
+
+      gaternet bench timm:resnet50 --batch-size 1 --density 0.5
+
+      gaternet bench runs/cifar10_resnet56_gated --batch-size 1 --batch-size 64
+
+      gaternet bench resnet56 --image-size 32 --engine onnxruntime --engine openvino --json
+    """
+    import torch
+
+    from gaternet.skipping.bench import bench as time_batch
+    from gaternet.skipping.dense import ENGINES
+
+    with _console.status("planning"):
+        network, images = _model_and_images(model, max(batch_size), select, image_size, data, which)
+    densities = density or ([] if Path(model).exists() else [0.75, 0.5, 0.25])
+    timings, notes = [], dict[str, None]()
+    for batch in batch_size:
+        with _console.status(f"timing {batch} at a time"):
+            chosen = engine or ENGINES
+            timings += time_batch(network, images[:batch], densities, chosen, rounds, note=notes.setdefault)
+    if as_json:
+        print(json.dumps([{**dataclasses.asdict(t), "images_per_second": t.images_per_second} for t in timings]))
+        return
+    for batch in batch_size:
+        rows = [timing for timing in timings if timing.batch == batch]
+        plain = [timing.median for timing in rows if timing.name.startswith("dense")]
+        table = Table(box=None)
+        for title in (f"{batch} at a time", "open", "MMACs", "ms", "p10", "p90", "images/s", "x dense"):
+            table.add_column(title, justify="left" if "time" in title else "right", no_wrap=True)
+        for row in rows:
+            opened = "" if row.density is None else f"{100 * row.density:.0f} %"
+            times = [f"{milliseconds:.2f}" for milliseconds in (row.median, row.p10, row.p90)]
+            share = f"{row.median / min(plain):.2f}" if plain else ""
+            table.add_row(row.name, opened, f"{row.macs / 1e6:,.1f}", *times, f"{row.images_per_second:,.0f}", share)
+        _console.print(table, "")
+    threads = torch.get_num_threads()
+    _console.print(
+        f"[dim]medians of a batch on {threads} threads; MMACs an image; x dense: over the fastest dense engine[/]"
+    )
+    for note in notes:
+        _console.print(_escape(note))
+
+
+def _model_and_images(model: str, count: int, select: Any, image_size: int, data: str | None, which: Any) -> Any:
+    """A GaterNet and a batch for it: of a run with test images, of a network with noise."""
+    import torch
+
+    if not Path(model).exists():
+        from gaternet.gating import gate
+        from gaternet.models import create_model
+
+        torch.manual_seed(0)
+        images = torch.randn(count, 3, image_size, image_size)
+        return gate(create_model(model.removesuffix("_gated"), 1000).eval(), images[:1], sites=select), images
+    from gaternet.checkpoint import load_model
+    from gaternet.data import Preprocessing
+    from gaternet.evaluate import load_test_set
+    from gaternet.method import GaterNet
+    from gaternet.run import find_model
+
+    network, metadata = load_model(find_model(Path(model), which))
+    if not isinstance(network, GaterNet):
+        raise ValueError(f"{model} has no gates: name a network to gate it, or a gated run")
+    source = data or metadata.get("trained", {}).get("data")
+    if source is None:
+        raise ValueError(f"{model} does not say what it was trained on: name the data with --data")
+    test = load_test_set(source, metadata)
+    pixels = torch.stack([torch.as_tensor(test[i % len(test)][0]) for i in range(count)])
+    return network, Preprocessing.from_metadata(metadata).normalize(pixels)
+
+
+@app.command()
 def sites(
     model: Annotated[str, typer.Argument(help="a network of timm's, torchvision's or ours, or a run or saved model")],
     select: Annotated[Literal["residual", "all"], typer.Option("--sites", help="which filters")] = "residual",

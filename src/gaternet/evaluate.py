@@ -110,7 +110,7 @@ def evaluate_saved(
         raise ValueError(f"{path} does not say what it was trained on: name the data with --data")
     runtime = Runtime(cpu=cpu)
     accelerator = make_accelerator(runtime)
-    images = _test_set(source, metadata, data_root)
+    images = load_test_set(source, metadata, data_root)
     batches = make_loader(images, max(1, BATCH // accelerator.num_processes), runtime, accelerator)
     to_input = ToInput(Preprocessing.from_metadata(metadata))
     network = network.to(accelerator.device)
@@ -118,8 +118,12 @@ def evaluate_saved(
     return evaluate(network, batches, to_input, accelerator)
 
 
-def _test_set(source: str, metadata: dict[str, Any], data_root: str | None) -> ImageSet:
-    """The test images of `source`, with the sizes, channels and class numbers that the model knows."""
+def load_test_set(source: str, metadata: dict[str, Any], data_root: str | None = None) -> ImageSet:
+    """The test images of `source`, with the sizes, channels and class numbers that the model of `metadata` knows.
+
+    Raises:
+        DataError: there are none, or they do not go with the model.
+    """
     preprocessing, known = Preprocessing.from_metadata(metadata), metadata["classes"]
     square = preprocessing.height == preprocessing.width
     data = load_data(source, image_size=preprocessing.height if square else None, root=data_root)

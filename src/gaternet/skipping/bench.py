@@ -1,0 +1,142 @@
+"""Timing: plain dense engines, the masked and the skipping model beside each other, with MACs beside milliseconds."""
+
+import copy
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gaternet.cost import CostModel, count_dense_macs
+from gaternet.graph import read_graph
+from gaternet.method import GaterNet
+from gaternet.skipping.dense import ENGINES, build_dense
+from gaternet.skipping.skip import skip
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one way to run a batch.
+
+    Attributes:
+        name: the engine.
+        batch: images in the batch.
+        density: share of open gates, in [0, 1]; None for plain networks and for the gater alone.
+        macs: multiply-accumulates of an image, in the mean over the batch.
+        median, p10, p90: milliseconds for the batch.
+    """
+
+    name: str
+    batch: int
+    density: float | None
+    macs: float
+    median: float
+    p10: float
+    p90: float
+
+    @property
+    def images_per_second(self) -> float:
+        return 1000 * self.batch / self.median
+
+
+def time_interleaved(
+    runs: Mapping[str, Callable[[], Any]], rounds: int = 5, seconds: float = 0.3
+) -> dict[str, list[float]]:
+    """Seconds of single calls of each function, which take turns: all see the same drift of the machine.
+
+    In a turn a function first runs untimed for a while, since threads of the one before may still be spinning.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    for number in range(rounds):
+        random.Random(number).shuffle(order)
+        for name in order:
+            for part, share in (([], 0.4), (times[name], 0.6)):
+                began = time.perf_counter()
+                while True:
+                    start = time.perf_counter()
+                    runs[name]()
+                    _wait()
+                    part.append(time.perf_counter() - start)
+                    if time.perf_counter() - began > share * seconds:
+                        break
+    return times
+
+
+@torch.no_grad()
+def bench(
+    model: GaterNet,
+    images: Tensor,
+    densities: Sequence[float] = (),
+    engines: Sequence[str] = ENGINES,
+    rounds: int = 5,
+    seconds: float = 0.3,
+    note: Callable[[str], None] = lambda text: None,
+) -> list[Timing]:
+    """Time a batch in all ways, in turns.
+
+    Args:
+        model: a GaterNet; it is put in evaluation mode.
+        images: the batch (B, channels, H, W), on the model's device.
+        densities: shares of open gates, drawn anew for each gate and image (seed 0); none: the model's own gates.
+        engines: dense engines to compare with; those that are not installed are left out.
+        rounds, seconds: how often each takes its turn, and for how long.
+        note: told what is left out, and why.
+
+    Returns:
+        "dense: ENGINE" for the plain backbone, "masked" and "skipped" for the backbone under gates, "gater", and,
+        under the model's own gates, "gater and skipped".
+
+    Raises:
+        ValueError: a dense engine that does not exist, or a backbone that cannot be exported.
+    """
+    if unknown := [name for name in engines if name not in ENGINES]:
+        raise ValueError(f"there is no dense engine {unknown[0]!r}: choose of {', '.join(ENGINES)}")
+    model.eval()
+    fast = skip(model, images, "slice")
+    plain = copy.deepcopy(model).ungate()
+    graph = read_graph(plain, images[:1])
+    cost = CostModel(graph, model.sites)
+    runs: dict[tuple[str, float | None], Callable[[], Any]] = {}
+    macs: dict[tuple[str, float | None], float] = {}
+    for name in engines:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dense = build_dense(plain, images, name)
+                dense(images)
+        except ValueError as error:
+            note(str(error))
+            continue
+        runs[f"dense: {name}", None], macs[f"dense: {name}", None] = lambda d=dense: d(images), cost.dense
+    own = fast.gates(images)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [(torch.rand(own.shape, generator=generator) < d).to(own) for d in densities] or [own]
+    for gates in drawn:
+        density, mean = gates.mean().item(), cost(gates).mean().item()
+        for name, engine in (("masked", model.forward_gated), ("skipped", fast.forward_gated)):
+            runs[name, density], macs[name, density] = lambda e=engine, g=gates: e(images, g), mean
+    runs["gater", None], macs["gater", None] = lambda: fast.gates(images), count_dense_macs(model.gater, images)
+    if not densities:
+        both = "gater and skipped"
+        runs[both, own.mean().item()] = lambda: fast(images)
+        macs[both, own.mean().item()] = macs["gater", None] + cost(own).mean().item()
+    keys = {f"{name} {density}": (name, density) for name, density in runs}
+    times = time_interleaved({key: runs[k] for key, k in keys.items()}, rounds, seconds)
+    return [_timing(*keys[key], len(images), float(macs[keys[key]]), found) for key, found in times.items()]
+
+
+def _timing(name: str, density: float | None, batch: int, macs: float, seconds: list[float]) -> Timing:
+    found = [1000 * s for s in seconds]
+    tenths = statistics.quantiles(found, n=10, method="inclusive") if len(found) > 1 else found * 9
+    return Timing(name, batch, density, macs, statistics.median(found), tenths[0], tenths[-1])
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,78 @@
+"""Dense engines: plain networks made fast by others, to compare with."""
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+Dense = Callable[[Tensor], Tensor]
+ENGINES = ("eager", "channels_last", "inductor", "onnxruntime", "openvino")
+
+
+def build_dense(network: nn.Module, example_input: Tensor, name: str) -> Dense:
+    """The network in evaluation mode, run by an engine, for images of the example's shape.
+
+    Args:
+        network: maps images to logits; it is left as it was.
+        example_input: images (B, channels, H, W).
+        name: "eager" or "channels_last", PyTorch; "inductor", torch.compile with frozen weights; "onnxruntime" or
+            "openvino", with as many threads as PyTorch has, in full float32.
+
+    Raises:
+        ValueError: what the engine needs is not installed.
+    """
+    network = copy.deepcopy(network).eval()
+    if name == "eager":
+        return network
+    if name == "channels_last":
+        network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        return lambda images: network(images.contiguous(memory_format=torch.channels_last))
+    if name == "inductor":
+        return torch.compile(network, options={"freezing": True})
+    if name == "onnxruntime":
+        return _onnxruntime(network, example_input)
+    return _openvino(network, example_input)
+
+
+def _onnx(network: nn.Module, example_input: Tensor, directory: str) -> Path:
+    path = Path(directory) / "network.onnx"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of onnxscript's own
+            torch.onnx.export(network, (example_input,), path, dynamo=True, verbose=False)
+    except ImportError as error:
+        raise ValueError("ONNX is not installed: pip install 'gaternet[engines]'") from error
+    return path
+
+
+def _onnxruntime(network: nn.Module, example_input: Tensor) -> Dense:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ValueError("ONNX Runtime is not installed: pip install 'gaternet[engines]'") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as directory:
+        path = _onnx(network, example_input, directory)
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+
+def _openvino(network: nn.Module, example_input: Tensor) -> Dense:
+    try:
+        import openvino
+    except ImportError as error:
+        raise ValueError("OpenVINO is not installed: pip install 'gaternet[engines]'") from error
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    options["INFERENCE_NUM_THREADS"] = str(torch.get_num_threads())
+    with tempfile.TemporaryDirectory() as directory:
+        path = _onnx(network, example_input, directory)
+        compiled = openvino.Core().compile_model(str(path), "CPU", options)
+    request = compiled.create_infer_request()
+    return lambda images: torch.from_numpy(request.infer([images.numpy()], share_inputs=True)[0])

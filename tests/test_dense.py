@@ -1,0 +1,32 @@
+"""Dense engines compute what the plain network computes."""
+
+import warnings
+
+import pytest
+import torch
+from small_networks import IMAGES
+from test_sites import chain_of
+
+from gaternet.skipping.bench import time_interleaved
+from gaternet.skipping.dense import build_dense
+
+NEEDS = {"onnxruntime": ("onnxscript", "onnxruntime"), "openvino": ("onnxscript", "openvino")}
+
+
+@pytest.mark.parametrize("name", ["eager", "channels_last", "inductor", "onnxruntime", "openvino"])
+def test_engines_compute_the_same(name, unchecked_types):
+    for module in NEEDS.get(name, ()):
+        pytest.importorskip(module, reason=f"{module} is not installed: pip install 'gaternet[engines]'")
+    network = chain_of(["residual"]).eval()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of the engines' own
+        found = build_dense(network, IMAGES, name)(IMAGES)
+        torch.testing.assert_close(found, network(IMAGES))
+
+
+def test_functions_take_turns():
+    seen: list[str] = []
+    times = time_interleaved({name: lambda n=name: seen.append(n) for name in "ab"}, rounds=3, seconds=0.001)
+    turns = [name for name, before in zip(seen, [None, *seen[:-1]], strict=True) if name != before]
+    assert len(turns) >= 4
+    assert all(len(found) >= 3 and min(found) >= 0 for found in times.values())
