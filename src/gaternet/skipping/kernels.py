@@ -41,6 +41,7 @@ class Kernels:
         self.plan = plan
         self.sizes = [len(pattern) for pattern in plan.patterns]
         self.offsets = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+        self.bounds = torch.tensor([*self.offsets, sum(self.sizes)], device=plan.device)
         self.columns = torch.cat([*plan.patterns, torch.zeros(0, dtype=torch.long)]).to(plan.device)
         self.prepare()
 
@@ -51,14 +52,18 @@ class Kernels:
     def open_channels(self, gates: Tensor) -> Live:
         """What gates (B, C) leave open."""
         extended = torch.cat([gates, gates.new_ones(len(gates), 1)], 1)  # ALIVE is the last one
-        alive = extended[:, self.columns] > 0
-        parts = alive.split(self.sizes, 1)
-        counts = torch.stack([part.sum(1) for part in parts], 1) if parts else alive.new_zeros(len(gates), 0)
-        numbers = [
-            torch.where(part.sort(1, descending=True).values, _open_first(part), part.shape[1]) for part in parts
-        ]
+        alive = extended[:, self.columns] > 0  # (B, places)
+        before = F.pad(alive.cumsum(1), (1, 0))
+        counts = before[:, self.bounds].diff(dim=1)
+        starts, sizes = (
+            values.repeat_interleave(self.bounds.diff()) for values in (self.bounds[:-1], self.bounds.diff())
+        )
+        local = torch.arange(len(sizes), device=sizes.device) - starts
+        # Each open channel's number goes to the place after those before it; what is left holds the number of channels.
+        places = torch.where(alive, before[:, :-1] - before[:, starts] + starts, len(sizes))
+        numbers = F.pad(sizes, (0, 1)).repeat(len(gates), 1).scatter_(1, places, local.expand_as(places))[:, :-1]
         room = [self.room(most, size) for most, size in zip(counts.amax(0).tolist(), self.sizes, strict=True)]
-        return Live(counts.int(), torch.cat([*numbers, alive.new_zeros(len(gates), 0)], 1).int(), room)
+        return Live(counts.int(), numbers.int().contiguous(), room)
 
     def room(self, most: int, size: int) -> int:
         """Channels that a compact tensor needs where an image has at most `most` open ones of `size`."""
@@ -155,11 +160,6 @@ class Kernels:
     def _open(self, pattern: int, live: Live) -> Iterator[tuple[int, Tensor]]:
         for i, count in enumerate(live.counts[:, pattern].tolist()):
             yield i, self._numbers(pattern, live)[i, :count]
-
-
-def _open_first(alive: Tensor) -> Tensor:
-    """Numbers of the channels, (B, channels): the open ones in ascending order, then the others."""
-    return alive.logical_not().to(torch.uint8).argsort(stable=True, dim=1)
 
 
 def _padded(step: Step) -> tuple[Tensor, Tensor | None]:

@@ -96,7 +96,7 @@ inline std::vector<Panel> split(int64_t filters) {
 // numbers.
 template <int HALVES, int PIXELS>
 void compute_tile(const float *const *pointers, int64_t taps, int64_t depth, const float *weights, const float *bias,
-                  bool relu, float *y, int64_t room) {
+                  bool adds, bool relu, float *y, int64_t room) {
     // Each loop over the sums is unrolled, else they would not stay in registers.
     constexpr int NV = HALVES / 2;
     constexpr bool odd = HALVES % 2;
@@ -131,12 +131,18 @@ void compute_tile(const float *const *pointers, int64_t taps, int64_t depth, con
     for (int i = 0; i < PIXELS; i++) {
         float *to = y + i * room;
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) store(to + j * LANES, relu ? positive(sums[i][j]) : sums[i][j]);
-        if constexpr (odd) store(to + NV * LANES, relu ? positive(ends[i]) : ends[i]);
+        for (int j = 0; j < NV; j++) {
+            const Vector sum = adds ? sums[i][j] + load(to + j * LANES) : sums[i][j];
+            store(to + j * LANES, relu ? positive(sum) : sum);
+        }
+        if constexpr (odd) {
+            const HalfVector sum = adds ? ends[i] + load_half(to + NV * LANES) : ends[i];
+            store(to + NV * LANES, relu ? positive(sum) : sum);
+        }
     }
 }
 
-using Tile = void (*)(const float *const *, int64_t, int64_t, const float *, const float *, bool, float *, int64_t);
+using Tile = void (*)(const float *const *, int64_t, int64_t, const float *, const float *, bool, bool, float *, int64_t);
 
 template <int HALVES, int PIXELS>
 Tile find_tile(int64_t pixels) {
@@ -199,7 +205,8 @@ inline Vector expand(Vector value, uint32_t mask) {
 #endif
 }
 
-// y = conv(x), or y += conv(x) where `adds`; then ReLU. Weights and images that are made on the way go to `workspace`.
+// y = conv(x), or y += conv(x) where `adds`; then ReLU. The team makes an image with margins in `common`, each of it
+// gathers weights in its own `workspace`, which may lie behind.
 struct Convolution {
     Conv conv;
     Image x;
@@ -207,7 +214,7 @@ struct Convolution {
     Image y;
     bool adds, relu;
     Team team;
-    float *workspace;
+    float *common, *workspace;
 
     void run() {
         const int64_t stored_rows = conv.kernel_height * conv.kernel_width * conv.channels;
@@ -221,21 +228,23 @@ struct Convolution {
         }
         const int64_t rows = conv.kernel_height * conv.kernel_width * depth;
         const std::vector<Panel> panels = split(filters.count);
-        const float *weights = conv.weights;
-        if (channels.numbers || filters.numbers) {
-            gather(panels, rows, stored_rows, workspace);
-            weights = workspace;
-            team.wait();
-        }
         const std::vector<float> zeros(channels.count + LANES);
-        // Tiles cost about the same in all panels, for narrow panels have more pixels in a tile.
+        // Each of the team has a run of tiles, panel after panel, and gathers the weights of its panels itself: what
+        // another core has just written is slow to read. Tiles cost about the same in all panels, for narrow panels
+        // have more pixels in a tile.
         int64_t total = 0, passed = 0;
         for (const Panel &panel : panels) total += tiles(panel);
         for (const Panel &panel : panels) {
             const int64_t first = std::max<int64_t>(0, team.begin(total) - passed);
             const int64_t stop = std::min(tiles(panel), team.end(total) - passed);
-            if (first < stop) compute(panel, depth, first, stop, weights + panel.first * rows, zeros.data());
             passed += tiles(panel);
+            if (first >= stop) continue;
+            const float *weights = conv.weights + panel.first * rows;
+            if (channels.numbers || filters.numbers) {
+                gather(panel, rows, stored_rows, workspace);
+                weights = workspace;
+            }
+            compute(panel, depth, first, stop, weights, zeros.data());
         }
     }
 
@@ -248,53 +257,47 @@ struct Convolution {
 
     int64_t tiles(Panel panel) const { return divide_up(conv.out_height * conv.out_width, tile_size(panel)); }
 
-    // The image with its margins of zeros, in the workspace.
+    // The image with its margins of zeros.
     void pad() {
         const int64_t height = conv.height + 2 * conv.pad_height, width = conv.width + 2 * conv.pad_width;
         for (int64_t row = team.begin(height); row < team.end(height); row++) {
-            float *to = workspace + row * width * x.room;
+            float *to = common + row * width * x.room;
             std::memset(to, 0, width * x.room * sizeof(float));
             const int64_t source = row - conv.pad_height;
             if (source >= 0 && source < conv.height)
                 std::memcpy(to + conv.pad_width * x.room, x.data + source * conv.width * x.room,
                             conv.width * x.room * sizeof(float));
         }
-        x.data = workspace;
+        x.data = common;
         workspace += divide_up(height * width * x.room, LANES) * LANES;
         conv.height = height;
         conv.width = width;
         team.wait();
     }
 
-    // Copy the weights of open filters and channels together, in panels.
-    void gather(const std::vector<Panel> &panels, int64_t rows, int64_t stored_rows, float *to) const {
+    // Copy the weights of a panel's open filters, for the open channels, together.
+    void gather(Panel panel, int64_t rows, int64_t stored_rows, float *to) const {
         const std::vector<Panel> stored = split(conv.filters);
-        for (const Panel &panel : panels) {
-            const int64_t width = panel.width(), stop = std::min(filters.count, panel.stop());
-            std::vector<Piece> pieces = find_pieces(filters, panel.first, stop);
-            for (Piece &piece : pieces) {
-                const int64_t filter = piece.step * LANES;
-                size_t p = 0;
-                while (filter >= stored[p].stop()) p++;
-                piece.from = conv.weights + stored[p].first * stored_rows + filter - stored[p].first;
-                piece.step = stored[p].width();
+        const int64_t width = panel.width(), stop = std::min(filters.count, panel.stop());
+        std::vector<Piece> pieces = find_pieces(filters, panel.first, stop);
+        for (Piece &piece : pieces) {
+            const int64_t filter = piece.step * LANES;
+            size_t p = 0;
+            while (filter >= stored[p].stop()) p++;
+            piece.from = conv.weights + stored[p].first * stored_rows + filter - stored[p].first;
+            piece.step = stored[p].width();
+        }
+        int64_t channel = 0, tap = 0;
+        for (int64_t row = 0; row < rows; row++, to += width) {
+            const auto row_of = [&](int64_t c) { return tap + channels.numbers[std::min(c, channels.count - 1)]; };
+            const int64_t source = channels.numbers ? row_of(channel) : row;
+            const int64_t later = channels.numbers ? row_of(channel + AHEAD) : row + AHEAD;
+            for (const Piece &piece : pieces) {  // what is stored beyond the row is written over, by the next
+                __builtin_prefetch(piece.from + later * piece.step);
+                store(to + piece.to, compress(load(piece.from + source * piece.step), piece.mask));
             }
-            int64_t row = team.begin(rows);
-            if (row == team.end(rows)) continue;
-            int64_t channel = row % channels.count, tap = row / channels.count * conv.channels;
-            for (; row < team.end(rows); row++) {
-                const auto row_of = [&](int64_t c) { return tap + channels.numbers[std::min(c, channels.count - 1)]; };
-                const int64_t source = channels.numbers ? row_of(channel) : row;
-                const int64_t later = channels.numbers ? row_of(channel + AHEAD) : row + AHEAD;
-                float *target = to + panel.first * rows + row * width;
-                for (const Piece &piece : pieces) {
-                    __builtin_prefetch(piece.from + later * piece.step);
-                    const Vector values = compress(load(piece.from + source * piece.step), piece.mask);
-                    store_part(target + piece.to, values, width - piece.to);
-                }
-                for (int64_t lane = stop - panel.first; lane < width; lane++) target[lane] = 0;
-                if (++channel == channels.count) channel = 0, tap += conv.channels;
-            }
+            for (int64_t lane = stop - panel.first; lane < width; lane++) to[lane] = 0;
+            if (++channel == channels.count) channel = 0, tap += conv.channels;
         }
     }
 
@@ -315,15 +318,15 @@ struct Convolution {
             bias[j] = conv.bias[filters.numbers ? filters.numbers[panel.first + j] : panel.first + j];
         const std::vector<Piece> pieces =
             adds ? find_pieces(filters, panel.first, panel.first + filled) : std::vector<Piece>{};
-        const bool direct = !adds && panel.first + width <= y.room;
+        const bool direct = panel.first + width <= y.room && !(adds && filters.numbers);
         const Tile whole = find_tile(panel.halves, most);
         for (int64_t number = first; number < stop; number++) {
             const int64_t pixel = number * most, count = std::min(most, pixels - pixel);
             point(pixel, count, zeros, pointers.data());
             const Tile tile = count == most ? whole : find_tile(panel.halves, count);
             float *to = y.data + pixel * y.room + panel.first;
-            tile(pointers.data(), taps, depth, weights, bias.data(), relu && !adds, direct ? to : buffer.data(),
-                 direct ? y.room : width);
+            tile(pointers.data(), taps, depth, weights, bias.data(), direct && adds, relu && (direct || !adds),
+                 direct ? to : buffer.data(), direct ? y.room : width);
             for (int64_t i = 0; i < count && !direct; i++) {
                 if (adds)
                     add(pieces, buffer.data() + i * width, y.data + (pixel + i) * y.room);

@@ -111,7 +111,7 @@ def _compile(compiler: str, path: Path) -> None:
 
 def _declared(library: Any) -> Any:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.half_lanes.restype = number
+    library.half_lanes.restype = library.panel_lanes.restype = number
     library.pack_weights.argtypes = [pointer, number, number, number, pointer]
     library.unpack_weights.argtypes = [pointer, number, number, number, pointer]
     library.open_channels.argtypes = [pointer, number, number, pointer, pointer, number, pointer, pointer]

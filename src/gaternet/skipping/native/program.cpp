@@ -42,8 +42,7 @@ namespace {
 struct Runner {
     const Value *values;
     const Live &live;
-    float *arena;
-    int64_t workspace;  // offset in the arena
+    float *arena, *common, *workspace;  // for values; for the team, and for each of it
     int64_t image;
     Team team;
 
@@ -60,7 +59,8 @@ struct Runner {
         switch (op.kind) {
             case CONV:
                 if (writes.count > 0)
-                    Convolution{s, x, reads, writes, y, op.adds != 0, op.relu != 0, team, arena + workspace}.run();
+                    Convolution{s, x, reads, writes, y, op.adds != 0, op.relu != 0, team, common, workspace}
+                        .run();
                 break;
             case DEPTHWISE: depthwise(op, x, y, writes); break;
             case ADD: add(pixels, x, at(op.other), y, writes.count, op.relu != 0); break;
@@ -210,6 +210,8 @@ extern "C" {
 
 int64_t half_lanes() { return HALF; }
 
+int64_t panel_lanes() { return VECTORS * LANES; }
+
 // Filters' weights (filters, channels, taps) -> panels, with zeros behind the last filter.
 void pack_weights(const float *weights, int64_t filters, int64_t channels, int64_t taps, float *to) {
     for (const Panel &panel : split(filters))
@@ -252,14 +254,16 @@ void run(const Op *ops, int64_t count, const Value *values, int64_t images, cons
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
         for (int64_t image = 0; image < images; image++) {
             float *arena = arenas + omp_get_thread_num() * arena_step;
-            const Runner runner = {values, *live, arena, workspace, image, {0, 1}};
+            const Runner runner = {values, *live, arena, arena + workspace, arena + workspace, image, {0, 1}};
             for (int64_t i = 0; i < count; i++) runner.run(ops[i]);
         }
         return;
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
     for (int64_t image = 0; image < images; image++) {
-        const Runner runner = {values, *live, arenas, workspace, image, {omp_get_thread_num(), omp_get_num_threads()}};
+        const Team team = {omp_get_thread_num(), omp_get_num_threads()};
+        float *own = arenas + team.id * arena_step + workspace;
+        const Runner runner = {values, *live, arenas, arenas + workspace, own, image, team};
         for (int64_t i = 0; i < count; i++) {
             runner.run(ops[i]);
             runner.team.wait();

@@ -68,6 +68,12 @@ class NativeProgram:
         packed = [tensor for pair in self._weights.values() for tensor in pair if tensor is not None]
         return self.plan.weight_bytes + sum(tensor.numel() * 4 for tensor in packed)
 
+    @property
+    def arena_bytes(self) -> int:
+        """What one thread that calls it keeps for values and gathered weights."""
+        sizes = [part.arena_size for part in self._parts if isinstance(part, Segment)]
+        return 4 * torch.get_num_threads() * max(sizes, default=0)
+
     def whole_plan(self) -> Plan:
         """The plan with its weights, as for `NativeProgram(plan)`."""
         steps = []

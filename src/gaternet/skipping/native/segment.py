@@ -115,11 +115,11 @@ class Segment:
             held.append((name, tensor))
             table[number].data, table[number].step = tensor.data_ptr(), tensor[0].numel()
         arena = getattr(arenas, "memory", None)
-        if arena is None or len(arena) < threads * self._size:
-            arena = arenas.memory = torch.empty(threads * self._size)
+        if arena is None or len(arena) < threads * self.arena_size:
+            arena = arenas.memory = torch.empty(threads * self.arena_size)
         where = lib.Live(offsets.data_ptr(), len(offsets) - 1, live.numbers.data_ptr(), live.counts.data_ptr())
         self._library.run(
-            self._array, len(self._ops), table, images, ctypes.byref(where), arena.data_ptr(), self._size,
+            self._array, len(self._ops), table, images, ctypes.byref(where), arena.data_ptr(), self.arena_size,
             self._workspace_start, threads,
         )  # fmt: skip
         tensors = dict(held)
@@ -172,7 +172,9 @@ class Segment:
         else:
             margins = [size[i] + 2 * spec.padding[i] for i in (0, 1)]
             thin = spec.in_channels * spec.weight.shape[3] <= 64
-            self._workspace = max(self._workspace, len(packed) + thin * math.prod(margins) * spec.in_channels)
+            rows, panel = math.prod(spec.weight.shape[1:]), self._library.panel_lanes()
+            needed = (rows + 1) * panel + thin * (math.prod(margins) * spec.in_channels + panel)
+            self._workspace = max(self._workspace, needed)
         pointers = (packed.data_ptr(), None if bias is None else bias.data_ptr())
         kind = "depthwise" if spec.depthwise else "conv"
         options: dict[str, Any] = {"reads": reads, "writes": step.filters, "relu": step.relu}
@@ -249,7 +251,7 @@ class Segment:
                 placed.append((offset, offset + size, first, last))
             self._table[number] = lib.Value(None, offset, room)
         self._workspace_start = max((stop for _, stop, _, _ in placed), default=0)
-        self._size = self._workspace_start + -(-self._workspace // 16) * 16 + 64
+        self.arena_size = self._workspace_start + -(-self._workspace // 16) * 16 + 64
         self._array = (lib.Op * len(self._ops))(*self._ops)
 
 
