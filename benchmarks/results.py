@@ -141,6 +141,63 @@ def finetuned() -> str:
     return table(titles, rows) + "\n" + "\n".join(f"- {command}" for command in commands) + "\n"
 
 
+def skipping() -> str:
+    """What skipping saves on the clock."""
+    path = DOCS / "results" / "skipping.json"
+    if not path.exists():
+        return "Not measured.\n"
+    found = read_json(path)
+    text = f"`{found['command']}`, {machine_of(found)}, {found['machine']['threads']} threads, float32. Medians of "
+    text += (
+        f"{found['rounds']} turns of all engines in one process; *x dense* is the time over that of the fastest dense "
+    )
+    text += "engine.\n\n### ResNet-50, 224 pixels, all sites, random gates for each image\n\n"
+    text += timing_table(found["resnet50"], TARGETS)
+    planning = found["planning"]
+    text += (
+        f"\nPlanning takes {planning['plan_seconds']:.2f} s, loading a saved plan {planning['load_seconds']:.2f} s. "
+    )
+    share = (planning["weight_bytes"] + planning["arena_bytes"]) / planning["dense_bytes"]
+    text += f"The engine holds {planning['weight_bytes'] / 2**20:.1f} MiB of weights and "
+    text += f"{planning['arena_bytes'] / 2**20:.1f} MiB to work in, together {share:.2f} x the dense weights "
+    text += "(target: at most 1.3).\n\nNeighbours that share a gate, batch 1, half of the gates open:\n\n"
+    rows = []
+    for size, timings in found["groups"].items():
+        (row,) = [row for row in timings if row["name"] == "skipped"]
+        rows.append([size, f"{row['macs'] / 1e6:,.0f}", f"{row['median']:.1f}", f"{row['over_dense']:.2f}"])
+    text += table(["group_size", "MMACs", "ms", "x dense"], rows)
+    for model in found.get("trained", []):
+        images, right = model["images"], model["right"]
+        text += f"\n### {model['model']} on {model['data']}, trained, under its own gates\n\n"
+        kept = ", ".join(f"{100 * share:.0f}" for share in model["kept"])
+        text += f"{100 * model['density']:.1f} % of the gates are open. {right['masked']:,} of {images:,} test images "
+        text += f"({100 * right['masked'] / images:.2f} %) are right when masked, {right['skipped']:,} when skipped, "
+        text += f"{right['specialised']:,} when specialised. {len(model['kept'])} subnetworks keep {kept} % of the "
+        text += f"filters; one of them fits {100 * model['fitting']:.0f} % of the test images.\n\n"
+        text += timing_table(model["timings"], {})
+    return text
+
+
+# Batch and density -> the target for the time over that of the best dense engine
+TARGETS = {(1, 1.0): 1.05, (1, 0.75): 0.95, (1, 0.5): 0.7, (1, 0.25): 0.45}
+TARGETS |= {(16, 1.0): 1.05, (16, 0.75): 1.0, (16, 0.5): 0.75, (16, 0.25): 0.5}
+
+
+def timing_table(timings: list[dict[str, Any]], targets: dict[tuple[int, float], float]) -> str:
+    """A row for each batch and engine."""
+    rows = []
+    for row in timings:
+        density = row["density"]
+        opened = "" if density is None else f"{100 * density:.0f} %"
+        near = [t for (batch, d), t in targets.items() if batch == row["batch"] and abs(d - (density or 0)) < 0.02]
+        target = f"{near[0]:.2f}" if near and row["name"] == "skipped" else ""
+        cells = [row["name"], str(row["batch"]), opened, f"{row['macs'] / 1e6:,.1f}", f"{row['median']:.2f}"]
+        cells += [f"{row['p10']:.2f} to {row['p90']:.2f}", f"{1000 * row['batch'] / row['median']:,.0f}"]
+        rows.append([*cells, f"{row['over_dense']:.2f}", *([target] if targets else [])])
+    titles = ["engine", "batch", "open", "MMACs an image", "ms", "p10 to p90", "images/s", "x dense"]
+    return table([*titles, *(["target"] if targets else [])], rows)
+
+
 def speed() -> str:
     """The benchmarks' figures."""
     text = ""
@@ -199,6 +256,7 @@ def main() -> None:
         "half of their filters, a few epochs on a CPU. MACs are means over the test images, relative to the plain "
         "backbone.\n\n"
         f"{finetuned()}\n"
+        f"## Skipping\n\n{skipping()}\n"
         f"## Speed\n\n{speed()}"
     )
     (DOCS / "results.md").write_text(page)

@@ -24,7 +24,7 @@ from pretrained_cifar_resnet import ResNet
 
 import gaternet
 from gaternet.checkpoint import load_model, read_json
-from gaternet.data import Preprocessing
+from gaternet.data import Preprocessing, load_data
 from gaternet.evaluate import load_test_set
 from gaternet.graph import read_graph
 from gaternet.method import GaterNet
@@ -33,6 +33,7 @@ from gaternet.skipping import Skipper
 from gaternet.skipping.bench import Timing, bench
 from gaternet.skipping.native import NativeProgram
 from gaternet.skipping.planner import make_plan
+from gaternet.skipping.specialise import Specialised
 
 RESULT = Path(__file__).parents[1] / "docs" / "results" / "skipping.json"
 DENSITIES = (1.0, 0.75, 0.5, 0.25)
@@ -85,30 +86,32 @@ def trained(name: str, run: str, data: str, rounds: int) -> dict[str, Any]:
     backbone = ResNet((int(name.removeprefix("resnet")) - 2) // 6) if theirs else None
     model, metadata = load_model(folder, backbone=backbone)
     assert isinstance(model, GaterNet)
-    test, preprocessing = load_test_set(data, metadata), Preprocessing.from_metadata(metadata)
-    pixels = torch.stack([torch.as_tensor(test[i][0]) for i in range(len(test))])
+    preprocessing = Preprocessing.from_metadata(metadata)
+    test, train = load_test_set(data, metadata), load_data(data, image_size=preprocessing.height).train
+    images = preprocessing.normalize(torch.stack([torch.as_tensor(test[i][0]) for i in range(len(test))]))
     labels = torch.tensor([test[i][1] for i in range(len(test))])
-    fast = gaternet.skip(model, preprocessing.normalize(pixels[:64]), "slice")
-    right, opened = {"masked": 0, "skipped": 0, "plain": 0}, 0.0
+    seen = preprocessing.normalize(torch.stack([torch.as_tensor(train[i][0]) for i in range(0, len(train), 10)]))
+    fast = gaternet.skip(model, images[:64], "slice")
+    calibration = torch.cat([fast.gates(part) for part in seen.split(64)])
+    special = gaternet.skip(model, images[:64], "specialise", calibration=calibration)
+    assert isinstance(special.program, Specialised)
     with torch.no_grad():
-        for i in range(0, len(test), 64):
-            images, truth = preprocessing.normalize(pixels[i : i + 64]), labels[i : i + 64]
-            for way, logits in (
-                ("masked", model(images)),
-                ("skipped", fast(images)),
-                ("plain", model.backbone(images)),
-            ):
-                right[way] += int((logits.argmax(1) == truth).sum())
-            opened += fast.gates(images).mean(1).sum().item()
+        logits = {
+            way: torch.cat([run(part) for part in images.split(64)])
+            for way, run in (("masked", model), ("skipped", fast), ("specialised", special))
+        }
+    gates = torch.cat([fast.gates(part) for part in images.split(64)])
     timings = []
     for batch in (1, 64):
-        timings += bench(model, preprocessing.normalize(pixels[:batch]), rounds=rounds)
+        timings += bench(model, images[:batch], calibration=calibration, rounds=rounds)
     return {
         "model": name,
         "data": Path(data).stem,
         "images": len(test),
-        "right": right,
-        "density": opened / len(test),
+        "right": {way: int((found.argmax(1) == labels).sum()) for way, found in logits.items()},
+        "density": gates.mean().item(),
+        "kept": [kept.float().mean().item() for kept in special.program.kept],
+        "fitting": (special.program.choose(gates) < len(special.program.kept)).float().mean().item(),
         "timings": rows(timings),
     }
 

@@ -34,6 +34,7 @@ FLOORS = [
     "skipping.native.program",
     "skipping.native",
     "skipping.engines",
+    "skipping.specialise",
     "skipping.skip",
     "skipping.dense",
     "skipping.bench",

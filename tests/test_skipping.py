@@ -18,11 +18,12 @@ from gaternet.graph import read_graph
 from gaternet.method import GaterNet
 from gaternet.models.create import create_backbone
 from gaternet.skipping import Skipper, kernels
-from gaternet.skipping.engines import KernelName
+from gaternet.skipping.engines import KernelName, make_program
 from gaternet.skipping.native import NativeProgram
 from gaternet.skipping.plan import Plan
 from gaternet.skipping.planner import make_plan
 from gaternet.skipping.program import Program
+from gaternet.skipping.specialise import Specialised, prune
 
 THREE = torch.cat([IMAGES, IMAGES[:1].flip(3)])
 KERNELS: list[KernelName] = ["torch", "native"]
@@ -354,3 +355,49 @@ def test_writes_to_a_part_of_a_tensor_are_refused():
     model = gated(Net(lambda net, x: net.part(x), part=Block(body, one=conv(3, 8), two=conv(8, 8))))
     with pytest.raises(ValueError, match=r"a part of what part\.one gives is overwritten in place"):
         gaternet.skip(model, IMAGES)
+
+
+# --- Smaller networks for the gates that images have
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("link", LINKS)
+def test_subnetworks_compute_what_masking_computes(link, name):
+    model = gated(chain_of([link, "conv alone", link]))
+    kept = torch.rand(model.num_gates, generator=seeded(5)) < 0.6
+    gates = random_gates(model, 0.7) * kept
+    found = make_program(prune(plan_of(model), kept), name)(THREE, gates)
+    with torch.no_grad():
+        expected = model.forward_gated(THREE, gates)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_each_image_takes_the_smallest_subnetwork_that_covers_it(tmp_path):
+    model = gated(chain_of(["residual", "residual with SE", "inverted residual"]))
+    third = torch.arange(model.num_gates) < model.num_gates // 3
+    few, many = random_gates(model, 0.5, 1, batch=20) * third, random_gates(model, 0.8, 2, batch=20) * ~third
+    seen = torch.cat([few, many])
+    fast = gaternet.skip(model, IMAGES, "specialise", calibration=seen, subnetworks=2)
+    specialised = fast.program
+    assert isinstance(specialised, Specialised)
+    assert len(specialised.subnetworks) == 2
+    assert (specialised.choose(seen) < 2).all()
+    gates = torch.stack([seen[0], torch.ones(model.num_gates), torch.zeros(model.num_gates), seen[-1]])
+    assert specialised.choose(gates).tolist() == [0, 2, 0, 1]
+    images = torch.cat([THREE, THREE[:1]])
+    with torch.no_grad():
+        torch.testing.assert_close(fast.forward_gated(images, gates), model.forward_gated(images, gates))
+    fast.save(tmp_path)
+    loaded = Skipper.load(tmp_path)
+    assert torch.equal(loaded.forward_gated(images, gates), fast.forward_gated(images, gates))
+    pruned = specialised.subnetworks[0]
+    assert isinstance(pruned, NativeProgram)
+    assert pruned.weight_bytes < plan_of(model).weight_bytes
+
+
+def test_specialise_needs_gates_and_engines_have_names():
+    model = gated(chain_of(["residual"]))
+    with pytest.raises(ValueError, match="specialise needs gates to fit: pass calibration="):
+        gaternet.skip(model, IMAGES, "specialise")
+    with pytest.raises(ValueError, match="there is no engine 'fast': choose of auto, slice, specialise, mask"):
+        gaternet.skip(model, IMAGES, "fast")  # pyright: ignore[reportArgumentType]

@@ -165,7 +165,7 @@ def check_convolution(module: ModuleType, case: Case, patterns: str, relu: bool,
         x = compact(oracle, reads, live, case.size, torch.float32)
     with torch.backends.cudnn.flags(allow_tf32=False):
         expected = oracle.conv(plan.steps[1], torch.nan_to_num(x), reads, live, relu)
-    found = kernels.conv(plan.steps[1], x, reads, live, relu)
+        found = kernels.conv(plan.steps[1], x, reads, live, relu)
     assert_open_equal(found, expected, None if filters == DENSE else live.counts[:, 1])
 
 
@@ -325,7 +325,8 @@ def test_they_compile_for_gpus(dtype, monkeypatch, tmp_path):
     monkeypatch.setattr(driver, "_active", h100)
     model = gated(chain_of(["residual", "depthwise", "dense"])).to(dtype)
     images = IMAGES.to(dtype)
-    Program(plan_of(model, images), module.TritonKernels)(images, random_gates(model, 0.5, batch=2).to(dtype))
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        Program(plan_of(model, images), module.TritonKernels)(images, random_gates(model, 0.5, batch=2).to(dtype))
     assert {kernel.metadata.name for kernel in compiled} == {"_conv", "_spread", "_copy"}
     assert all("ptx" in kernel.asm for kernel in compiled)
     assert any("wgmma" in kernel.asm["ptx"] for kernel in compiled) == (dtype == torch.bfloat16)

@@ -264,7 +264,7 @@ def bench(
     for batch in batch_size:
         with _console.status(f"timing {batch} at a time"):
             chosen = engine or ENGINES
-            timings += time_batch(network, images[:batch], densities, chosen, rounds, note=notes.setdefault)
+            timings += time_batch(network, images[:batch], densities, chosen, rounds=rounds, note=notes.setdefault)
     if as_json:
         print(json.dumps([{**dataclasses.asdict(t), "images_per_second": t.images_per_second} for t in timings]))
         return

@@ -74,6 +74,7 @@ def bench(
     images: Tensor,
     densities: Sequence[float] = (),
     engines: Sequence[str] = ENGINES,
+    calibration: Tensor | None = None,
     rounds: int = 5,
     seconds: float = 0.3,
     note: Callable[[str], None] = lambda text: None,
@@ -85,12 +86,13 @@ def bench(
         images: the batch (B, channels, H, W), on the model's device.
         densities: shares of open gates, drawn anew for each gate and image (seed 0); none: the model's own gates.
         engines: dense engines to compare with; those that are not installed are left out.
+        calibration: gates (N, C) that images really have, to time "specialise" as well, see `skip`.
         rounds, seconds: how often each takes its turn, and for how long.
         note: told what is left out, and why.
 
     Returns:
-        "dense: ENGINE" for the plain backbone, "masked" and "skipped" for the backbone under gates, "gater", and,
-        under the model's own gates, "gater and skipped".
+        "dense: ENGINE" for the plain backbone; "masked", "skipped" and "specialised" for the backbone under gates;
+        "gater"; and, under the model's own gates, "gater and skipped" and "gater and specialised".
 
     Raises:
         ValueError: a dense engine that does not exist, or a backbone that cannot be exported.
@@ -99,6 +101,9 @@ def bench(
         raise ValueError(f"there is no dense engine {unknown[0]!r}: choose of {', '.join(ENGINES)}")
     model.eval()
     fast = skip(model, images, "slice")
+    ways = {"skipped": fast}
+    if calibration is not None:
+        ways["specialised"] = skip(model, images, "specialise", calibration=calibration)
     plain = copy.deepcopy(model).ungate()
     graph = read_graph(plain, images[:1])
     cost = CostModel(graph, model.sites)
@@ -119,13 +124,13 @@ def bench(
     drawn = [(torch.rand(own.shape, generator=generator) < d).to(own) for d in densities] or [own]
     for gates in drawn:
         density, mean = gates.mean().item(), cost(gates).mean().item()
-        for name, engine in (("masked", model.forward_gated), ("skipped", fast.forward_gated)):
-            runs[name, density], macs[name, density] = lambda e=engine, g=gates: e(images, g), mean
+        for name, engine in (("masked", model), *ways.items()):
+            runs[name, density], macs[name, density] = lambda e=engine, g=gates: e.forward_gated(images, g), mean
     runs["gater", None], macs["gater", None] = lambda: fast.gates(images), count_dense_macs(model.gater, images)
     if not densities:
-        both = "gater and skipped"
-        runs[both, own.mean().item()] = lambda: fast(images)
-        macs[both, own.mean().item()] = macs["gater", None] + cost(own).mean().item()
+        for name, way in ways.items():
+            both = f"gater and {name}", own.mean().item()
+            runs[both], macs[both] = lambda w=way: w(images), macs["gater", None] + cost(own).mean().item()
     keys = {f"{name} {density}": (name, density) for name, density in runs}
     times = time_interleaved({key: runs[k] for key, k in keys.items()}, rounds, seconds)
     return [_timing(*keys[key], len(images), float(macs[keys[key]]), found) for key, found in times.items()]

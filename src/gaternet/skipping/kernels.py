@@ -41,6 +41,7 @@ class Kernels:
         self.plan = plan
         self.sizes = [len(pattern) for pattern in plan.patterns]
         self.offsets = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+        self.fixed = [not (pattern >= 0).any() for pattern in plan.patterns]  # whether they are the same for all gates
         self.bounds = torch.tensor([*self.offsets, sum(self.sizes)], device=plan.device)
         self.columns = torch.cat([*plan.patterns, torch.zeros(0, dtype=torch.long)]).to(plan.device)
         self.prepare()
@@ -51,7 +52,8 @@ class Kernels:
 
     def open_channels(self, gates: Tensor) -> Live:
         """What gates (B, C) leave open."""
-        extended = torch.cat([gates, gates.new_ones(len(gates), 1)], 1)  # ALIVE is the last one
+        ends = gates.new_tensor([0, 1]).expand(len(gates), 2)
+        extended = torch.cat([gates, ends], 1)  # ALIVE is the last one, NEVER that before
         alive = extended[:, self.columns] > 0  # (B, places)
         before = F.pad(alive.cumsum(1), (1, 0))
         counts = before[:, self.bounds].diff(dim=1)
@@ -62,12 +64,14 @@ class Kernels:
         # Each open channel's number goes to the place after those before it; what is left holds the number of channels.
         places = torch.where(alive, before[:, :-1] - before[:, starts] + starts, len(sizes))
         numbers = F.pad(sizes, (0, 1)).repeat(len(gates), 1).scatter_(1, places, local.expand_as(places))[:, :-1]
-        room = [self.room(most, size) for most, size in zip(counts.amax(0).tolist(), self.sizes, strict=True)]
-        return Live(counts.int(), numbers.int().contiguous(), room)
+        most = counts.amax(0).tolist()
+        return Live(counts.int(), numbers.int().contiguous(), [self.room(m, p) for p, m in enumerate(most)])
 
-    def room(self, most: int, size: int) -> int:
-        """Channels that a compact tensor needs where an image has at most `most` open ones of `size`."""
-        return min(size, max(1, -(-most // MULTIPLE)) * MULTIPLE)
+    def room(self, most: int, pattern: int) -> int:
+        """Channels that a compact tensor needs where an image has at most `most` open ones."""
+        if self.fixed[pattern]:
+            return most
+        return min(self.sizes[pattern], max(1, -(-most // MULTIPLE)) * MULTIPLE)
 
     def conv(self, step: Step, x: Tensor, reads: int, live: Live, relu: bool) -> Tensor:
         """Convolution of x, whose pattern is `reads`, with the step's weights."""
@@ -147,7 +151,7 @@ class Kernels:
         """Image i's open channels and its fillers: their number depends on this image alone."""
         if pattern == DENSE:
             return None
-        count = self.room(int(live.counts[i, pattern]), self.sizes[pattern])
+        count = self.room(int(live.counts[i, pattern]), pattern)
         return self._numbers(pattern, live)[i, :count]
 
     def _stacked(self, outputs: list[Tensor], pattern: int, live: Live) -> Tensor:

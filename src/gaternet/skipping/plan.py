@@ -10,7 +10,7 @@ import dataclasses
 import json
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +24,7 @@ from gaternet.channels import ALIVE
 
 Kind = Literal["conv", "keep", "add", "scale", "cat", "aten"]
 DENSE = -1  # the pattern of a tensor that holds all its channels
+NEVER = -2  # in a pattern, of a channel that no gate opens
 FORMAT = 1
 
 
@@ -40,6 +41,11 @@ class Call:
     target: Callable[..., Any]
     args: Any
     kwargs: Any
+
+    @property
+    def reads(self) -> list[str]:
+        """Names of the values and constants that it reads."""
+        return list(_names([self.args, self.kwargs]))
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
         """Run it on values by name."""
@@ -71,6 +77,7 @@ class ConvSpec:
 
     @property
     def in_channels(self) -> int:
+        """Channels that it reads."""
         return self.weight.shape[1] * self.groups
 
 
@@ -86,8 +93,10 @@ class Step:
         pattern: of its value, an index into the plan's patterns, or `DENSE`.
         filters: of a "conv", the pattern of its filters: that of its value, save where it adds to a dense one.
         adds: of a "conv", the value that it adds to, in place; also the last of its sources.
+        held: whether a "conv" has weights for the channels that are held of its source, all of them.
         relu: whether a ReLU follows.
-        mask: the gates' column of each channel to multiply with: at a site whose filters run whether open or not.
+        mask: the gates' column of each channel to multiply with, `ALIVE` for one: at a site whose filters run whether
+            open or not.
         in_place: "add" may overwrite its source of this number.
         stacked: whether the operation treats the images of a batch as one would treat them one by one.
         free: values that nothing reads after this step.
@@ -101,6 +110,7 @@ class Step:
     pattern: int = DENSE
     filters: int = DENSE
     adds: str | None = None
+    held: bool = False
     relu: bool = False
     mask: list[int] | None = None
     in_place: int | None = None
@@ -120,7 +130,8 @@ class Plan:
         num_gates: C; 0 for a network without sites.
         steps: the operations.
         shapes: of each value that is a tensor with one image in front, without that: (channels, height, width).
-        patterns: for each pattern, the column of the gates for each channel, `ALIVE` for none; (channels,).
+        patterns: for each pattern, the column of the gates for each channel, `ALIVE` for none, `NEVER` for channels
+            that are not held for any gates; (channels,).
         constants: values that do not depend on the images.
     """
 
@@ -238,6 +249,14 @@ class Plan:
 def is_dense(pattern: Tensor) -> bool:
     """Whether no gate decides any of the channels."""
     return bool((pattern == ALIVE).all())
+
+
+def _names(args: Any) -> Iterator[str]:
+    if isinstance(args, Ref):
+        yield args.name
+    elif isinstance(args, list | tuple | dict):
+        for arg in args.values() if isinstance(args, dict) else args:
+            yield from _names(arg)
 
 
 def _filled(args: Any, values: Mapping[str, Any]) -> Any:

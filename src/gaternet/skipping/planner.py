@@ -38,6 +38,7 @@ class _Planner:
             )
         self.graph, self.sites = graph, sites
         self.constants: dict[Node, Any] = dict(graph.constants)
+        self._made: dict[str, Tensor] = {}  # constants that no node has
         self.patterns: list[Tensor] = []
         self.steps: list[Step] = []
         self._flow = ChannelFlow(graph)
@@ -131,7 +132,20 @@ class _Planner:
             step.stacked = is_stacked(self.graph, node)
             args = stacked_args(node) if step.stacked else node.args
             step.call = Call(_target(node), self._refs(args), self._refs(dict(node.kwargs)))
+            if op(node) == "linear" and site is None:
+                self._fold_linear(node, step)
         self._append(step, node)
+
+    def _fold_linear(self, node: Node, step: Step) -> None:
+        """Let a linear layer do the BatchNorm behind it."""
+        norm, weight = self._only_user(node, "batch_norm"), self.constants.get(_node(node.args[1]))
+        if norm is None or weight is None or len(shape(node)) != 2:
+            return
+        weight, bias = self._folded(norm, weight, self.constants.get(_node((*node.args, None)[2])))
+        self._made |= {f"{step.out}.weight": weight.detach(), f"{step.out}.bias": bias.detach()}
+        source = Ref(step.sources[0])
+        step.call = Call(_target(node), [source, Ref(f"{step.out}.weight"), Ref(f"{step.out}.bias")], {})
+        self._absorb(norm, step)
 
     def _step(self, node: Node) -> Step:
         graph, name = self.graph, op(node)
@@ -192,14 +206,14 @@ class _Planner:
             step.relu = True
 
     def _folded(self, norm: Node, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weight (out, in, H, W) and bias of a convolution together with the evaluation-mode BatchNorm behind it."""
+        """Weight (out, in, ...) and bias of a layer together with the evaluation-mode BatchNorm behind it."""
         gamma, beta, mean, var = (self.constants.get(_node(arg)) for arg in norm.args[1:5])
         assert mean is not None
         assert var is not None
         eps: Any = norm.args[7]
         scale = (var + eps).rsqrt() * (1 if gamma is None else gamma)
         shift = (0 if beta is None else beta) + ((0 if bias is None else bias) - mean) * scale
-        return weight * scale[:, None, None, None], shift
+        return weight * scale.reshape(-1, *[1] * (weight.ndim - 1)), shift
 
     def _refs(self, args: Any) -> Any:
         def ref(node: Node) -> Any:
@@ -211,21 +225,9 @@ class _Planner:
 
     def _used_constants(self) -> dict[str, Tensor]:
         """Those constants that steps refer to."""
-        names: set[str] = set()
-
-        def note(args: Any) -> None:
-            if isinstance(args, Ref):
-                names.add(args.name)
-            elif isinstance(args, list | tuple):
-                for arg in args:
-                    note(arg)
-            elif isinstance(args, dict):
-                note(list(args.values()))
-
-        for step in self.steps:
-            if step.call is not None:
-                note([step.call.args, step.call.kwargs])
-        return {node.name: value for node, value in self.constants.items() if node.name in names}
+        names = {name for step in self.steps if step.call is not None for name in step.call.reads}
+        found = {node.name: value for node, value in self.constants.items() if node.name in names}
+        return found | self._made
 
 
 def _first(node: Node) -> Any:

@@ -64,7 +64,8 @@ class Run:
         else:
             value = self._call(step, {name: self.dense(name) for name in step.sources})
         if step.mask is not None:
-            value = value * self.gates[:, step.mask, None, None].to(value.dtype)
+            gates = torch.cat([self.gates, self.gates.new_ones(len(self.gates), 1)], 1)  # ALIVE is the last one
+            value = value * gates[:, step.mask, None, None].to(value.dtype)
         return value.relu_() if step.relu and step.mask is not None else value
 
     def dense(self, name: str) -> Any:
@@ -83,6 +84,8 @@ class Run:
                 return self.kernels.add_open(target, added, step.filters, self.live, relu)
             total = target.add_(added)
             return total.relu_() if relu else total
+        if step.held:
+            return self.kernels.grouped(step, x, relu)
         if step.conv.depthwise and step.filters != DENSE:
             if reads != step.filters:
                 x = self.kernels.compress(self.dense(source), step.filters, self.live)

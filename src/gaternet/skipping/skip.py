@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -16,8 +16,9 @@ from gaternet.skipping.native import NativeProgram
 from gaternet.skipping.plan import Plan
 from gaternet.skipping.planner import make_plan
 from gaternet.skipping.program import Program
+from gaternet.skipping.specialise import Specialised, choose_kept
 
-Engine = Literal["auto", "slice", "mask"]
+Engine = Literal["auto", "slice", "specialise", "mask"]
 
 
 class Skipper(nn.Module):
@@ -27,7 +28,8 @@ class Skipper(nn.Module):
 
     Attributes:
         plan: what of the backbone is skipped and what is not; print it.
-        engine: what runs the backbone.
+        engine: what runs the backbone: "slice", "specialise" or "mask".
+        program: what does; for "specialise", a `Specialised`.
         timings: where the engine was chosen by measurement, the median seconds of each for the example.
     """
 
@@ -35,12 +37,13 @@ class Skipper(nn.Module):
         super().__init__()
         self.plan, self.engine = plan, engine
         self.timings: Mapping[str, float] = {}
-        self._gater, self._backbone = gater, backbone
+        self._gater, self.program = gater, backbone
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Logits (B, K), those of the model up to rounding."""
-        return self.forward_gated(images, self.gates(images))
+        gates = self.gates(images)
+        return self.program(images, gates) if len(images) else self.forward_gated(images, gates)
 
     @torch.no_grad()
     def gates(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch gates"]:
@@ -69,8 +72,8 @@ class Skipper(nn.Module):
         if not ((gates == 0) | (gates == 1)).all():
             raise ValueError("gates must be 0 or 1 for filters to be skipped: use the model itself for others")
         if len(images) == 0:
-            return self._backbone(images.new_zeros(1, *self.plan.input_shape), gates.new_zeros(1, gates.shape[1]))[:0]
-        return self._backbone(images, gates)
+            return self.program(images.new_zeros(1, *self.plan.input_shape), gates.new_zeros(1, gates.shape[1]))[:0]
+        return self.program(images, gates)
 
     def save(self, directory: str | Path) -> None:
         """Write the plans of the gater and the backbone with their weights, for `Skipper.load`.
@@ -79,14 +82,18 @@ class Skipper(nn.Module):
             ValueError: the engine is "mask", or a part cannot be saved.
             OSError: the files cannot be written; the folder is as it was.
         """
-        gater, backbone = self._gater, self._backbone
+        gater, backbone = self._gater, self.program
+        config: dict[str, Any] = {"engine": self.engine}
+        if isinstance(backbone, Specialised):
+            config["kept"] = [kept.nonzero()[:, 0].tolist() for kept in backbone.kept]
+            backbone = backbone.fallback
         if not isinstance(gater, Program | NativeProgram) or not isinstance(backbone, Program | NativeProgram):
             what = "the engine mask runs the model itself" if self.engine == "mask" else "its gater cannot be exported"
             raise ValueError(f"this Skipper cannot be saved, for {what}: save the model with save_pretrained")
         with staged(Path(directory)) as staging:
             gater.whole_plan().save(staging / "gater.safetensors")
             backbone.whole_plan().save(staging / "backbone.safetensors")
-            write_json(staging / "config.json", {"engine": self.engine})
+            write_json(staging / "config.json", config)
 
     @classmethod
     def load(cls, directory: str | Path, kernels: KernelName = "auto") -> "Skipper":
@@ -97,11 +104,14 @@ class Skipper(nn.Module):
             ValueError: they are something else.
         """
         root = Path(directory)
-        engine = str(read_json(root / "config.json").get("engine"))
-        gater, backbone = (
-            make_program(Plan.load(root / f"{name}.safetensors"), kernels) for name in ("gater", "backbone")
-        )
-        return cls(backbone.plan, gater, backbone, engine)
+        config = read_json(root / "config.json")
+        gater, plan = (Plan.load(root / f"{name}.safetensors") for name in ("gater", "backbone"))
+        if "kept" in config:
+            kept = [torch.isin(torch.arange(plan.num_gates), torch.tensor(gates)) for gates in config["kept"]]
+            backbone = Specialised(plan, kept, kernels)
+        else:
+            backbone = make_program(plan, kernels)
+        return cls(backbone.plan, make_program(gater, kernels), backbone, str(config.get("engine")))
 
     def _check_images(self, images: Tensor) -> None:
         if images.shape[1:] != self.plan.input_shape:
@@ -119,19 +129,35 @@ class Skipper(nn.Module):
         raise RuntimeError("a Skipper stays where it was made: move the model, and call skip again")
 
 
-def skip(model: GaterNet, example_input: Tensor, engine: Engine = "auto", *, kernels: KernelName = "auto") -> Skipper:
+def skip(
+    model: GaterNet,
+    example_input: Tensor,
+    engine: Engine = "auto",
+    *,
+    calibration: Float[Tensor, "images gates"] | None = None,
+    subnetworks: int = 4,
+    kernels: KernelName = "auto",
+) -> Skipper:
     """A module with the model's outputs that computes its open filters only.
 
     Args:
         model: a GaterNet; it is put in evaluation mode. Its weights are copied: after a change, call `skip` again.
         example_input: images (B, channels, H, W) of the size, and for "auto" such and as many, as it is to run with.
-        engine: "slice" gathers the open rows and columns of the weights, image by image; "mask" is the model itself,
-            which computes all filters; "auto" takes the fastest of them for the example under the model's own gates.
-        kernels: what "slice" computes with, see `make_program`.
+        engine: "slice" gathers the open rows and columns of the weights, image by image; "specialise" makes smaller
+            dense networks for the gates in `calibration`, and slices where none of them fits; "mask" is the model
+            itself, which computes all filters. "auto" takes the fastest for the example under the model's own gates, of
+            "slice", "mask" and, where there is a calibration, "specialise".
+        calibration: gates that images really have, say those of the training images, each 0 or 1.
+        subnetworks: how many "specialise" makes at most; each holds the weights that it keeps.
+        kernels: what "slice" and "specialise" compute with, see `make_program`.
 
     Raises:
-        ValueError: the backbone cannot be exported.
+        ValueError: the backbone cannot be exported, or "specialise" has no calibration.
     """
+    if engine not in get_args(Engine):
+        raise ValueError(f"there is no engine {engine!r}: choose of {', '.join(get_args(Engine))}")
+    if engine == "specialise" and calibration is None:
+        raise ValueError("specialise needs gates to fit: pass calibration=model.gates(images) of many images")
     model.eval()
     plan = make_plan(read_graph(model.backbone, example_input[:1]), model.sites)
     mask: Backbone = model.forward_gated
@@ -141,13 +167,20 @@ def skip(model: GaterNet, example_input: Tensor, engine: Engine = "auto", *, ker
         gater: Callable[[Tensor], Tensor] = make_program(make_plan(read_graph(model.gater, example_input[:1])), kernels)
     except ValueError:  # it runs as it is
         gater = model.gates
-    program = make_program(plan, kernels)
     if engine == "slice":
+        program = make_program(plan, kernels)
         return Skipper(program.plan, gater, program, engine)
-    engines: dict[str, Backbone] = {"slice": program, "mask": mask}
+    engines: dict[str, Backbone] = {"mask": mask}
+    if calibration is not None:
+        specialised = Specialised(plan, choose_kept(calibration, subnetworks), kernels)
+        if engine == "specialise":
+            return Skipper(specialised.plan, gater, specialised, engine)
+        engines |= {"slice": specialised.fallback, "specialise": specialised}
+    else:
+        engines["slice"] = make_program(plan, kernels)
     with torch.no_grad():
         timings = time_engines(engines, example_input, gater(example_input))
     best = min(timings, key=timings.__getitem__)
-    skipper = Skipper(program.plan, gater, engines[best], best)
+    skipper = Skipper(getattr(engines["slice"], "plan", plan), gater, engines[best], best)
     skipper.timings = timings
     return skipper

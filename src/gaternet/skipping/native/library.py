@@ -14,15 +14,22 @@ from typing import Any
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("program.cpp", "convolution.h")]
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w"]
-KINDS = {
-    name: number
-    for number, name in enumerate(
-        ["conv", "depthwise", "add", "add_open", "expand", "compress", "max_pool", "mean", "pointwise", "scale", "copy"]
-    )
-}
-FUNCTIONS = {
-    name: number for number, name in enumerate(["relu", "relu6", "sigmoid", "silu", "hardsigmoid", "hardswish"])
-}
+KINDS: list[str] = [
+    "conv",
+    "depthwise",
+    "add",
+    "add_open",
+    "expand",
+    "compress",
+    "max_pool",
+    "mean",
+    "pointwise",
+    "scale",
+    "copy",
+    "subsample",
+    "pad",
+]  # in order
+FUNCTIONS: list[str] = ["relu", "relu6", "sigmoid", "silu", "hardsigmoid", "hardswish"]
 
 
 class NativeUnavailableError(RuntimeError):

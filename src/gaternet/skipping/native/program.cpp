@@ -15,7 +15,7 @@ struct Value {
     int64_t step, room;
 };
 
-enum Kind : int64_t { CONV, DEPTHWISE, ADD, ADD_OPEN, EXPAND, COMPRESS, MAX_POOL, MEAN, POINTWISE, SCALE, COPY };
+enum Kind : int64_t { CONV, DEPTHWISE, ADD, ADD_OPEN, EXPAND, COMPRESS, MAX_POOL, MEAN, POINTWISE, SCALE, COPY, SUBSAMPLE, PAD };
 enum Function : int64_t { RELU, RELU6, SIGMOID, SILU, HARDSIGMOID, HARDSWISH };
 
 // target = kind(source, other). Patterns are those of what is read and of what is written, -1 where it is dense.
@@ -79,6 +79,20 @@ struct Runner {
             case MEAN: mean(s.height * s.width, x, y, writes.count); break;
             case POINTWISE: pointwise(op.function, pixels, x, y, writes.count); break;
             case SCALE: scale(pixels, x, at(op.other), y, writes.count, s.height * s.width); break;
+            case SUBSAMPLE:
+                for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++) {
+                    const int64_t row = pixel / s.out_width * s.stride_height, column = pixel % s.out_width * s.stride_width;
+                    std::memcpy(y.data + pixel * y.room, x.data + (row * s.width + column) * x.room,
+                                writes.count * sizeof(float));
+                }
+                break;
+            case PAD:  // with channels of zeros, the first `pad_width` of them in front
+                for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++) {
+                    float *to = y.data + pixel * y.room;
+                    std::memset(to, 0, writes.count * sizeof(float));
+                    std::memcpy(to + s.pad_width, x.data + pixel * x.room, s.channels * sizeof(float));
+                }
+                break;
             case COPY:
                 for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++)
                     std::memcpy(y.data + pixel * y.room, x.data + pixel * x.room, writes.count * sizeof(float));
@@ -232,8 +246,8 @@ void unpack_weights(const float *packed, int64_t filters, int64_t channels, int6
                     to[((panel.first + lane) * channels + channel) * taps + tap] = packed[lane];
 }
 
-// Lists of open channels: for each image and pattern, those whose gate is open; column -1 is always open. `numbers`
-// needs room for one more than it holds.
+// Lists of open channels: for each image and pattern, those whose gate is open; column -1 is always open, -2 never.
+// `numbers` needs room for one more than it holds.
 void open_channels(const float *gates, int64_t images, int64_t num_gates, const int64_t *columns, const int64_t *offsets,
                    int64_t patterns, int32_t *counts, int32_t *numbers) {
     for (int64_t image = 0; image < images; image++)
@@ -241,7 +255,7 @@ void open_channels(const float *gates, int64_t images, int64_t num_gates, const 
             int32_t *start = numbers + image * offsets[patterns] + offsets[p], *next = start;
             for (int64_t c = offsets[p]; c < offsets[p + 1]; c++) {
                 *next = static_cast<int32_t>(c - offsets[p]);
-                next += columns[c] < 0 || gates[image * num_gates + columns[c]] > 0;
+                next += columns[c] < 0 ? columns[c] == -1 : gates[image * num_gates + columns[c]] > 0;
             }
             counts[image * patterns + p] = static_cast<int32_t>(next - start);
         }

@@ -1,6 +1,7 @@
 """Carrying out a plan on the CPU: as many steps as can be in one call of the C++ library, the others in PyTorch."""
 
 import threading
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from gaternet.skipping.kernels import Kernels, Live
 from gaternet.skipping.native import library as lib
-from gaternet.skipping.native.segment import Segment, is_native, packs
+from gaternet.skipping.native.segment import Segment, is_native, packed_spec
 from gaternet.skipping.plan import ConvSpec, Plan, Step
 from gaternet.skipping.program import Run
 
@@ -37,11 +38,18 @@ class NativeProgram:
         self._library = lib.load_library()
         if plan.device.type != "cpu" or plan.dtype != torch.float32:
             raise lib.NativeUnavailableError("native code is for float32 weights on the CPU")
-        self.plan = replace(plan, steps=[self._lightened(step) for step in plan.steps])
+        uses = Counter(name for step in plan.steps if step.call is not None for name in step.call.reads)
+        specs = {step.out: spec for step in plan.steps if (spec := packed_spec(plan, step)) is not None}
+        # Weights of linear layers that nothing else reads: step -> constant
+        self._linear = {s.out: s.call.reads[1] for s in plan.steps if s.call and s.out in specs}
+        self._linear = {step: name for step, name in self._linear.items() if uses[name] == 1}
+        held = {name: plan.constants[name].to("meta") for name in self._linear.values()}
+        steps = [self._lightened(step) for step in plan.steps]
+        self.plan = replace(plan, steps=steps, constants=plan.constants | held)
         self.kernels = _Moves(self.plan)
         sizes = self.kernels.sizes
         self._offsets = torch.tensor([*self.kernels.offsets, sum(sizes)])
-        self._weights = {step.out: self._packed(step.conv) for step in plan.steps if step.conv and packs(step.conv)}
+        self._weights = {name: self._packed(spec) for name, spec in specs.items()}
         self._arenas = threading.local()
         self._parts = self._split()
 
@@ -53,7 +61,7 @@ class NativeProgram:
         run = Run(self.plan, self.kernels, images, gates, self._open_channels(gates))
         for part in self._parts:
             if isinstance(part, Segment):
-                part.run(run.values, run.live, self._offsets, self._arenas)
+                part.run(run, self._offsets, self._arenas)
                 free = part.free
             else:
                 run.values[part.out] = run.step(part)
@@ -76,19 +84,22 @@ class NativeProgram:
 
     def whole_plan(self) -> Plan:
         """The plan with its weights, as for `NativeProgram(plan)`."""
-        steps = []
+        steps, constants = [], dict(self.plan.constants)
+        for name, constant in self._linear.items():
+            spec = ConvSpec(name, constants[constant][:, :, None, None], None, (1, 1), (0, 0), (1, 1), 1)
+            constants[constant] = self._unpacked(self._weights[name][0], spec).flatten(1)
         for step in self.plan.steps:
             spec = step.conv
             if spec is not None and step.out in self._weights:
                 packed, bias = self._weights[step.out]
                 step = replace(step, conv=replace(spec, weight=self._unpacked(packed, spec), bias=bias))
             steps.append(step)
-        return replace(self.plan, steps=steps)
+        return replace(self.plan, steps=steps, constants=constants)
 
     @staticmethod
     def _lightened(step: Step) -> Step:
         spec = step.conv
-        if spec is None or not packs(spec):
+        if spec is None or (spec.groups > 1 and not spec.depthwise):
             return step
         return replace(step, conv=replace(spec, weight=spec.weight.to("meta"), bias=None))
 

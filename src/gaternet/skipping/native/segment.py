@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaternet.skipping.kernels import Live
 from gaternet.skipping.native import library as lib
 from gaternet.skipping.plan import DENSE, ConvSpec, Plan, Step
+from gaternet.skipping.program import Run
 
 _aten = torch.ops.aten
 _FUNCTIONS: dict[Callable[..., Any], str] = {
@@ -29,10 +29,13 @@ _NO_SHAPE = (0,) * 14
 def is_native(plan: Plan, step: Step) -> bool:
     """Whether the library can do the step."""
     shapes, call = plan.shapes, step.call
-    if step.mask is not None or any(len(shapes.get(name, ())) != 3 for name in step.sources):
+    ranks = {len(shapes.get(name, ())) for name in step.sources}
+    if packed_spec(plan, step) is not None:
+        return ranks <= {1, 3}
+    if call is not None and ranks == {1}:
+        return call.target in _FUNCTIONS or call.target in _SAME
+    if ranks != {3} or step.kind == "conv":
         return False
-    if step.kind == "conv":
-        return step.conv is not None and packs(step.conv)
     if step.kind == "scale":
         return shapes[step.sources[1]][1:] in ((1, 1), shapes[step.sources[0]][1:])
     if step.kind == "add":
@@ -41,7 +44,42 @@ def is_native(plan: Plan, step: Step) -> bool:
         return False
     if call.target is _aten.max_pool2d.default:
         return step.kind == "keep" and not (len(call.args) > 5 and call.args[5])
-    return call.target in _FUNCTIONS or call.target in _SAME or _is_global_mean(step)
+    if call.target in _FUNCTIONS or call.target in _SAME or _is_global_mean(step):
+        return True
+    if call.target in (_aten.flatten.using_ints, _aten.reshape.default):
+        return len(shapes[step.out]) == 1 and shapes[step.sources[0]][1:] == (1, 1)
+    return _subsampling(step) is not None or _channel_padding(step) is not None
+
+
+def packed_spec(plan: Plan, step: Step) -> ConvSpec | None:
+    """The convolution whose weights the library holds: the step's own, or that which its linear layer is."""
+    spec, call = step.conv, step.call
+    if spec is not None:
+        return spec if spec.groups == 1 or spec.depthwise else None
+    if call is None or call.target is not _aten.linear.default or len(plan.shapes.get(step.sources[0], ())) != 1:
+        return None
+    weight, bias = (plan.constants.get(getattr(arg, "name", "")) for arg in (*call.args, None)[1:3])
+    return None if weight is None else ConvSpec(step.out, weight[:, :, None, None], bias, (1, 1), (0, 0), (1, 1), 1)
+
+
+def _subsampling(step: Step) -> tuple[int, int] | None:
+    """(down, right) where the step takes every so many rows or columns."""
+    call = step.call
+    if call is None or call.target is not _aten.slice.Tensor:
+        return None
+    dim, start, end, stride = [*call.args[1:], *[0, None, None, 1][len(call.args) - 1 :]]
+    whole = start in (0, None) and (end is None or end >= 2**31) and not call.kwargs
+    return {2: (stride, 1), 3: (1, stride)}.get(dim % 4) if whole else None
+
+
+def _channel_padding(step: Step) -> int | None:
+    """How many channels of zeros the step puts in front, where it adds such and nothing else."""
+    call = step.call
+    if call is None or call.target not in (_aten.pad.default, _aten.constant_pad_nd.default) or call.kwargs:
+        return None
+    margins, *rest = call.args[1:]
+    zeros = all(value in ("constant", 0, None) for value in rest)
+    return margins[4] if zeros and len(margins) == 6 and margins[:4] == [0] * 4 and min(margins) >= 0 else None
 
 
 def _is_global_mean(step: Step) -> bool:
@@ -89,6 +127,8 @@ class Segment:
         self._ops: list[lib.Op] = []
         self._workspace = 0
         self._uses: dict[str, list[int]] = {}
+        self._masks: dict[str, int] = {}  # where each mask begins in the columns of all
+        self._columns: list[int] = []
         for step in steps:
             self._add(step)
         self._lay_out()
@@ -99,21 +139,27 @@ class Segment:
             name = self._root[name]
         return name
 
-    def run(self, values: dict[str, Any], live: Live, offsets: Tensor, arenas: threading.local) -> None:
-        """Read and write values by name."""
-        images, threads = len(live.counts), torch.get_num_threads()
+    def run(self, run: Run, offsets: Tensor, arenas: threading.local) -> None:
+        """Read and write the run's values."""
+        values, live, images, threads = run.values, run.live, len(run.gates), torch.get_num_threads()
         table = (lib.Value * len(self._numbers)).from_buffer_copy(self._table)
         held = []
         for name, number in self._numbers.items():
-            if name not in self._external:
+            if name not in self._external or name in self._masks:
                 continue
             if name in values:
-                tensor = values[name].contiguous(memory_format=torch.channels_last)
+                tensor = values[name]
+                image_like = tensor.ndim == 4
+                tensor = tensor.contiguous(memory_format=torch.channels_last if image_like else torch.contiguous_format)
             else:
                 channels, *pixels = self.plan.shapes[name]
                 tensor = torch.empty(images, *pixels, channels).movedim(-1, 1)
             held.append((name, tensor))
             table[number].data, table[number].step = tensor.data_ptr(), tensor[0].numel()
+        factors = torch.cat([run.gates, run.gates.new_ones(images, 1)], 1).float()[:, self._columns].contiguous()
+        for name, offset in self._masks.items():
+            number = self._numbers[name]
+            table[number].data, table[number].step = factors.data_ptr() + 4 * offset, len(self._columns)
         arena = getattr(arenas, "memory", None)
         if arena is None or len(arena) < threads * self.arena_size:
             arena = arenas.memory = torch.empty(threads * self.arena_size)
@@ -127,11 +173,22 @@ class Segment:
             values[name] = tensors[self.root(name)].view(images, *self.plan.shapes[name])
 
     def _add(self, step: Step) -> None:
+        self._add_unmasked(step)
+        if step.mask is not None:
+            name = f"{step.out}.mask"
+            self._masks[name] = len(self._columns)
+            self._columns += step.mask
+            self._shapes[name] = (len(step.mask), 1, 1)
+            self._external.add(name)
+            self._emit("scale", step.out, step.out, name, writes=step.pattern, shape=(1, 1, 0, 0))
+
+    def _add_unmasked(self, step: Step) -> None:
         plan, patterns = self.plan, self.plan.pattern_of
         source = step.sources[0]
         held = [patterns[name] for name in step.sources]
-        if step.kind == "conv":
-            self._add_conv(step)
+        spec = packed_spec(self.plan, step)
+        if spec is not None:
+            self._add_conv(step, spec)
         elif step.kind == "add":
             self._add_sum(step)
         elif step.kind == "scale":
@@ -146,7 +203,7 @@ class Segment:
             target, args = step.call.target, step.call.args
             if target in _FUNCTIONS:
                 self._emit(
-                    "pointwise", source, step.out, writes=step.pattern, function=lib.FUNCTIONS[_FUNCTIONS[target]]
+                    "pointwise", source, step.out, writes=step.pattern, function=lib.FUNCTIONS.index(_FUNCTIONS[target])
                 )
             elif target is _aten.max_pool2d.default:
                 kernel, stride, padding, dilation = _pool_options(args)
@@ -154,14 +211,19 @@ class Segment:
                 self._emit("max_pool", source, step.out, writes=step.pattern, shape=size)
             elif _is_global_mean(step):
                 self._emit("mean", source, step.out, writes=step.pattern, shape=(*plan.shapes[source][1:], 0, 0))
+            elif (strides := _subsampling(step)) is not None:
+                size = (*plan.shapes[source][1:], 0, 0, 0, 0, 0, 0, *strides)
+                self._emit("subsample", source, step.out, shape=size)
+            elif (front := _channel_padding(step)) is not None:
+                size = (0, 0, 0, 0, plan.shapes[source][0], 0, 0, 0, 0, 0, 0, front)
+                self._emit("pad", source, step.out, shape=size)
             else:
                 self._emit("copy", source, step.out, writes=step.pattern)
 
-    def _add_conv(self, step: Step) -> None:
-        spec, source = step.conv, step.sources[0]
-        assert spec is not None
-        reads = self.plan.pattern_of[source]
-        size = (*self.plan.shapes[source][1:], 0, 0, spec.in_channels, len(spec.weight))
+    def _add_conv(self, step: Step, spec: ConvSpec) -> None:
+        source = step.sources[0]
+        reads = DENSE if step.held else self.plan.pattern_of[source]
+        size = (*(*self.plan.shapes[source], 1, 1)[1:3], 0, 0, spec.in_channels, len(spec.weight))
         size += (*spec.weight.shape[2:], *spec.stride, *spec.padding, *spec.dilation)
         packed, bias = self._weights[step.out]
         if spec.depthwise:
@@ -218,10 +280,11 @@ class Segment:
             self._shapes[target] = self._shapes[like]
         channels, *pixels = (*self._shapes[target], 1, 1)[:3]
         numbers = [self._number(name) for name in (source, other or source, target)]
-        op = lib.Op(lib.KINDS[kind], function, *numbers, reads, writes, adds, relu)
+        op = lib.Op(lib.KINDS.index(kind), function, *numbers, reads, writes, adds, relu)
         op.shape = lib.Conv(*(*shape, *_NO_SHAPE)[:14], *pointers)
         op.shape.out_height, op.shape.out_width = pixels
-        op.shape.filters = channels
+        if kind not in ("conv", "depthwise"):
+            op.shape.filters = channels
         self._ops.append(op)
         return target
 
@@ -253,11 +316,6 @@ class Segment:
         self._workspace_start = max((stop for _, stop, _, _ in placed), default=0)
         self.arena_size = self._workspace_start + -(-self._workspace // 16) * 16 + 64
         self._array = (lib.Op * len(self._ops))(*self._ops)
-
-
-def packs(spec: ConvSpec) -> bool:
-    """Whether the library holds the convolution's weights."""
-    return spec.groups == 1 or spec.depthwise
 
 
 def _overwritten(step: Step) -> str | None:
