@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	@echo "The trained model is in $(RUN)/last. Next: $(BIN)/gaternet --help, the README, docs/method.md"
 
 test: $(VENV)/.developer
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4
 
 sweep: $(VENV)/.developer
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m "slow or not slow" tests/test_coverage.py

@@ -28,6 +28,7 @@ from gaternet.graph import read_graph
 from gaternet.method import Gater, GaterNet
 from gaternet.models.create import create_backbone
 from gaternet.sites import examine
+from gaternet.skipping.skip import Engine
 
 DOCS = Path(__file__).parents[1] / "docs"
 MODELS, PAGE = DOCS / "results" / "coverage.json", DOCS / "coverage.md"
@@ -206,14 +207,19 @@ def check_dead_channels(model: GaterNet, cost: CostModel, images: Tensor) -> Non
 
 @torch.no_grad()
 def check_skipping(model: GaterNet, images: Tensor) -> None:
-    """Running the open filters alone gives what masking gives, for one image and for three with gates of their own."""
+    """Both engines give what masking gives: one image and three, gates at random and with all, one or none open."""
     images = torch.cat([images, images[:1].flip(3)])
-    gates = torch.randint(2, (3, model.num_gates), generator=torch.Generator().manual_seed(4)).float()
-    fast = gaternet.skip(model, images, "slice")
-    expected = model.forward_gated(images, gates)
-    for count in (1, 3):
-        difference = (fast.forward_gated(images[:count], gates[:count]) - expected[:count]).abs().max()
-        assert difference <= 1e-4 * expected.abs().max(), f"skipping {count} differs by {difference}"
+    drawn = torch.randint(2, (3, model.num_gates), generator=torch.Generator().manual_seed(4)).float()
+    extreme = torch.zeros(3, model.num_gates)
+    extreme[0], extreme[1, model.num_gates // 2] = 1, 1
+    cases: list[tuple[Tensor, tuple[Engine, ...]]] = [(drawn, ("slice", "specialise")), (extreme, ("slice",))]
+    for gates, engines in cases:
+        expected = model.forward_gated(images, gates)
+        for engine in engines:
+            fast = gaternet.skip(model, images, engine, calibration=gates, subnetworks=2)
+            for count in (1, 3):
+                difference = (fast.forward_gated(images[:count], gates[:count]) - expected[:count]).abs().max()
+                assert difference <= 1e-4 * expected.abs().max(), f"{engine} of {count} differs by {difference}"
 
 
 @torch.no_grad()
@@ -268,8 +274,9 @@ def main() -> None:
         "Checked for each: with all gates open the output is the plain network's bit for bit; closed gates leave exact "
         "zeros at every site; noise in the weights of closed filters changes no bit; channels that are said to be dead "
         "are zeros where convolutions read them; a gradient reaches every parameter of the gater; a deep copy, and a "
-        "fresh model with the `state_dict`, compute the same; `gaternet.skip`, for one image and for three with gates "
-        "of their own, gives the same logits within 1e-4 of the largest.\n\n"
+        "fresh model with the `state_dict`, compute the same; `gaternet.skip`, with the engines slice and "
+        "specialise, for one image and for three, with random gates and with all, one or none open, gives the same "
+        "logits within 1e-4 of the largest.\n\n"
         "*Gateable* is the share of MACs that goes if all gates close. *Left out*, for `all`, says why convolutions "
         "have no gates.\n\n" + table(rows)
     )

@@ -143,7 +143,7 @@ def main() -> None:
         f" --trained {given.split('=')[0]}={Path(given.split('=')[1]).name}={Path(given.split('=')[2]).name}"
         for given in args.trained
     )
-    found |= {"command": command, "rounds": args.rounds, **describe_machine()}
+    found |= {**describe_machine(), "command": command, "rounds": args.rounds}
     RESULT.write_text(json.dumps(found, indent=2) + "\n")
     for row in [*found["resnet50"], *(row for model in found.get("trained", []) for row in model["timings"])]:
         density = "" if row["density"] is None else f"{row['density']:.2f}"

@@ -111,6 +111,7 @@ def test_config_is_plain_data_that_says_how_the_model_is_built(saved):
         "conv": "layer1.1.conv2",
         "start": 16,
         "stop": 32,
+        "group_size": 1,
         "role": "residual",
     }
     assert contents(saved).keys() == {"config.json", "model.safetensors", "README.md"}

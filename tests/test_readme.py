@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_python_example_runs(capsys):
-    code, _ = blocks("python")
+    code = blocks("python")[0]
     assert len(code.strip().splitlines()) == 5
     names: dict = {}
     exec(code, names)
@@ -35,11 +35,15 @@ def test_python_example_runs(capsys):
     assert isinstance(names["logits"], torch.Tensor)
 
 
-def test_gating_example_runs(capsys):
+def test_gating_and_skipping_examples_run(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(blocks("python")[1], names)
     assert names["model"].num_gates == 4800
     assert capsys.readouterr().out.startswith("Macs(backbone=1814073344, gater=")
+    exec(blocks("python")[2], names)
+    assert capsys.readouterr().out.startswith("conv1: reads all of 3, writes open filters of 64")
+    assert torch.equal(names["again"](names["images"]), names["fast"](names["images"]))
 
 
 @pytest.mark.parametrize("line", [line for block in blocks("sh") for line in block.splitlines() if "gaternet " in line])

@@ -395,9 +395,26 @@ def test_each_image_takes_the_smallest_subnetwork_that_covers_it(tmp_path):
     assert pruned.weight_bytes < plan_of(model).weight_bytes
 
 
-def test_specialise_needs_gates_and_engines_have_names():
+def test_specialise_needs_gates_and_engines_have_names(unchecked_types):
     model = gated(chain_of(["residual"]))
     with pytest.raises(ValueError, match="specialise needs gates to fit: pass calibration="):
         gaternet.skip(model, IMAGES, "specialise")
     with pytest.raises(ValueError, match="there is no engine 'fast': choose of auto, slice, specialise, mask"):
         gaternet.skip(model, IMAGES, "fast")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_a_convolution_does_not_overwrite_what_it_reads(residual):
+    """A sum could be done in place by the convolution before it, but not if that reads the other summand."""
+
+    def body(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x).relu()
+        y = net.one(x) if residual else net.two(net.one(x).relu())
+        return (x + y).relu()
+
+    parts = {"one": conv(8, 8)} | ({} if residual else {"two": conv(8, 8)})
+    model = gated(Net(body, stem=conv(3, 8), **parts), sites=lambda name, module: name != "stem")
+    sums = [step for step in plan_of(model).steps if step.adds is not None]
+    assert len(sums) == (0 if residual else 1)
+    for density in (0.5, 1.0):
+        assert_skips_exactly(model, THREE, random_gates(model, density))

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from gaternet.method import Gater, GaterNet, GateSite, gate_sparsity, improved_semhash
     from gaternet.models import create_model, model_names
     from gaternet.sites import find_sites
-    from gaternet.skipping import skip
+    from gaternet.skipping import Skipper, skip
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,7 @@ _HOMES = {
     "Gater": "gaternet.method",
     "GateSite": "gaternet.method",
     "GaterNet": "gaternet.method",
+    "Skipper": "gaternet.skipping",
     "count_macs": "gaternet.cost",
     "create_model": "gaternet.models",
     "find_sites": "gaternet.sites",
@@ -35,6 +36,7 @@ __all__ = [
     "GateSite",
     "Gater",
     "GaterNet",
+    "Skipper",
     "count_macs",
     "create_model",
     "find_sites",

@@ -51,6 +51,8 @@ def _adding_conv(number: int, steps: list[Step], made: dict[str, int], readers: 
     conv = steps[place]
     if conv.kind != "conv" or conv.relu or conv.mask or conv.conv is None or conv.conv.groups > 1:
         return None
+    if target in conv.sources:  # it reads what it would overwrite
+        return None
     if readers[other] != [number] or made[target] > place or any(place < n < number for n in readers[target]):
         return None
     # The convolution touches open channels only. ReLU must not be missed in the others: there it has been before.

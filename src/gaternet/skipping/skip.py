@@ -52,7 +52,7 @@ class Skipper(nn.Module):
         They are those of the model, but where a gate's logit lies within rounding (about 1e-6) of the threshold.
         """
         self._check_images(images)
-        return self._gater(images)
+        return self._gater(images) if len(images) else images.new_zeros(0, self.plan.num_gates)
 
     @torch.no_grad()
     def forward_gated(

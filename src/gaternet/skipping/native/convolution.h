@@ -163,11 +163,12 @@ Tile find_tile(int64_t halves, int64_t pixels) {
     }
 }
 
-// Some neighbours of one vector of stored filters: lanes `mask`, which come to stand from place `to` on.
+// Open filters that are neighbours in vector `vector` of all filters: its lanes `mask`, held from place `to` on.
 struct Piece {
-    const float *from;
-    int64_t step, to;  // from one row to the next
+    int64_t vector, to;
     uint32_t mask;
+    const float *from;  // the vector's stored weights, rows `step` apart
+    int64_t step;
 };
 
 // To which vectors of all filters the open filters [first, stop) belong.
@@ -176,7 +177,7 @@ inline std::vector<Piece> find_pieces(List filters, int64_t first, int64_t stop)
     int64_t last = -1;
     for (int64_t j = first; j < stop; j++) {
         const int64_t filter = filters.numbers ? filters.numbers[j] : j, vector = filter / LANES;
-        if (vector != last) pieces.push_back({nullptr, vector, j - first, 0});
+        if (vector != last) pieces.push_back({vector, j - first, 0, nullptr, 0});
         pieces.back().mask |= 1u << (filter % LANES);
         last = vector;
     }
@@ -281,7 +282,7 @@ struct Convolution {
         const int64_t width = panel.width(), stop = std::min(filters.count, panel.stop());
         std::vector<Piece> pieces = find_pieces(filters, panel.first, stop);
         for (Piece &piece : pieces) {
-            const int64_t filter = piece.step * LANES;
+            const int64_t filter = piece.vector * LANES;
             size_t p = 0;
             while (filter >= stored[p].stop()) p++;
             piece.from = conv.weights + stored[p].first * stored_rows + filter - stored[p].first;
@@ -362,7 +363,7 @@ struct Convolution {
     // may be another thread's.
     void add(const std::vector<Piece> &pieces, const float *values, float *to) const {
         for (const Piece &piece : pieces) {
-            float *place = to + piece.step * LANES;
+            float *place = to + piece.vector * LANES;
 #if defined(__AVX512F__)
             const __m512 added = _mm512_maskz_expand_ps(piece.mask, _mm512_loadu_ps(values + piece.to));
             const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(piece.mask, place), added);

@@ -185,7 +185,7 @@ struct Runner {
             const float *from = x.data + pixel * x.room;
             float *to = y.data + pixel * y.room;
             for (const Piece &piece : pieces) {
-                const int64_t first = piece.step * LANES;
+                const int64_t first = piece.vector * LANES;
                 const Vector added = expand(part(from + piece.to, open.count - piece.to), piece.mask);
                 Convolution::store_part(to + first, part(to + first, channels - first) + added, channels - first);
             }
