@@ -4,7 +4,7 @@ python benchmarks/finetune.py --data cifar10.npz --out runs WEIGHTS...
 
 WEIGHTS are files of Y. Idelbayev's pytorch_resnet_cifar10 (resnet20-12fca82f.th, ...). Each is gated with every gate
 open, evaluated beside the plain network, fine-tuned to density 0.5 over all its filters, and evaluated again. A run
-that was cut goes on when the command is given again; a result stays in the file until its network is run anew.
+that was cut goes on when the command is given again; a result stays in the file until the same is run anew.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from gaternet.run import RunDirectory, describe_machine
 from gaternet.train import train
 
 RESULT = Path(__file__).parents[1] / "docs" / "results" / "finetune.json"
+KEYS = ("model", "epochs", "group_size", "seed")
 
 
 def mean_macs(model: GaterNet, batches: Any, to_input: ToInput) -> float:
@@ -45,11 +46,12 @@ def mean_macs(model: GaterNet, batches: Any, to_input: ToInput) -> float:
     return total / count
 
 
-def finetune(path: Path, data_path: str, out: Path, epochs: int) -> dict[str, Any]:
+def finetune(path: Path, data_path: str, out: Path, epochs: int, group_size: int, seed: int) -> dict[str, Any]:
     """Gate, evaluate, fine-tune and evaluate one network."""
     name = path.name.split("-")[0]
     changes = {"backbone": name, "pretrained": False, "data": data_path, "batch_size": 128, "epochs": epochs}
     changes |= {"lr": 0.05, "gater_lr": 0.5, "noise_std": 0.25, "penalty": "gates", "sparsity_ramp": 1.0}
+    changes |= {"group_size": group_size}
     recipe = override(find_recipe("finetune"), changes)
     network = load(path)
     runtime = Runtime(precision="no")
@@ -58,16 +60,17 @@ def finetune(path: Path, data_path: str, out: Path, epochs: int) -> dict[str, An
     to_input = ToInput(data.preprocessing)
     batches = make_loader(data.test, BATCH, runtime, accelerator)
     plain = evaluate(network, batches, to_input, accelerator)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     gating = recipe.gating
-    options: Any = {"bottleneck": gating.bottleneck, "noise_std": gating.noise_std}
+    options: Any = {"bottleneck": gating.bottleneck, "noise_std": gating.noise_std, "group_size": group_size}
     model = gaternet.gate(network, torch.zeros(2, 3, 32, 32), sites="all", open=True, **options)
     opened = evaluate(model, batches, to_input, accelerator)
-    run = out / f"finetune_{name}"
-    record = train(recipe, run, Runtime(), resume=(run / "config.json").exists(), network=model)
+    run = out / f"finetune_{name}_group{group_size}_epochs{epochs}_seed{seed}"
+    record = train(recipe, run, Runtime(), seed, resume=(run / "config.json").exists(), network=model)
     macs = gaternet.count_macs(model.eval(), torch.zeros(1, 3, 32, 32))
     return {
         "model": name,
+        "group_size": group_size,
         "gates": model.num_gates,
         "sites": len(model.sites),
         "images": plain["images"],
@@ -83,9 +86,10 @@ def finetune(path: Path, data_path: str, out: Path, epochs: int) -> dict[str, An
         "gated_macs": mean_macs(model, batches, to_input),
         "epochs": epochs,
         "minutes": sum(epoch["seconds"] for epoch in RunDirectory(run).epochs()) / 60,
-        "seed": 0,
+        "seed": seed,
         **describe_machine(),
-        "command": f"python benchmarks/finetune.py --data {Path(data_path).name} --epochs {epochs} {path.name}",
+        "command": f"python benchmarks/finetune.py --data {Path(data_path).name} --epochs {epochs} "
+        f"--group-size {group_size} --seed {seed} {path.name}",
     }
 
 
@@ -95,13 +99,15 @@ def main() -> None:
     parser.add_argument("weights", nargs="+", type=Path)
     parser.add_argument("--data", required=True)
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--group-size", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs"))
     args = parser.parse_args()
     for path in args.weights:
-        found = finetune(path, args.data, args.out, args.epochs)
+        found = finetune(path, args.data, args.out, args.epochs, args.group_size, args.seed)
         before = json.loads(RESULT.read_text()) if RESULT.exists() else []
-        results = [*(line for line in before if line["model"] != found["model"]), found]
-        RESULT.write_text(json.dumps(sorted(results, key=lambda line: line["model"]), indent=2) + "\n")
+        results = {tuple(line[key] for key in KEYS): line for line in [*before, found]}
+        RESULT.write_text(json.dumps([results[key] for key in sorted(results)], indent=2) + "\n")
         print(json.dumps(found))
 
 

@@ -107,37 +107,39 @@ def other_runs(ledger: list[dict[str, Any]]) -> str:
 
 
 def finetuned() -> str:
-    """Networks trained by others, before and after."""
+    """Networks trained by others, before and after; runs that differ only in their seed on one line."""
     path = DOCS / "results" / "finetune.json"
     if not path.exists():
         return "Not measured.\n"
-    rows, commands = [], []
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for line in json.loads(path.read_text()):
-        images = line["images"]
-        macs = (line["gated_macs"] + line["gater_macs"]) / line["backbone_macs"]
+        groups.setdefault((line["model"], line["epochs"], line["group_size"]), []).append(line)
+    rows, commands = [], []
+    for (model, epochs, group_size), lines in groups.items():
+        images = lines[0]["images"]
+
+        def mean(key: str, lines: list[dict[str, Any]] = lines) -> float:
+            return statistics.mean(line[key] for line in lines)
+
         rows.append(
             [
-                line["model"],
-                f"{100 * (1 - line['plain_correct'] / images):.2f}",
-                f"{line['open_correct'] - line['plain_correct']:+d} of {images:,}",
-                f"{line['error']:.2f}",
-                f"{100 * line['density']:.1f} %",
-                f"{100 * line['dependent']:.1f} %",
-                f"{line['gated_macs'] / line['backbone_macs']:.2f}",
-                f"{macs:.2f}",
-                f"{line['minutes']:.0f}",
+                model,
+                str(group_size),
+                str(epochs),
+                f"{100 * (1 - mean('plain_correct') / images):.2f}",
+                f"{mean('open_correct') - mean('plain_correct'):+g} of {images:,}",
+                error_of([{"test_error": line["error"]} for line in lines]),
+                f"{100 * mean('density'):.1f} %",
+                f"{100 * mean('dependent'):.1f} %",
+                f"{mean('gated_macs') / mean('backbone_macs'):.2f}",
+                f"{(mean('gated_macs') + mean('gater_macs')) / mean('backbone_macs'):.2f}",
+                f"{mean('minutes'):.0f}",
             ]
         )
-        commands.append(f"`{line['command']}` ({machine_of(line)}, {line['machine']['threads']} threads, n = 1)")
-    titles = [
-        "network",
-        "test error %",
-        "images right, gated and open",
-        "error % fine-tuned",
-        "open gates",
-        "dependent",
-    ]
-    titles += ["backbone's MACs", "with the gater", "minutes"]
+        threads = lines[0]["machine"]["threads"]
+        commands += [f"`{line['command']}` ({machine_of(line)}, {threads} threads)" for line in lines]
+    titles = ["network", "group_size", "epochs", "test error %", "images right, gated and open", "error % fine-tuned"]
+    titles += ["open gates", "dependent", "backbone's MACs", "with the gater", "minutes"]
     return table(titles, rows) + "\n" + "\n".join(f"- {command}" for command in commands) + "\n"
 
 
@@ -147,11 +149,11 @@ def skipping() -> str:
     if not path.exists():
         return "Not measured.\n"
     found = read_json(path)
+    rounds = found["rounds"]
     text = f"`{found['command']}`, {machine_of(found)}, {found['machine']['threads']} threads, float32. Medians of "
-    text += (
-        f"{found['rounds']} turns of all engines in one process; *x dense* is the time over that of the fastest dense "
-    )
-    text += "engine.\n\n### ResNet-50, 224 pixels, all sites, random gates for each image\n\n"
+    text += f"{rounds} turns (one image at a time: {3 * rounds}) of all engines in one process. *x dense* is the time "
+    text += "over that of the fastest dense engine within the same turn, its median over the turns.\n\n"
+    text += "### ResNet-50, 224 pixels, all sites, random gates for each image\n\n"
     text += timing_table(found["resnet50"], TARGETS)
     planning = found["planning"]
     text += (
@@ -166,14 +168,25 @@ def skipping() -> str:
         (row,) = [row for row in timings if row["name"] == "skipped"]
         rows.append([size, f"{row['macs'] / 1e6:,.0f}", f"{row['median']:.1f}", f"{row['over_dense']:.2f}"])
     text += table(["group_size", "MMACs", "ms", "x dense"], rows)
+    text += "\nWhere the time goes, one image at a time, as shares of the time under open gates: *alone* are the same "
+    text += "filters as a network that has no others, with no weights to be copied together. What skipping takes above "
+    text += (
+        "that is the copying; what that takes above its share of the MACs is what smaller convolutions lose, and the "
+    )
+    text += "dense residual stream.\n\n"
+    columns = ("macs", "alone", "skipped")
+    shares = [[f"{100 * row['density']:.0f} %", *(f"{row[name]:.2f}" for name in columns)] for row in found["bounds"]]
+    text += table(["open", "MACs", "alone", "skipped"], shares)
     for model in found.get("trained", []):
         images, right = model["images"], model["right"]
         text += f"\n### {model['model']} on {model['data']}, trained, under its own gates\n\n"
         kept = ", ".join(f"{100 * share:.0f}" for share in model["kept"])
-        text += f"{100 * model['density']:.1f} % of the gates are open. {right['masked']:,} of {images:,} test images "
-        text += f"({100 * right['masked'] / images:.2f} %) are right when masked, {right['skipped']:,} when skipped, "
-        text += f"{right['specialised']:,} when specialised. {len(model['kept'])} subnetworks keep {kept} % of the "
+        text += f"{100 * model['density']:.1f} % of the gates are open. Of {images:,} test images "
+        ways = ("plain", "masked", "skipped", "specialised")
+        text += ", ".join(f"{right[way]:,} ({100 * right[way] / images:.2f} %) are right {way}" for way in ways) + ". "
+        text += f"{len(model['kept'])} subnetworks keep {kept} % of the "
         text += f"filters; one of them fits {100 * model['fitting']:.0f} % of the test images.\n\n"
+        text += f"`{model['command']}`, medians of {model['rounds']} turns:\n\n"
         text += timing_table(model["timings"], {})
     return text
 

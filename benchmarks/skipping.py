@@ -1,7 +1,9 @@
 """What does skipping save on the clock? Writes docs/results/skipping.json; benchmarks/results.py makes the page.
 
-python benchmarks/skipping.py                           # ResNet-50 at 224 pixels, random gates; minutes
-python benchmarks/skipping.py --trained NAME=RUN=DATA   # and a trained model under its own gates; may be repeated
+python benchmarks/skipping.py                                 # ResNet-50 at 224 pixels, random gates; minutes
+python benchmarks/skipping.py --trained NAME=RUN=DATA=PLAIN   # and a trained model under its own gates; may be repeated
+
+PLAIN is the run, or the file of weights, of the network without gates: what its accuracy is.
 
 ResNet-50 has gates at all sites, drawn for each image and gate by itself, so no two images of a batch agree: the
 hardest case. All engines take turns in one process. Times of skipping contain the reading of the gates, and for trained
@@ -10,30 +12,32 @@ models the gater.
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from pretrained_cifar_resnet import ResNet
+from pretrained_cifar_resnet import ResNet, load
 
 import gaternet
 from gaternet.checkpoint import load_model, read_json
+from gaternet.cost import CostModel
 from gaternet.data import Preprocessing, load_data
 from gaternet.evaluate import load_test_set
 from gaternet.graph import read_graph
 from gaternet.method import GaterNet
 from gaternet.run import describe_machine, find_model
 from gaternet.skipping import Skipper
-from gaternet.skipping.bench import Timing, bench
+from gaternet.skipping.bench import Timing, bench, time_interleaved
 from gaternet.skipping.native import NativeProgram
 from gaternet.skipping.planner import make_plan
-from gaternet.skipping.specialise import Specialised
+from gaternet.skipping.specialise import Specialised, prune
 
 RESULT = Path(__file__).parents[1] / "docs" / "results" / "skipping.json"
 DENSITIES = (1.0, 0.75, 0.5, 0.25)
@@ -49,12 +53,8 @@ def resnet50(group_size: int = 1) -> GaterNet:
 
 
 def rows(timings: list[Timing]) -> list[dict[str, Any]]:
-    """Timings as plain data, each with its time over that of the fastest dense engine."""
-    found = []
-    for timing in timings:
-        dense = min(t.median for t in timings if t.batch == timing.batch and t.name.startswith("dense"))
-        found.append({**asdict(timing), "over_dense": timing.median / dense})
-    return found
+    """Timings as plain data."""
+    return [asdict(timing) for timing in timings]
 
 
 def planning(model: GaterNet) -> dict[str, Any]:
@@ -79,11 +79,42 @@ def planning(model: GaterNet) -> dict[str, Any]:
     }
 
 
-def trained(name: str, run: str, data: str, rounds: int) -> dict[str, Any]:
+def bounds(model: GaterNet, rounds: int) -> list[dict[str, float]]:
+    """Where the time goes, one image at a time: beside skipping, the same filters as a network that has no others.
+
+    That network copies no weights together, so the difference to it is the copying; what it takes above its share of
+    the MACs is what small convolutions and the dense residual stream lose.
+    """
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    plan = make_plan(read_graph(model.backbone, images), model.sites)
+    cost, program = CostModel(read_graph(model.backbone, images), model.sites), NativeProgram(plan)
+    opened = torch.ones(1, model.num_gates)
+    runs, shares = {"open": lambda: program(images, opened)}, {}
+    for density in DENSITIES[1:]:
+        gates = (torch.rand(1, model.num_gates, generator=torch.Generator().manual_seed(0)) < density).float()
+        pruned = prune(plan, gates[0].bool())
+        alone = NativeProgram(replace(pruned, steps=[replace(step, mask=None) for step in pruned.steps]))
+        runs[f"skipped {density}"] = lambda gates=gates: program(images, gates)
+        runs[f"alone {density}"] = lambda alone=alone: alone(images, opened)
+        shares[density] = cost(gates).item() / cost.dense
+    times = time_interleaved(runs, 3 * rounds)
+
+    def over_open(name: str) -> float:
+        turns = zip(times[name], times["open"], strict=True)
+        return statistics.median(statistics.median(turn) / statistics.median(dense) for turn, dense in turns)
+
+    return [
+        {"density": d, "macs": share, "alone": over_open(f"alone {d}"), "skipped": over_open(f"skipped {d}")}
+        for d, share in shares.items()
+    ]
+
+
+def trained(name: str, run: str, data: str, plain: str, rounds: int) -> dict[str, Any]:
     """A trained model under its own gates, with its accuracy masked and skipped on the test images."""
     folder = find_model(Path(run))
     theirs = not (read_json(folder / "config.json").get("metadata") or {}).get("backbone")  # of benchmarks/finetune.py
     backbone = ResNet((int(name.removeprefix("resnet")) - 2) // 6) if theirs else None
+    before = load(Path(plain)) if theirs else load_model(find_model(Path(plain)))[0]
     model, metadata = load_model(folder, backbone=backbone)
     assert isinstance(model, GaterNet)
     preprocessing = Preprocessing.from_metadata(metadata)
@@ -98,7 +129,7 @@ def trained(name: str, run: str, data: str, rounds: int) -> dict[str, Any]:
     with torch.no_grad():
         logits = {
             way: torch.cat([run(part) for part in images.split(64)])
-            for way, run in (("masked", model), ("skipped", fast), ("specialised", special))
+            for way, run in (("plain", before.eval()), ("masked", model), ("skipped", fast), ("specialised", special))
         }
     gates = torch.cat([fast.gates(part) for part in images.split(64)])
     timings = []
@@ -112,6 +143,9 @@ def trained(name: str, run: str, data: str, rounds: int) -> dict[str, Any]:
         "density": gates.mean().item(),
         "kept": [kept.float().mean().item() for kept in special.program.kept],
         "fitting": (special.program.choose(gates) < len(special.program.kept)).float().mean().item(),
+        "command": f"python benchmarks/skipping.py --trained "
+        f"{name}={Path(run).name}={Path(data).name}={Path(plain).name}",
+        "rounds": rounds,
         "timings": rows(timings),
     }
 
@@ -119,31 +153,34 @@ def trained(name: str, run: str, data: str, rounds: int) -> dict[str, Any]:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trained", action="append", default=[], help="NAME=RUN=DATA")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only-trained", action="store_true", help="keep what is recorded of ResNet-50")
+    parser.add_argument("--trained", action="append", default=[], help="NAME=RUN=DATA=PLAIN")
+    parser.add_argument("--rounds", type=int, default=9, help="turns at 16 images or more; at one, three times as many")
+    parts = ("resnet50", "planning", "bounds", "groups")
+    parser.add_argument("--part", choices=parts, action="append", help="measure this, keep what is recorded of others")
     args = parser.parse_args()
     found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    if not args.only_trained:
+    wanted = args.part or ([] if args.trained else parts)
+    model = resnet50()
+    if "resnet50" in wanted:
         images = torch.randn(16, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-        model = resnet50()
         timings = []
-        for batch in (1, 16):
-            timings += bench(model, images[:batch], DENSITIES, rounds=args.rounds, seconds=1.0, note=print)
+        for batch, rounds, seconds in ((1, 3 * args.rounds, 0.3), (16, args.rounds, 1.0)):
+            timings += bench(model, images[:batch], DENSITIES, rounds=rounds, seconds=seconds, note=print)
         found["resnet50"] = rows(timings)
+    if "planning" in wanted:
         found["planning"] = planning(model)
-        groups = {}
-        for size in (1, 4, 8, 16):
-            timings = bench(resnet50(size), images[:1], (0.5,), ("openvino",), rounds=args.rounds, note=print)
-            groups[str(size)] = rows(timings)
-        found["groups"] = groups
+    if "bounds" in wanted:
+        found["bounds"] = bounds(model, args.rounds)
+    if "groups" in wanted:
+        images = torch.zeros(1, 3, 224, 224)
+        found["groups"] = {
+            str(size): rows(bench(resnet50(size), images, (0.5,), ("openvino",), rounds=3 * args.rounds, note=print))
+            for size in (1, 4, 8, 16)
+        }
+    if wanted:
+        found |= {**describe_machine(), "command": "python benchmarks/skipping.py", "rounds": args.rounds}
     if args.trained:
-        found["trained"] = [trained(*given.split("=", 2), rounds=args.rounds) for given in args.trained]
-    command = "python benchmarks/skipping.py" + "".join(
-        f" --trained {given.split('=')[0]}={Path(given.split('=')[1]).name}={Path(given.split('=')[2]).name}"
-        for given in args.trained
-    )
-    found |= {**describe_machine(), "command": command, "rounds": args.rounds}
+        found["trained"] = [trained(*given.split("=", 3), rounds=args.rounds) for given in args.trained]
     RESULT.write_text(json.dumps(found, indent=2) + "\n")
     for row in [*found["resnet50"], *(row for model in found.get("trained", []) for row in model["timings"])]:
         density = "" if row["density"] is None else f"{row['density']:.2f}"

@@ -270,19 +270,19 @@ def bench(
         return
     for batch in batch_size:
         rows = [timing for timing in timings if timing.batch == batch]
-        plain = [timing.median for timing in rows if timing.name.startswith("dense")]
         table = Table(box=None)
         for title in (f"{batch} at a time", "open", "MMACs", "ms", "p10", "p90", "images/s", "x dense"):
             table.add_column(title, justify="left" if "time" in title else "right", no_wrap=True)
         for row in rows:
             opened = "" if row.density is None else f"{100 * row.density:.0f} %"
             times = [f"{milliseconds:.2f}" for milliseconds in (row.median, row.p10, row.p90)]
-            share = f"{row.median / min(plain):.2f}" if plain else ""
+            share = "" if row.over_dense is None else f"{row.over_dense:.2f}"
             table.add_row(row.name, opened, f"{row.macs / 1e6:,.1f}", *times, f"{row.images_per_second:,.0f}", share)
         _console.print(table, "")
     threads = torch.get_num_threads()
     _console.print(
-        f"[dim]medians of a batch on {threads} threads; MMACs an image; x dense: over the fastest dense engine[/]"
+        f"[dim]medians of a batch on {threads} threads; MMACs an image; x dense: over the fastest dense "
+        "engine, in the median of the turns[/]"
     )
     for note in notes:
         _console.print(_escape(note))

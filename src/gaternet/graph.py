@@ -10,6 +10,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -197,6 +198,7 @@ class Graph:
             return len(self.sources(node)) > 1
         return op(node) in _MIXERS or any(op(step) in _PRODUCTS for step in _inner_nodes(node))
 
+    @cached_property
     def attention_modules(self) -> set[str]:
         """The modules, but not the whole network, that multiply features by features in a matrix product."""
         products = [node for node in self.nodes if self.is_attention(node) and op(node) not in _MIXERS]

@@ -141,7 +141,7 @@ def _place(graph: Graph, conv: Conv) -> _Place | str:
         return "it shares its weights with another layer"
     if _pooled(graph, conv.source):
         return "it acts on pooled features: there is nothing to save"
-    if inside := [name for name in graph.attention_modules() if conv.name.startswith(f"{name}.")]:
+    if inside := [name for name in graph.attention_modules if conv.name.startswith(f"{name}.")]:
         return f"it is part of an attention block, {type(graph.modules[inside[0]]).__name__}"
     chain = [conv.node]  # what only this convolution decides, channel by channel
     last = 0  # the last of it that turns zeros into something else: gates must come behind

@@ -86,7 +86,8 @@ def train(
     if len(data.train) < recipe.batch_size:
         raise ValueError(f"batch_size {recipe.batch_size} is more than the {len(data.train)} training images: lower it")
     trained = network is not None or recipe.pretrained
-    network = (network or build_network(recipe, data, seed)).to(accelerator.device)
+    network = build_network(recipe, data, seed) if network is None else network
+    network.to(accelerator.device)
     data = prepared_for(data, network) if trained else data
     set_training_mode(network, recipe)
     if runtime.channels_last:

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ class Timing:
         density: share of open gates, in [0, 1]; None for plain networks and for the gater alone.
         macs: multiply-accumulates of an image, in the mean over the batch.
         median, p10, p90: milliseconds for the batch.
+        over_dense: the time over that of the fastest dense engine, within the same turn: the median of all turns; None
+            where there is no dense engine.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Timing:
     median: float
     p10: float
     p90: float
+    over_dense: float | None
 
     @property
     def images_per_second(self) -> float:
@@ -46,17 +50,18 @@ class Timing:
 
 def time_interleaved(
     runs: Mapping[str, Callable[[], Any]], rounds: int = 5, seconds: float = 0.3
-) -> dict[str, list[float]]:
-    """Seconds of single calls of each function, which take turns: all see the same drift of the machine.
+) -> dict[str, list[list[float]]]:
+    """Seconds of single calls of each function, a list for each turn: taking turns, all see the same machine.
 
     In a turn a function first runs untimed for a while, since threads of the one before may still be spinning.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[list[float]]] = {name: [] for name in runs}
     order = list(runs)
     for number in range(rounds):
         random.Random(number).shuffle(order)
         for name in order:
-            for part, share in (([], 0.4), (times[name], 0.6)):
+            times[name].append([])
+            for part, share in (([], 0.4), (times[name][-1], 0.6)):
                 began = time.perf_counter()
                 while True:
                     start = time.perf_counter()
@@ -133,13 +138,19 @@ def bench(
             runs[both], macs[both] = lambda w=way: w(images), macs["gater", None] + cost(own).mean().item()
     keys = {f"{name} {density}": (name, density) for name, density in runs}
     times = time_interleaved({key: runs[k] for key, k in keys.items()}, rounds, seconds)
-    return [_timing(*keys[key], len(images), float(macs[keys[key]]), found) for key, found in times.items()]
+    dense = [turns for key, turns in times.items() if key.startswith("dense: ")]
+    fastest = min(dense, key=lambda turns: statistics.median(chain(*turns)), default=None)
+    return [_timing(*keys[key], len(images), float(macs[keys[key]]), turns, fastest) for key, turns in times.items()]
 
 
-def _timing(name: str, density: float | None, batch: int, macs: float, seconds: list[float]) -> Timing:
-    found = [1000 * s for s in seconds]
+def _timing(
+    name: str, density: float | None, batch: int, macs: float, turns: list[list[float]], dense: list[list[float]] | None
+) -> Timing:
+    found = [1000 * seconds for turn in turns for seconds in turn]
     tenths = statistics.quantiles(found, n=10, method="inclusive") if len(found) > 1 else found * 9
-    return Timing(name, batch, density, macs, statistics.median(found), tenths[0], tenths[-1])
+    over = [statistics.median(turn) / statistics.median(other) for turn, other in zip(turns, dense or [], strict=False)]
+    spread = statistics.median(found), tenths[0], tenths[-1]
+    return Timing(name, batch, density, macs, *spread, statistics.median(over) if over else None)
 
 
 def _wait() -> None:

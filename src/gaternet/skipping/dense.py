@@ -32,10 +32,19 @@ def build_dense(network: nn.Module, example_input: Tensor, name: str) -> Dense:
         network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         return lambda images: network(images.contiguous(memory_format=torch.channels_last))
     if name == "inductor":
-        return torch.compile(network, options={"freezing": True})
+        return _inductor(network, example_input)
     if name == "onnxruntime":
         return _onnxruntime(network, example_input)
     return _openvino(network, example_input)
+
+
+def _inductor(network: nn.Module, example_input: Tensor) -> Dense:
+    from torch._inductor import config
+
+    compiled = torch.compile(network)
+    with torch.no_grad(), config.patch(freezing=True):  # as an option of torch.compile it had no effect
+        compiled(example_input)
+    return compiled
 
 
 def _onnx(network: nn.Module, example_input: Tensor, directory: str) -> Path:

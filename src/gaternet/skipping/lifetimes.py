@@ -13,8 +13,10 @@ def finish(steps: list[Step], output: str) -> list[Step]:
     for name, numbers in readers.items():
         if name != output:
             steps[numbers[-1]].free.append(name)
-    for step in steps:
+    for number, step in enumerate(steps):
         if step.kind == "add":
+            if (conv := _expanding_conv(number, steps, made, readers)) is not None:
+                conv.pattern = DENSE
             step.in_place = _in_place(step, steps, made, readers)
     fused = {}
     for number, step in enumerate(steps):
@@ -27,6 +29,18 @@ def finish(steps: list[Step], output: str) -> list[Step]:
             conv.out = step.out
             fused[number] = conv
     return [step for number, step in enumerate(steps) if number not in fused]
+
+
+def _expanding_conv(number: int, steps: list[Step], made: dict[str, int], readers: dict[str, list[int]]) -> Step | None:
+    """The earlier of two convolutions with unlike open filters, made for nothing but their sum."""
+    sources = steps[number].sources
+    if any(source not in made or readers[source] != [number] for source in sources):
+        return None
+    first, second = sorted((steps[made[source]] for source in sources), key=lambda maker: made[maker.out])
+    if first.pattern == second.pattern or DENSE in (first.pattern, second.pattern):
+        return None
+    plain = first.kind == "conv" and first.mask is None and first.conv is not None and first.conv.groups == 1
+    return first if plain else None
 
 
 def _in_place(step: Step, steps: list[Step], made: dict[str, int], readers: dict[str, list[int]]) -> int | None:
@@ -55,6 +69,4 @@ def _adding_conv(number: int, steps: list[Step], made: dict[str, int], readers: 
         return None
     if readers[other] != [number] or made[target] > place or any(place < n < number for n in readers[target]):
         return None
-    # The convolution touches open channels only. ReLU must not be missed in the others: there it has been before.
-    ready = not step.relu or conv.filters == DENSE or steps[made[target]].relu
-    return conv if ready else None
+    return conv

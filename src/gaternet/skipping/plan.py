@@ -91,7 +91,8 @@ class Step:
         out: name of the value that it computes.
         sources: names of the values that it reads.
         pattern: of its value, an index into the plan's patterns, or `DENSE`.
-        filters: of a "conv", the pattern of its filters: that of its value, save where it adds to a dense one.
+        filters: of a "conv", the pattern of its filters: that of its value, save where that is dense because the
+            convolution adds to a dense one, or because it writes zeros at its closed filters.
         adds: of a "conv", the value that it adds to, in place; also the last of its sources.
         held: whether a "conv" has weights for the channels that are held of its source, all of them.
         relu: whether a ReLU follows.

@@ -91,7 +91,8 @@ class Run:
                 x = self.kernels.compress(self.dense(source), step.filters, self.live)
             return self.kernels.depthwise(step, x, self.live, relu)
         if step.conv.groups == 1:
-            return self.kernels.conv(step, x, reads, self.live, relu)
+            value = self.kernels.conv(step, x, reads, self.live, relu)
+            return self.kernels.expand(value, step.filters, self.live) if step.pattern != step.filters else value
         return self.kernels.grouped(step, self.dense(source), relu)
 
     def _add(self, step: Step) -> Tensor:

@@ -31,6 +31,7 @@ def prune(plan: Plan, kept: Bool[Tensor, " gates"]) -> Plan:
         fixed.append(torch.where(alive, ALIVE, NEVER))
         columns.append(pattern[alive].tolist())
     numbers = [(pattern == ALIVE).nonzero()[:, 0] for pattern in fixed]
+    compact = {s.out for s in plan.steps if s.filters != s.pattern and s.adds is None}  # they are no longer made dense
     steps: list[Step] = []
     for step in plan.steps:
         spec = step.conv
@@ -40,9 +41,8 @@ def prune(plan: Plan, kept: Bool[Tensor, " gates"]) -> Plan:
         reads = plan.pattern_of[step.sources[0]]
         mask = None if step.filters == DENSE else columns[step.filters]
         if spec.groups == 1 or reads == step.filters:
-            pruned = replace(
-                step, conv=_pruned(spec, step.filters, reads, numbers), held=True, filters=DENSE, mask=mask
-            )
+            conv = _pruned(spec, step.filters, reads, numbers)
+            pruned = replace(step, conv=conv, held=True, pattern=step.filters, filters=DENSE, mask=mask)
         else:
             pruned = replace(step, mask=mask)
         if step.adds is None or step.filters == DENSE:
@@ -51,8 +51,9 @@ def prune(plan: Plan, kept: Bool[Tensor, " gates"]) -> Plan:
         # What is added is to be masked first.
         name = f"{step.out}.added"
         source, target = step.sources
-        conv = replace(pruned, out=name, sources=[source], pattern=step.filters, adds=None, relu=False, free=[])
-        total = Step("add", step.out, [name, target], relu=step.relu, in_place=1, free=[*step.free, name])
+        conv = replace(pruned, out=name, sources=[source], adds=None, relu=False, free=[])
+        in_place = None if target in compact else 1
+        total = Step("add", step.out, [name, target], relu=step.relu, in_place=in_place, free=[*step.free, name])
         steps += [conv, total]
     shapes = dict(plan.shapes)
     for step in steps:

@@ -230,15 +230,19 @@ struct Convolution {
         const int64_t rows = conv.kernel_height * conv.kernel_width * depth;
         const std::vector<Panel> panels = split(filters.count);
         const std::vector<float> zeros(channels.count + LANES);
-        // Each of the team has a run of tiles, panel after panel, and gathers the weights of its panels itself: what
-        // another core has just written is slow to read. Tiles cost about the same in all panels, for narrow panels
-        // have more pixels in a tile.
+        // Each of the team has a run of tiles, and gathers the weights of its panels itself: what another core has just
+        // written is slow to read. So where the image is large, each has the same part of its pixels in all panels, and
+        // reads what it wrote itself; where weights are, each has other panels. Tiles cost about the same in all
+        // panels, for narrow panels have more pixels in a tile.
+        const int64_t pixels = conv.out_height * conv.out_width;
+        const bool by_pixels = 2 * pixels * channels.count > rows * filters.count;
         int64_t total = 0, passed = 0;
         for (const Panel &panel : panels) total += tiles(panel);
         for (const Panel &panel : panels) {
-            const int64_t first = std::max<int64_t>(0, team.begin(total) - passed);
-            const int64_t stop = std::min(tiles(panel), team.end(total) - passed);
-            passed += tiles(panel);
+            const int64_t count = tiles(panel);
+            const int64_t first = by_pixels ? team.begin(count) : std::max<int64_t>(0, team.begin(total) - passed);
+            const int64_t stop = by_pixels ? team.end(count) : std::min(count, team.end(total) - passed);
+            passed += count;
             if (first >= stop) continue;
             const float *weights = conv.weights + panel.first * rows;
             if (channels.numbers || filters.numbers) {

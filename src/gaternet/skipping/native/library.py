@@ -28,7 +28,10 @@ KINDS: list[str] = [
     "copy",
     "subsample",
     "pad",
+    "zeros",
+    "relu_closed",
 ]  # in order
+ADDS_TO_VALUE, ADDS_TO_ZEROS = 1, 2
 FUNCTIONS: list[str] = ["relu", "relu6", "sigmoid", "silu", "hardsigmoid", "hardswish"]
 
 

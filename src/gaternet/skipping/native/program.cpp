@@ -15,7 +15,11 @@ struct Value {
     int64_t step, room;
 };
 
-enum Kind : int64_t { CONV, DEPTHWISE, ADD, ADD_OPEN, EXPAND, COMPRESS, MAX_POOL, MEAN, POINTWISE, SCALE, COPY, SUBSAMPLE, PAD };
+enum Kind : int64_t {
+    CONV, DEPTHWISE, ADD, ADD_OPEN, EXPAND, COMPRESS, MAX_POOL, MEAN, POINTWISE, SCALE, COPY, SUBSAMPLE, PAD, ZEROS,
+    RELU_CLOSED
+};
+enum Adds : int64_t { NO, TO_VALUE, TO_ZEROS };  // the last: what ZEROS made, which there is where filters are closed
 enum Function : int64_t { RELU, RELU6, SIGMOID, SILU, HARDSIGMOID, HARDSWISH };
 
 // target = kind(source, other). Patterns are those of what is read and of what is written, -1 where it is dense.
@@ -58,9 +62,10 @@ struct Runner {
         const int64_t pixels = s.out_height * s.out_width;
         switch (op.kind) {
             case CONV:
-                if (writes.count > 0)
-                    Convolution{s, x, reads, writes, y, op.adds != 0, op.relu != 0, team, common, workspace}
-                        .run();
+                if (writes.count > 0) {
+                    const bool adds = op.adds == TO_VALUE || (op.adds == TO_ZEROS && writes.numbers);
+                    Convolution{s, x, reads, writes, y, adds, op.relu != 0, team, common, workspace}.run();
+                }
                 break;
             case DEPTHWISE: depthwise(op, x, y, writes); break;
             case ADD: add(pixels, x, at(op.other), y, writes.count, op.relu != 0); break;
@@ -92,6 +97,13 @@ struct Runner {
                     std::memset(to, 0, writes.count * sizeof(float));
                     std::memcpy(to + s.pad_width, x.data + pixel * x.room, s.channels * sizeof(float));
                 }
+                break;
+            case ZEROS:
+                for (int64_t pixel = team.begin(pixels); writes.numbers && pixel < team.end(pixels); pixel++)
+                    std::memset(y.data + pixel * y.room, 0, s.filters * sizeof(float));
+                break;
+            case RELU_CLOSED:  // the convolution before did it at its open filters; once more does no harm
+                if (writes.numbers) pointwise(RELU, pixels, y, y, s.filters);
                 break;
             case COPY:
                 for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++)

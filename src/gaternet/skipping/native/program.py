@@ -1,7 +1,9 @@
 """Carrying out a plan on the CPU: as many steps as can be in one call of the C++ library, the others in PyTorch."""
 
+import math
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from gaternet.skipping.kernels import Kernels, Live
 from gaternet.skipping.native import library as lib
+from gaternet.skipping.native.memory import large_pages, round_up
 from gaternet.skipping.native.segment import Segment, is_native, packed_spec
 from gaternet.skipping.plan import ConvSpec, Plan, Step
 from gaternet.skipping.program import Run
@@ -49,7 +52,7 @@ class NativeProgram:
         self.kernels = _Moves(self.plan)
         sizes = self.kernels.sizes
         self._offsets = torch.tensor([*self.kernels.offsets, sum(sizes)])
-        self._weights = {name: self._packed(spec) for name, spec in specs.items()}
+        self._weights = self._pack(specs)
         self._arenas = threading.local()
         self._parts = self._split()
 
@@ -103,17 +106,26 @@ class NativeProgram:
             return step
         return replace(step, conv=replace(spec, weight=spec.weight.to("meta"), bias=None))
 
-    def _packed(self, spec: ConvSpec) -> tuple[Tensor, Tensor | None]:
-        """Weights as the library wants them, and the bias."""
-        weight, bias = spec.weight.contiguous(), None if spec.bias is None else spec.bias.contiguous()
-        if spec.depthwise:
-            return weight.flatten(1).t().contiguous(), bias  # (taps, filters)
-        filters, channels, height, width = weight.shape
+    def _pack(self, specs: Mapping[str, ConvSpec]) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Weights as the library wants them, all in one block, and biases."""
         half = self._library.half_lanes()
-        # The library reads whole vectors, so some numbers beyond the last.
-        packed = torch.zeros(-(-filters // half) * half * channels * height * width + half)
-        self._library.pack_weights(weight.data_ptr(), filters, channels, height * width, packed.data_ptr())
-        return packed, bias
+        sizes = {}
+        for name, spec in specs.items():
+            filters, rows = len(spec.weight), math.prod(spec.weight.shape[1:])
+            sizes[name] = round_up((filters if spec.depthwise else -(-filters // half) * half) * rows)
+        block = large_pages(sum(sizes.values()) + half)  # the library reads whole vectors, so some beyond the last
+        packed = {}
+        for (name, spec), weights in zip(
+            specs.items(), block[: sum(sizes.values())].split(list(sizes.values())), strict=True
+        ):
+            weight = spec.weight.contiguous()
+            filters, channels, height, width = weight.shape
+            if spec.depthwise:
+                weights = weights[: weight.numel()].view(height * width, filters).copy_(weight.flatten(1).t())
+            else:
+                self._library.pack_weights(weight.data_ptr(), filters, channels, height * width, weights.data_ptr())
+            packed[name] = weights, None if spec.bias is None else spec.bias.contiguous()
+        return packed
 
     def _unpacked(self, packed: Tensor, spec: ConvSpec) -> Tensor:
         if spec.depthwise:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gaternet.skipping.native import library as lib
+from gaternet.skipping.native.memory import large_pages, round_up
 from gaternet.skipping.plan import DENSE, ConvSpec, Plan, Step
 from gaternet.skipping.program import Run
 
@@ -162,7 +163,7 @@ class Segment:
             table[number].data, table[number].step = factors.data_ptr() + 4 * offset, len(self._columns)
         arena = getattr(arenas, "memory", None)
         if arena is None or len(arena) < threads * self.arena_size:
-            arena = arenas.memory = torch.empty(threads * self.arena_size)
+            arena = arenas.memory = large_pages(threads * self.arena_size)
         where = lib.Live(offsets.data_ptr(), len(offsets) - 1, live.numbers.data_ptr(), live.counts.data_ptr())
         self._library.run(
             self._array, len(self._ops), table, images, ctypes.byref(where), arena.data_ptr(), self.arena_size,
@@ -240,8 +241,19 @@ class Segment:
         pointers = (packed.data_ptr(), None if bias is None else bias.data_ptr())
         kind = "depthwise" if spec.depthwise else "conv"
         options: dict[str, Any] = {"reads": reads, "writes": step.filters, "relu": step.relu}
-        options |= {"shape": size, "pointers": pointers, "adds": step.adds is not None}
+        options |= {"shape": size, "pointers": pointers}
+        if step.adds is not None:
+            options["adds"] = lib.ADDS_TO_VALUE
+        elif step.pattern != step.filters and not spec.depthwise:  # dense, with zeros at closed filters
+            self._emit("zeros", step.out, step.out, writes=step.filters)
+            options["adds"] = lib.ADDS_TO_ZEROS
         self._emit(kind, source, step.out, **options)
+        if step.adds is not None and step.relu and step.filters != DENSE and not self._positive(step.adds):
+            self._emit("relu_closed", step.out, step.out, writes=step.filters)
+
+    def _positive(self, name: str) -> bool:
+        """Whether the value comes out of a ReLU."""
+        return any(step.out == name and step.relu for step in self.plan.steps)
 
     def _add_sum(self, step: Step) -> None:
         (first, second), patterns = step.sources, self.plan.pattern_of
@@ -270,7 +282,7 @@ class Segment:
         reads: int = DENSE,
         writes: int = DENSE,
         relu: bool = False,
-        adds: bool = False,
+        adds: int = 0,
         shape: Sequence[int] = (),
         pointers: tuple[int | None, int | None] = (None, None),
         like: str | None = None,
@@ -306,7 +318,7 @@ class Segment:
             room, offset = self._rooms[number], 0
             if name not in self._external:
                 pixels = (*self._shapes[name], 1, 1)[1:3]
-                size = -(-room * pixels[0] * pixels[1] // 16) * 16
+                size = round_up(room * pixels[0] * pixels[1])
                 first, last = min(self._uses[name]), max(self._uses[name])
                 for start, stop, since, until in sorted(placed):
                     if since <= last and first <= until and start < offset + size and offset < stop:
@@ -314,7 +326,7 @@ class Segment:
                 placed.append((offset, offset + size, first, last))
             self._table[number] = lib.Value(None, offset, room)
         self._workspace_start = max((stop for _, stop, _, _ in placed), default=0)
-        self.arena_size = self._workspace_start + -(-self._workspace // 16) * 16 + 64
+        self.arena_size = self._workspace_start + round_up(self._workspace) + 64
         self._array = (lib.Op * len(self._ops))(*self._ops)
 
 
