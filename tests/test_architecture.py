@@ -30,6 +30,7 @@ FLOORS = [
     "skipping.triton_kernels",
     "skipping.program",
     "skipping.native.library",
+    "skipping.native.memory",
     "skipping.native.segment",
     "skipping.native.program",
     "skipping.native",

@@ -35,6 +35,8 @@ def prune(plan: Plan, kept: Bool[Tensor, " gates"]) -> Plan:
     steps: list[Step] = []
     for step in plan.steps:
         spec = step.conv
+        if step.in_place is not None and step.sources[step.in_place] in compact:
+            step = replace(step, in_place=None)
         if spec is None or (spec.groups > 1 and not spec.depthwise):
             steps.append(step)
             continue
