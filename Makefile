@@ -1,6 +1,6 @@
 # make demo    train, evaluate and look, from nothing, in minutes
 # make test    the tests            make check   lint, types and tests
-# make sweep   gate all 130 networks of docs/coverage.md, under ten minutes on two cores
+# make sweep   gate all 130 networks of docs/coverage.md, some fifteen minutes on two cores
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -418,3 +418,32 @@ def test_a_convolution_does_not_overwrite_what_it_reads(residual):
     assert len(sums) == (0 if residual else 1)
     for density in (0.5, 1.0):
         assert_skips_exactly(model, THREE, random_gates(model, density))
+
+
+def test_a_constant_is_there_for_every_image():
+    def body(net: Any, x: Tensor) -> Tensor:
+        tokens = net.one(net.stem(x).relu()).flatten(2).transpose(1, 2)  # (B, pixels, channels)
+        tokens = torch.cat([net.token.expand(len(tokens), -1, -1), tokens], 1)
+        return tokens.softmax(1).transpose(1, 2)[..., None]
+
+    model = gated(Net(body, stem=conv(3, 8), one=conv(8, 8), token=torch.randn(1, 1, 8, generator=seeded(1))))
+    assert_skips_exactly(model, THREE, random_gates(model, 0.5))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_sum_with_a_scaled_branch_is_exact_in_subnetworks_too(name):
+    """The shortcut comes first, and is what the sum is done in; a subnetwork holds it without its closed channels."""
+
+    def body(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x).relu()
+        branch, shortcut = net.branch(x), net.shortcut(x)
+        return (branch * net.weigh(branch.mean((2, 3), keepdim=True)).sigmoid() + shortcut).relu()
+
+    parts = {"stem": conv(3, 8), "branch": conv(8, 8), "shortcut": conv(8, 8, 1), "weigh": conv(8, 8, 1)}
+    model = gated(Net(body, **parts))
+    gates = random_gates(model, 0.5)
+    assert_skips_exactly(model, THREE, gates)
+    kept = gates.bool().any(0)
+    with torch.no_grad():
+        found = make_program(prune(plan_of(model), kept), name)(THREE, gates)
+        torch.testing.assert_close(found, model.forward_gated(THREE, gates))

@@ -38,6 +38,8 @@ def is_stacked(graph: Graph, node: Node) -> bool:
         ranks = {len(shape(source)) for source in sources}
         others = [shape(arg) for arg in node.all_input_nodes if arg not in sources]
         return len(ranks) == 1 and all(len(other) < len(size) or other[0] == 1 for other in others)
+    if name == "cat" and any(arg not in sources for arg in node.all_input_nodes):
+        return False  # a constant, one for all images
     if name in _ALONG:
         dims: Any = (*node.args, *[None] * 3)[_ALONG[name]]
         dims = dims if isinstance(dims, list | tuple) else [0 if dims is None else dims]

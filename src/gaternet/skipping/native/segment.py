@@ -48,7 +48,7 @@ def is_native(plan: Plan, step: Step) -> bool:
     if call.target in _FUNCTIONS or call.target in _SAME or _is_global_mean(step):
         return True
     if call.target in (_aten.flatten.using_ints, _aten.reshape.default):
-        return len(shapes[step.out]) == 1 and shapes[step.sources[0]][1:] == (1, 1)
+        return len(shapes.get(step.out, ())) == 1 and shapes[step.sources[0]][1:] == (1, 1)
     return _subsampling(step) is not None or _channel_padding(step) is not None
 
 
