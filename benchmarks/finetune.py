@@ -23,7 +23,8 @@ from gaternet.cost import CostModel
 from gaternet.data import load_data
 from gaternet.evaluate import BATCH, ToInput, evaluate
 from gaternet.graph import read_graph
-from gaternet.machine import make_accelerator, make_loader
+from gaternet.loader import make_batches
+from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
 from gaternet.network import prepared_for
 from gaternet.recipes import Runtime, find_recipe, override
@@ -39,7 +40,7 @@ def mean_macs(model: GaterNet, batches: Any, to_input: ToInput) -> float:
     cost, total, count = None, 0.0, 0
     model.eval()
     with torch.no_grad():
-        for images, _ in batches:
+        for images, _ in batches.epoch():
             inputs = to_input(images)
             cost = cost or CostModel(read_graph(model.backbone, inputs[:1]), model.sites)
             total, count = total + float(cost(model.gates(inputs)).sum()), count + len(images)
@@ -58,7 +59,7 @@ def finetune(path: Path, data_path: str, out: Path, epochs: int, group_size: int
     accelerator = make_accelerator(runtime)
     data = prepared_for(load_data(data_path), network)
     to_input = ToInput(data.preprocessing)
-    batches = make_loader(data.test, BATCH, runtime, accelerator)
+    batches = make_batches(data.test, BATCH, runtime, accelerator)
     plain = evaluate(network, batches, to_input, accelerator)
     torch.manual_seed(seed)
     gating = recipe.gating

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gaternet.data import DataError, EpochSampler, Preprocessing, load_data, mix_seed, read_image
+from gaternet.data import DataError, Preprocessing, load_data, mix_seed, read_image
 
 
 def write_npz(path: Path, **changes: np.ndarray | None) -> str:
@@ -156,39 +156,6 @@ def test_fit_gives_the_size_and_leaves_fitting_images_alone(shape, crop):
         assert torch.equal(fitted, image)
 
 
-def test_augmentation_is_a_function_of_seed_epoch_and_index_alone():
-    first, second = load_data("digits", "crop", seed=1), load_data("digits", "crop", seed=1)
-    state = torch.get_rng_state()
-    crops = [first.train[i][0] for i in range(20)]
-    assert torch.equal(torch.get_rng_state(), state)  # nobody else's draws are disturbed
-    torch.manual_seed(99)
-    backwards = [second.train[i][0] for i in reversed(range(20))][::-1]
-    assert all(torch.equal(a, b) for a, b in zip(crops, backwards, strict=True))
-    second.train.set_epoch(1)
-    assert not all(torch.equal(crops[i], second.train[i][0]) for i in range(20))
-    other = load_data("digits", "crop", seed=2)
-    assert not all(torch.equal(crops[i], other.train[i][0]) for i in range(20))
-
-
-def test_crop_flip_moves_and_mirrors_pixels(tmp_path):
-    columns = np.broadcast_to(np.arange(8, dtype=np.uint8)[None, None, :, None], (20, 8, 8, 3))
-    data = load_data(write_npz(tmp_path / "a.npz", x_train=columns, x_test=columns[:5]), "crop_flip")
-    rows = [data.train[i][0][0, 4].int() for i in range(20)]
-    assert any((row.diff() < 0).sum() > 3 for row in rows)  # mirrored
-    assert any((row.diff() > 0).sum() > 3 for row in rows)
-    assert not all(torch.equal(row.sort().values, torch.arange(8).int()) for row in rows)  # shifted
-    assert torch.equal(data.test[0][0][0, 4], torch.arange(8, dtype=torch.uint8))
-
-
-def test_sampler_gives_each_image_once_in_an_order_of_its_own_each_epoch():
-    sampler = EpochSampler(50, seed=3)
-    first = list(sampler)
-    assert sorted(first) == list(range(50))
-    assert first == list(sampler)
-    sampler.set_epoch(1)
-    assert list(sampler) != first
-
-
 def test_mixed_seeds_of_neighbours_are_unlike():
     seeds = {mix_seed(a, b, c) for a in range(8) for b in range(8) for c in range(8)}
     assert len(seeds) == 512
@@ -210,7 +177,7 @@ def refuse_download(*_: object, **__: object) -> None:
 def test_real_cifar10_unpacks_into_what_load_data_reads(tmp_path, shared):
     script = shared / "data" / "unpack.py"
     subprocess.run([sys.executable, script, "cifar10", "--out", tmp_path], check=True, stdout=subprocess.DEVNULL)
-    data = load_data(str(tmp_path / "cifar10.npz"), "crop_flip")
+    data = load_data(str(tmp_path / "cifar10.npz"))
     assert (len(data.train), len(data.test), len(data.classes)) == (50000, 10000, 10)
     np.testing.assert_allclose(data.preprocessing.mean, (0.4914, 0.4822, 0.4465), atol=1e-4)  # as published
     np.testing.assert_allclose(data.preprocessing.std, (0.2470, 0.2435, 0.2616), atol=1e-4)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gaternet.models import model_names
-from gaternet.recipes import RECIPES, Gating, Optimizer, PaperRow, Recipe, Runtime, find_recipe, override
+from gaternet.recipes import RECIPES, Augmentation, Gating, Optimizer, PaperRow, Recipe, Runtime, find_recipe, override
 
 RECIPE = RECIPES["cifar10_resnet56_gated"]
 
@@ -49,7 +49,8 @@ def test_the_papers_rows_share_its_recipe_but_for_one_bottleneck():
     for recipe in RECIPES.values():
         if recipe.paper:
             assert recipe.name == f"{recipe.data}_{recipe.model}"
-            assert (recipe.epochs, recipe.batch_size, recipe.augment) == (160, 128, "crop_flip")
+            assert (recipe.epochs, recipe.batch_size) == (160, 128)
+            assert recipe.augmentation == Augmentation(crop=True, flip=True)
             assert recipe.optimizer == Optimizer(
                 0.1, 0.9, True, 1e-4, schedule="step", milestones=(0.5, 0.75), gamma=0.1
             )
@@ -119,7 +120,8 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any]]] = [
     (Gating, {"density_weight": -1.0}),
     (Gating, {"sparsity_start": -1.0}),
     (Gating, {"sparsity_ramp": -1.0}),
-    (Recipe, {"augment": "flip"}),
+    (Augmentation, {"cutout": -1}),
+    (Augmentation, {"policy": "flip"}),
     (Recipe, {"image_size": 0}),
     (Recipe, {"epochs": 0}),
     (Recipe, {"batch_size": 0}),

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gaternet.recipes import RECIPES, Gating, Optimizer, Recipe, Runtime, find_recipe, override
+from gaternet.recipes import RECIPES, Augmentation, Gating, Optimizer, Recipe, Runtime, find_recipe, override
 
 app = typer.Typer(
     help="GaterNet: a network that looks at an image first and decides which filters of a CNN run.",
@@ -26,7 +26,7 @@ _console = Console(soft_wrap=True)
 _Run = Annotated[Path, typer.Argument(help="a run directory, or a saved model")]
 _Which = Annotated[Literal["last", "best"], typer.Option(help="which model of a run: of the last or the best epoch")]
 _Json = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
-_PANELS = {Recipe: "Recipe", Optimizer: "Optimizer", Gating: "Gates", Runtime: "Machine"}
+_PANELS = {Recipe: "Recipe", Augmentation: "Augmentation", Optimizer: "Optimizer", Gating: "Gates", Runtime: "Machine"}
 
 
 def main() -> None:

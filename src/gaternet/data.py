@@ -1,7 +1,6 @@
 """Images to train and to predict on: an embedded set, torchvision's CIFAR and Fashion-MNIST, .npz files, folders.
 
-Every source ends as two `ImageSet`s of uint8 images (C, H, W) and labels. Augmentation is a function of (seed, epoch,
-index of the image), so a run that is cut and resumed, or spread over several processes, sees the very same pixels.
+Every source ends as two `ImageSet`s of uint8 images (C, H, W) and labels.
 """
 
 import os
@@ -17,10 +16,13 @@ from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
+
+from gaternet.augment import file_transform
+from gaternet.recipes import Augmentation
 
 EMBEDDED = ("digits",)
 TORCHVISION = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion_mnist": datasets.FashionMNIST}
@@ -91,18 +93,22 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     Args:
         images: the tensor, or the paths of RGB files.
         labels: one an image.
-        transform: uint8 (C, H, W) -> uint8 (C, H, W) of equal sizes; may draw from PyTorch's generator.
-        seed: with the epoch and the image's index, decides what a random transform draws.
+        augmentation: of images in memory, which `gaternet.loader` carries out on whole batches.
+        transform: of images from files, uint8 (C, H, W) -> uint8 (C, H, W) of equal sizes; may draw from PyTorch's
+            generator.
+        seed: with the epoch and the image's index, decides what `transform` draws.
     """
 
     def __init__(
         self,
         images: Tensor | Sequence[str],
         labels: Sequence[int],
+        augmentation: Augmentation | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
         seed: int = 0,
     ) -> None:
-        self.images, self.labels, self.transform = images, labels, transform
+        self.images, self.labels = images, labels
+        self.augmentation, self.transform = augmentation, transform
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -113,7 +119,9 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.images[index] if isinstance(self.images, Tensor) else read_image(self.images[index], 3)
+        if isinstance(self.images, Tensor):
+            return self.images[index], self.labels[index]
+        image = read_image(self.images[index], 3)
         if self.transform is not None:
             generator = torch.default_generator  # what torchvision's transforms draw from
             before = generator.get_state()
@@ -121,24 +129,6 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
             image = self.transform(image)
             generator.set_state(before)
         return image, self.labels[index]
-
-
-class EpochSampler(Sampler[int]):
-    """A new order of `size` items each epoch, a function of (seed, epoch) alone."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed, self.epoch = size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, and so the order."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
-        return iter(torch.randperm(self.size, generator=generator).tolist())
 
 
 @dataclass(frozen=True)
@@ -156,7 +146,11 @@ class ImageData:
 
 
 def load_data(
-    source: str, augment: str = "none", image_size: int | None = None, root: str | Path | None = None, seed: int = 0
+    source: str,
+    augmentation: Augmentation | None = None,
+    image_size: int | None = None,
+    root: str | Path | None = None,
+    seed: int = 0,
 ) -> ImageData:
     """Load a data set.
 
@@ -165,7 +159,7 @@ def load_data(
             under `root` or downloaded there), a .npz file in Keras' layout (x_train, y_train, x_test, y_test; uint8,
             NHWC or NHW), or a folder: train/CLASS/* with test/CLASS/* or val/CLASS/*, or CLASS/*, of which every
             tenth image is then held out as the test set.
-        augment: "none", "crop" (random crops: of the padded image, or for folders of random size), or "crop_flip".
+        augmentation: of the training images.
         image_size: side in pixels to bring images to; default: as stored, folders 224.
         root: where torchvision's sets lie; default: $GATERNET_DATA, or ~/.cache/gaternet.
         seed: of the augmentation.
@@ -181,7 +175,7 @@ def load_data(
     elif source.endswith(".npz"):
         arrays, classes, known = *_npz(Path(source)), None
     elif Path(source).is_dir():
-        return _folder(Path(source), augment, image_size or 224, seed)
+        return _folder(Path(source), augmentation, image_size or 224, seed)
     else:
         names = ", ".join([*EMBEDDED, *TORCHVISION])
         raise DataError(f"no data {source!r}: it is not one of {names}, nor a .npz file, nor a folder that exists")
@@ -191,12 +185,8 @@ def load_data(
         images, test_images = resize(images), resize(test_images)
     height, width = images.shape[2:]
     mean, std = known or _statistics(images)
-    # The padding scales with the image: 4 pixels at 32, as on CIFAR in the literature
-    crops = {"none": [], "crop": [v2.RandomCrop((height, width), padding=max(1, round(height / 8)))]}
-    crops["crop_flip"] = [*crops["crop"], v2.RandomHorizontalFlip()]
-    transform = v2.Compose(crops[augment]) if crops[augment] else None
     return ImageData(
-        ImageSet(images, labels.tolist(), transform, seed),
+        ImageSet(images, labels.tolist(), augmentation),
         ImageSet(test_images, test_labels.tolist()),
         classes,
         Preprocessing(height, width, mean, std),
@@ -306,7 +296,7 @@ def _statistics(images: UInt8[Tensor, "n c h w"]) -> tuple[tuple[float, ...], tu
     return tuple(means), tuple(deviations)
 
 
-def _folder(folder: Path, augment: str, size: int, seed: int) -> ImageData:
+def _folder(folder: Path, augmentation: Augmentation | None, size: int, seed: int) -> ImageData:
     test_folder = next((folder / name for name in ("test", "val", "valid") if (folder / name).is_dir()), None)
     train_samples, classes = _list_images(folder / "train" if test_folder else folder)
     if test_folder:
@@ -323,12 +313,12 @@ def _folder(folder: Path, augment: str, size: int, seed: int) -> ImageData:
             raise DataError(f"{folder} holds fewer than 10 images, too few to hold every tenth out: add a test folder")
     preprocessing = Preprocessing(size, size, *_KNOWN_STATISTICS["imagenet"], crop=0.875)
     transform = preprocessing.fit
-    if augment != "none":
-        flips = [v2.RandomHorizontalFlip()] if augment == "crop_flip" else []
-        transform = v2.Compose([v2.RandomResizedCrop(size), *flips])
+    if augmentation is not None:
+        transform = v2.Compose([file_transform(augmentation, size), preprocessing.fit])
     sets = []
     for samples, how in ((train_samples, transform), (test_samples, preprocessing.fit)):
-        sets.append(ImageSet([path for path, _ in samples], [label for _, label in samples], how, seed))
+        paths, labels = [path for path, _ in samples], [label for _, label in samples]
+        sets.append(ImageSet(paths, labels, transform=how, seed=seed))
     return ImageData(sets[0], sets[1], classes, preprocessing)
 
 

@@ -1,6 +1,5 @@
 """Evaluation: accuracy, and what the gates do, over a whole set."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,8 @@ from torch.nn import functional as F
 
 from gaternet.checkpoint import load_model
 from gaternet.data import DataError, ImageSet, Preprocessing, load_data
-from gaternet.machine import make_accelerator, make_loader
+from gaternet.loader import Batches, make_batches
+from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
 from gaternet.recipes import Runtime
 from gaternet.run import find_model
@@ -34,19 +34,14 @@ class ToInput:
 
 
 @torch.no_grad()
-def evaluate(
-    network: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    to_input: ToInput,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
+def evaluate(network: nn.Module, batches: Batches, to_input: ToInput, accelerator: Accelerator) -> dict[str, Any]:
     """Evaluate a network in its evaluation mode; it is left in the mode it was in.
 
     Args:
         network: a GaterNet, or a plain network; not wrapped for several processes.
-        batches: uint8 images (B, C, H, W) and labels (B,); a loader that `accelerator` has prepared.
+        batches: of all images, each in one process.
         to_input: images -> inputs of the network.
-        accelerator: for mixed precision, and for gathering what several processes found.
+        accelerator: for mixed precision, and for summing up what several processes found.
 
     Returns:
         loss, accuracy and top5_accuracy in [0, 1], images; for a GaterNet also density (mean share of open gates), the
@@ -54,30 +49,32 @@ def evaluate(
     """
     was_training = network.training
     network.eval()
-    count = correct = correct5 = 0
-    loss = 0.0
-    opened = torch.zeros(0)
+    num_gates = network.num_gates if isinstance(network, GaterNet) else 0
+    sums = torch.zeros(4, device=accelerator.device)  # loss, right, right among five, images: nothing waits for them
+    opened = torch.zeros(num_gates, device=accelerator.device)
     try:
-        for images, labels in batches:
+        for images, labels in batches.epoch():
             with accelerator.autocast():
-                output = network(to_input(images), return_gates=True) if isinstance(network, GaterNet) else None
-                logits, gates = (
-                    output if output is not None else (network(to_input(images)), labels.new_zeros(len(labels), 0))
-                )
-            logits, gates, labels = accelerator.gather_for_metrics((logits.float(), gates, labels))
+                if isinstance(network, GaterNet):
+                    logits, gates = network(to_input(images), return_gates=True)
+                    opened += gates.float().sum(0)
+                else:
+                    logits = network(to_input(images))
+            logits = logits.float()
             ranks = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            correct += int(ranks[:, 0].sum())
-            correct5 += int(ranks.any(1).sum())
-            count += len(labels)
-            opened = opened.to(gates.device) + gates.sum(0) if len(opened) else gates.sum(0)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            count = torch.full_like(loss, len(labels))
+            sums += torch.stack([loss, ranks[:, 0].sum(), ranks.any(1).sum(), count])
     finally:
         network.train(was_training)
+    totals = accelerator.reduce(torch.cat([sums, opened]).double(), "sum")
+    assert isinstance(totals, Tensor)
+    loss, right, right5, count = totals[:4].tolist()
     if not count:
         raise ValueError("there are no images to evaluate on")
-    metrics = {"loss": loss / count, "accuracy": correct / count, "top5_accuracy": correct5 / count, "images": count}
+    metrics = {"loss": loss / count, "accuracy": right / count, "top5_accuracy": right5 / count, "images": int(count)}
     if isinstance(network, GaterNet):
-        metrics |= gate_metrics(network, opened.double().cpu() / count)
+        metrics |= gate_metrics(network, totals[4:].cpu() / count)
     return metrics
 
 
@@ -111,7 +108,7 @@ def evaluate_saved(
     runtime = Runtime(cpu=cpu)
     accelerator = make_accelerator(runtime)
     images = load_test_set(source, metadata, data_root)
-    batches = make_loader(images, max(1, BATCH // accelerator.num_processes), runtime, accelerator)
+    batches = make_batches(images, BATCH, runtime, accelerator)
     to_input = ToInput(Preprocessing.from_metadata(metadata))
     network = network.to(accelerator.device)
     network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in PyTorch's stubs)

@@ -1,4 +1,4 @@
-"""The machine under a run: Accelerate, precision, loaders, signals, TensorBoard."""
+"""The machine under a run: Accelerate, precision, seeds, signals, TensorBoard."""
 
 import os
 import signal
@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from gaternet.data import EpochSampler, ImageSet
 from gaternet.recipes import Runtime
 
 
@@ -27,29 +26,11 @@ def make_accelerator(runtime: Runtime) -> Accelerator:
     precision = runtime.precision
     if precision == "auto":
         precision = "bf16" if _has_fast_bf16(runtime.cpu) else "no"
-    accelerator = Accelerator(mixed_precision=precision, cpu=runtime.cpu)
+    loading = DataLoaderConfiguration(even_batches=False)  # no image twice
+    accelerator = Accelerator(mixed_precision=precision, cpu=runtime.cpu, dataloader_config=loading)
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("fp16 needs a GPU, for its gradients must be scaled: use --precision bf16 or no")
     return accelerator
-
-
-def make_loader(
-    images: ImageSet, batch_size: int, runtime: Runtime, accelerator: Accelerator, seed: int | None = None
-) -> Any:
-    """Batches of this process; in a new order each epoch, and all of one size, where `seed` is given."""
-    workers = runtime.workers
-    if workers is None:
-        workers = 0 if isinstance(images.images, Tensor) else min(8, os.cpu_count() or 1)
-    loader = DataLoader(
-        images,
-        batch_size,
-        sampler=None if seed is None else EpochSampler(len(images), seed),
-        num_workers=workers,
-        drop_last=seed is not None,
-        pin_memory=accelerator.device.type == "cuda",
-        generator=torch.Generator(),  # so that the loader leaves PyTorch's own generator alone
-    )
-    return accelerator.prepare(loader)
 
 
 def seed_step(seed: int, device: torch.device) -> None:

@@ -101,6 +101,23 @@ class Gating:
 
 
 @dataclass(frozen=True)
+class Augmentation:
+    """What is done to training images, see `gaternet.augment`."""
+
+    crop: bool = option(True, "crop at random: of images in memory with margins of zeros, of files parts of any size")
+    flip: bool = option(True, "mirror half of the images, left to right")
+    cutout: int = option(0, "side in pixels of a grey square somewhere; 0 for none")
+    policy: Literal["none", "autoaugment", "randaugment", "trivialaugment"] = option(
+        "none", "change colours and geometry: none, autoaugment, randaugment, trivialaugment"
+    )
+
+    def __post_init__(self) -> None:
+        _check(self, "cutout", self.cutout >= 0, "at least 0")
+        policies = ("none", "autoaugment", "randaugment", "trivialaugment")
+        _check(self, "policy", self.policy in policies, "none, autoaugment, randaugment or trivialaugment")
+
+
+@dataclass(frozen=True)
 class PaperRow:
     """What the paper reports for a row: its table, parameters in millions as printed, test error in percent, gates."""
 
@@ -119,16 +136,15 @@ class Recipe:
     backbone: str | None = option(None, "in place of a model, a network to gate: timm:NAME, torchvision:NAME or ours")
     pretrained: bool = option(False, "start --backbone from the trained weights that its library offers")
     data: str = option("cifar10", "digits, cifar10, cifar100, fashion_mnist, a .npz file or a folder of images")
-    augment: Literal["none", "crop", "crop_flip"] = option("crop_flip", "training augmentation: none, crop, crop_flip")
     image_size: int | None = option(None, "side in pixels that images are brought to; default: as stored, folders 224")
     epochs: int = option(160, "passes over the training images")
     batch_size: int = option(128, "images per step, over all processes together")
+    augmentation: Augmentation = Augmentation()
     optimizer: Optimizer = Optimizer()
     gating: Gating = Gating()
     paper: PaperRow | None = None
 
     def __post_init__(self) -> None:
-        _check(self, "augment", self.augment in ("none", "crop", "crop_flip"), "none, crop or crop_flip")
         _check(self, "model", (self.model is None) != (self.backbone is None), "left out where backbone is set")
         _check(self, "pretrained", not self.pretrained or self.backbone is not None, "off without backbone")
         _check(self, "image_size", self.image_size is None or self.image_size >= 1, "at least 1")
@@ -154,7 +170,7 @@ class Runtime:
     precision: Literal["auto", "no", "bf16", "fp16"] = option("auto", "no, bf16, fp16, or auto: bf16 where fast")
     channels_last: bool = option(True, "keep images as NHWC in memory")
     compile: bool = option(False, "compile the model with torch.compile")
-    workers: int | None = option(None, "loader processes; default: 0 for images in memory, else one a core, at most 8")
+    workers: int | None = option(None, "processes that read image files; default: one a core, at most 8")
     log_every: int = option(20, "steps between lines in metrics.jsonl")
     save_minutes: float = option(5.0, "minutes between checkpoints within an epoch; each epoch ends with one anyway")
     tensorboard: bool = option(False, "also write TensorBoard files into the run directory")
@@ -168,8 +184,11 @@ class Runtime:
         _check(self, "save_minutes", self.save_minutes >= 0, "at least 0")
 
 
+GROUPS = ("augmentation", "optimizer", "gating")  # fields of a recipe that hold options themselves
+
+
 def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe with some fields changed; those of `optimizer` and `gating` are named without their group.
+    """The recipe with some fields changed; those of a group, say `optimizer`, are named without it.
 
     A changed recipe no longer stands for the paper's row, so it loses `paper`; one that only finds the same data
     elsewhere, in a file or folder with the set's name, keeps it.
@@ -185,11 +204,11 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
             changes.setdefault(other, None)
     only_moved = changes.keys() == {"data"} and Path(changes["data"]).stem == recipe.data
     groups = {}
-    for group in ("optimizer", "gating"):
+    for group in GROUPS:
         options = getattr(recipe, group)
         names = {f.name for f in dataclasses.fields(options)}
         groups[group] = dataclasses.replace(options, **{name: changes.pop(name) for name in names & changes.keys()})
-    known = {f.name for f in dataclasses.fields(recipe)} - {"name", "optimizer", "gating", "paper"}
+    known = {f.name for f in dataclasses.fields(recipe)} - {"name", *GROUPS, "paper"}
     if unknown := sorted(changes.keys() - known):
         raise ValueError(f"a recipe has no option {unknown[0]!r}: see gaternet train --help")
     return dataclasses.replace(recipe, **groups, **changes, paper=recipe.paper if only_moved else None)
@@ -242,7 +261,7 @@ def _digits() -> list[Recipe]:
             f"digits_{model}",
             model,
             data="digits",
-            augment="crop",
+            augmentation=Augmentation(flip=False),
             epochs=20,
             batch_size=64,
             optimizer=optimizer,

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gaternet import checkpoint
-from gaternet.data import ImageData, ImageSet, load_data, mix_seed
+from gaternet.data import ImageData, load_data, mix_seed
 from gaternet.evaluate import BATCH as EVALUATION_BATCH
 from gaternet.evaluate import ToInput, evaluate
-from gaternet.machine import collect_signals, make_accelerator, make_loader, seed_step, should_stop, tensorboard
+from gaternet.loader import make_batches
+from gaternet.machine import collect_signals, make_accelerator, seed_step, should_stop, tensorboard
 from gaternet.method import GaterNet, gate_sparsity
 from gaternet.network import (
     build_network,
@@ -82,7 +83,7 @@ def train(
     if recipe.batch_size % accelerator.num_processes:
         raise ValueError(f"batch_size {recipe.batch_size} does not divide among {accelerator.num_processes} processes")
     with accelerator.local_main_process_first():  # one download a machine
-        data = load_data(recipe.data, recipe.augment, recipe.image_size, runtime.data_root, seed)
+        data = load_data(recipe.data, recipe.augmentation, recipe.image_size, runtime.data_root, seed)
     if len(data.train) < recipe.batch_size:
         raise ValueError(f"batch_size {recipe.batch_size} is more than the {len(data.train)} training images: lower it")
     trained = network is not None or recipe.pretrained
@@ -101,8 +102,8 @@ def train(
     weights = None
     if isinstance(network, GaterNet):
         weights = density_weights(network, recipe.gating, to_input(data.test[0][0][None].to(accelerator.device)))
-    train_batches = make_loader(data.train, recipe.batch_size // accelerator.num_processes, runtime, accelerator, seed)
-    test_batches = make_loader(data.test, max(1, EVALUATION_BATCH // accelerator.num_processes), runtime, accelerator)
+    train_batches = make_batches(data.train, recipe.batch_size, runtime, accelerator, seed)
+    test_batches = make_batches(data.test, EVALUATION_BATCH, runtime, accelerator)
     steps_per_epoch = len(train_batches)
     progress = Progress(network, optimizer, ema, accelerator)
     run, state = _open_run(Path(run_dir), recipe, runtime, seed, resume, accelerator)  # all that may be wrong was found
@@ -123,7 +124,7 @@ def train(
             set_training_mode(network, recipe)
             clock = _Clock(recipe.batch_size, progress.step)
             metrics: dict[str, float] = {}
-            for images, labels in _epoch(train_batches, data.train, epoch, progress.step - epoch * steps_per_epoch):
+            for images, labels in train_batches.epoch(epoch, progress.step - epoch * steps_per_epoch):
                 for group in optimizer.param_groups:
                     rate = learning_rate(recipe.optimizer, progress.step, steps_per_epoch, recipe.epochs)
                     group["lr"] = rate * group["scale"]
@@ -282,15 +283,6 @@ def _open_run(
         elif accelerator.is_main_process:
             run.start({**config, "runtime": asdict(runtime), "processes": accelerator.num_processes})
     return run, state
-
-
-def _epoch(batches: Any, images: ImageSet, epoch: int, skip: int) -> Any:
-    """The batches of an epoch, but for the first `skip`."""
-    if skip:
-        batches = skip_first_batches(batches, skip)
-    images.set_epoch(epoch)
-    batches.set_epoch(epoch)  # reaches the sampler
-    return batches
 
 
 def _check_finite(window: Mapping[str, float], epoch: int, step: int) -> None:

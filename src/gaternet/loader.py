@@ -1,0 +1,113 @@
+"""Batches of images: cut from memory and augmented where the network is, or read from files by PyTorch's loader."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from gaternet.augment import DRAWS, augment_batch
+from gaternet.data import ImageSet, mix_seed
+from gaternet.recipes import Runtime
+
+
+class MemoryBatches:
+    """Of images that are held as one tensor, which moves to the device; nothing waits for anything there."""
+
+    def __init__(self, images: ImageSet, batch_size: int, accelerator: Accelerator, seed: int | None) -> None:
+        assert isinstance(images.images, Tensor)
+        self._images = images.images.to(accelerator.device)
+        self._labels = torch.tensor(images.labels, device=accelerator.device)
+        self._augmentation = images.augmentation if seed is not None else None
+        self._size, self._seed, self._accelerator = batch_size, seed, accelerator
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self._labels), self._size)
+        return whole + (self._seed is None and rest > 0)
+
+    def epoch(self, epoch: int = 0, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, but for the first `skip`."""
+        count, device, seed = len(self._labels), self._accelerator.device, self._seed
+        order, draws = torch.arange(count), torch.zeros(count, DRAWS)
+        if seed is not None:
+            order = torch.tensor(list(EpochSampler(count, seed, epoch)))
+            draws = torch.rand(count, DRAWS, generator=torch.Generator().manual_seed(mix_seed(seed, epoch, 1)))
+        order, draws = order.to(device), draws.to(device)
+        rank, processes = self._accelerator.process_index, self._accelerator.num_processes
+        for step in range(skip, len(self)):
+            index = order[step * self._size : (step + 1) * self._size][rank::processes]
+            images = self._images[index]
+            if self._augmentation is not None and seed is not None:
+                part = mix_seed(seed, epoch, step, rank)
+                images = augment_batch(images, self._augmentation, draws[index], part)
+            yield images, self._labels[index]
+
+
+class FileBatches:
+    """Of images that are read when needed, by processes of their own."""
+
+    def __init__(
+        self, images: ImageSet, batch_size: int, runtime: Runtime, accelerator: Accelerator, seed: int | None
+    ) -> None:
+        self._images = images
+        loader = DataLoader(
+            images,
+            max(1, batch_size // accelerator.num_processes),
+            sampler=None if seed is None else EpochSampler(len(images), seed),
+            num_workers=min(8, os.cpu_count() or 1) if runtime.workers is None else runtime.workers,
+            drop_last=seed is not None,
+            pin_memory=accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # so that the loader leaves PyTorch's own generator alone
+        )
+        self._loader = accelerator.prepare(loader)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def epoch(self, epoch: int = 0, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, but for the first `skip`."""
+        loader: Any = skip_first_batches(self._loader, skip) if skip else self._loader
+        self._images.set_epoch(epoch)
+        loader.set_epoch(epoch)  # reaches the sampler
+        return iter(loader)
+
+
+Batches = MemoryBatches | FileBatches
+
+
+def make_batches(
+    images: ImageSet, batch_size: int, runtime: Runtime, accelerator: Accelerator, seed: int | None = None
+) -> Batches:
+    """Batches of a set: uint8 images (B, C, H, W) and labels (B,), on the accelerator's device.
+
+    Args:
+        images: the set.
+        batch_size: over all processes together; each gets its part.
+        runtime: how many processes read files.
+        accelerator: the device and the other processes.
+        seed: for training: a new order each epoch, augmentation, and whole batches only. Without, all images in order.
+    """
+    if isinstance(images.images, Tensor):
+        return MemoryBatches(images, batch_size, accelerator, seed)
+    return FileBatches(images, batch_size, runtime, accelerator, seed)
+
+
+class EpochSampler(Sampler[int]):
+    """A new order of `size` items each epoch, a function of (seed, epoch) alone."""
+
+    def __init__(self, size: int, seed: int, epoch: int = 0) -> None:
+        self.size, self.seed, self.epoch = size, seed, epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, and so the order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        return iter(torch.randperm(self.size, generator=generator).tolist())
