@@ -258,7 +258,7 @@ def main() -> None:
         "# Results\n\n"
         "Written by `python benchmarks/results.py` from `docs/results/`; nothing here is typed by hand. Errors are on "
         "the test set after the last epoch, never the best one. n is the number of runs (seeds).\n\n"
-        "## The paper's rows (Table 1)\n\n"
+        "## The paper's rows (Tables 1 and 2)\n\n"
         "Measured by the recipe as it is, at full length; a run with any option changed does not count here.\n\n"
         f"{paper_rows(ledger)}\n"
         "## Runs with other options\n\n"

@@ -18,6 +18,8 @@ FLOORS = [
     "sites",
     "cost",
     "models.cifar_resnet",
+    "models.densenet",
+    "models.shake_shake",
     "models.create",
     "models",
     "gating",

@@ -12,7 +12,10 @@ from gaternet.method import Gater, GaterNet
 from gaternet.models import CifarResNet, create_model, model_names
 from gaternet.models.cifar_resnet import BasicBlock, Bottleneck, SqueezeExcite, residual_sites
 from gaternet.models.create import create_backbone
+from gaternet.models.densenet import DenseNet, dense_sites
+from gaternet.models.shake_shake import ShakeShake, branch_sites, shake
 from gaternet.recipes import RECIPES
+from gaternet.sites import find_sites
 
 PAPER_ROWS = [recipe for recipe in RECIPES.values() if recipe.paper]
 
@@ -33,7 +36,7 @@ def shake_(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("recipe", PAPER_ROWS, ids=lambda recipe: recipe.name)
-def test_parameters_and_gates_are_those_of_the_papers_table_1(recipe):
+def test_parameters_and_gates_are_those_of_the_papers_tables(recipe):
     classes = {"cifar10": 10, "cifar100": 100}[recipe.data]
     model = create_model(recipe.model, classes, **recipe.gater_options())
     assert f"{parameters(model) / 1e6:.2f}M" == recipe.paper.params
@@ -201,3 +204,73 @@ def test_unknown_model_names_the_nearest(name, message):
 def test_an_extractor_must_be_a_plain_network():
     with pytest.raises(ValueError, match="unknown model 'resnet20_gated'"):
         create_model("resnet20_gated", extractor="resnet20_gated")
+
+
+# --- Table 2
+
+
+def test_densenets_sites_are_those_of_any_densenet_but_one_a_block():
+    net = DenseNet(22, 4)
+    found = [site.conv for site in find_sites(net, torch.zeros(1, 3, 16, 16))]
+    assert len(found) == 9
+    assert [site.conv for site in dense_sites(net)] == [name for name in found if ".2." not in name]
+
+
+def test_a_dense_layer_in_other_words():
+    net = DenseNet(16, 4)
+    shake_(net)
+    sites = dense_sites(net)
+    model = GaterNet(net, Gater(nn.Flatten(), 3 * 16 * 16, 12), sites).eval()
+    images, gates = torch.randn(2, 3, 16, 16), torch.randint(2, (2, 12)).float()
+    x, columns = net.conv1(images), iter(gates.view(2, 3, 4).unbind(1))
+    with torch.no_grad():
+        for number in (1, 2, 3):
+            for index, layer in enumerate(net.get_submodule(f"block{number}").children()):
+                parts = dict(layer.named_children())
+                middle = parts["conv1"](F.relu(parts["bn1"](x)))
+                new = parts["conv2"](F.relu(parts["bn2"](middle)))
+                new = new * next(columns)[:, :, None, None] if index == 0 else new
+                x = torch.cat([x, new], 1)
+            if number < 3:
+                parts = dict(net.get_submodule(f"transition{number}").named_children())
+                x = F.avg_pool2d(parts["conv"](F.relu(parts["bn"](x))), 2)
+        expected = net.fc(F.relu(net.bn(x)).mean((2, 3)))
+        torch.testing.assert_close(model.forward_gated(images, gates), expected)
+
+
+def test_shake_shakes_sites_are_those_of_any_network_of_two_branches():
+    net = ShakeShake(4)
+    assert find_sites(net, torch.zeros(1, 3, 16, 16)) == branch_sites(net)
+
+
+def test_shake_shake_mixes_branches_evenly_in_evaluation_and_at_random_in_training():
+    net = ShakeShake(4)
+    shake_(net)
+    unit = net.get_submodule("layer2.0")
+    x = torch.randn(2, 4, 8, 8)
+    parts = dict(unit.named_children())
+    first, second, shortcut = (parts[name](x) for name in ("branch1", "branch2", "shortcut"))
+    torch.testing.assert_close(unit(x), shortcut + 0.5 * first + 0.5 * second)
+    unit.train()
+    assert not torch.equal(unit(x), unit(x))
+    even = parts["shortcut"].eval()
+    moved = F.pad(F.relu(x), (0, 1, 0, 1))[:, :, 1:, 1:]
+    halves = [
+        even.get_submodule("conv1")(F.relu(x)[:, :, ::2, ::2]),
+        even.get_submodule("conv2")(moved[:, :, ::2, ::2]),
+    ]
+    torch.testing.assert_close(even(x), even.get_submodule("bn")(torch.cat(halves, 1)))
+
+
+def test_shaking_takes_other_shares_backwards():
+    first, second = torch.randn(2, 2, 3, 4, 4).unbind()
+    first.requires_grad_()
+    second.requires_grad_()
+    forward, backward = torch.tensor([0.25, 1.0]).view(2, 1, 1, 1), torch.tensor([0.75, 0.0]).view(2, 1, 1, 1)
+    mixed = shake(first, second, forward, backward)
+    torch.testing.assert_close(mixed, first * forward + second * (1 - forward))
+    mixed.sum().backward()
+    assert first.grad is not None
+    assert second.grad is not None
+    torch.testing.assert_close(first.grad, backward.expand_as(first))
+    torch.testing.assert_close(second.grad, (1 - backward).expand_as(second))

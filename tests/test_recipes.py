@@ -41,13 +41,28 @@ def test_recipes_of_table_1_hold_the_papers_figures(shared):
                 count = None if gates == "-" else int(gates.replace(",", ""))
                 expected[f"{data}_{name}"] = PaperRow(1, params, float(error), count)
     assert len(expected) == 24
-    assert {name: recipe.paper for name, recipe in RECIPES.items() if recipe.paper} == expected
+    assert {name: r.paper for name, r in RECIPES.items() if r.paper and r.paper.table == 1} == expected
+
+
+def test_recipes_of_table_2_hold_the_papers_figures(shared):
+    """Rows read | DenseNet-BC L=100 k=12 | 0.77M / 4.48 | 1.05M / 4.03 | 540 |."""
+    table = (shared / "PAPER.md").read_text().split("**Table 2**")[1].split("**Table 3**")[0]
+    expected = {}
+    for line in table.splitlines():
+        if line.startswith(("| DenseNet", "| Shake")):
+            title, *figures, gates = (cell.strip() for cell in line.strip("|").split("|"))
+            name = re.sub(r"[ -]", "_", title.lower().replace("l=", "").replace("k=", ""))
+            for suffix, count, figure in zip(("", "_gated"), (None, int(gates.replace(",", ""))), figures, strict=True):
+                params, error = figure.split(" / ")
+                expected[f"cifar10_{name}{suffix}"] = PaperRow(2, params, float(error), count)
+    assert len(expected) == 10
+    assert {name: r.paper for name, r in RECIPES.items() if r.paper and r.paper.table == 2} == expected
 
 
 def test_the_papers_rows_share_its_recipe_but_for_one_bottleneck():
     """What the code does that the public one is patterned on; 128 is what one row's parameter count wants."""
     for recipe in RECIPES.values():
-        if recipe.paper:
+        if recipe.paper and recipe.paper.table == 1:
             assert recipe.name == f"{recipe.data}_{recipe.model}"
             assert (recipe.epochs, recipe.batch_size) == (160, 128)
             assert recipe.augmentation == Augmentation(crop=True, flip=True)

@@ -9,6 +9,8 @@ from torch import nn
 
 from gaternet.method import Gater, GaterNet, GateSite
 from gaternet.models.cifar_resnet import BasicBlock, Bottleneck, CifarResNet, residual_sites
+from gaternet.models.densenet import DenseNet, dense_sites
+from gaternet.models.shake_shake import ShakeShake, branch_sites
 
 # name: block, units per stage, stem filters, inner widths, unit widths
 _CIFAR_RESNETS = {
@@ -20,14 +22,17 @@ _CIFAR_RESNETS = {
 # Not published: the factor on all widths, and the SE reduction, that give Table 1's parameter counts on both data sets.
 _WIDER = {"resnet20": 1.44, "resnet56": 1.12, "resnet110": 1.12, "resnet164": 1.12}
 _SE_REDUCTION = {"resnet20": 4, "resnet56": 4, "resnet110": 4, "resnet164": 8}
-_BACKBONES = [f"{name}{suffix}" for name in _CIFAR_RESNETS for suffix in ("", "_wider", "_se")]
+_DENSENETS = {"densenet_bc_100_12": (100, 12), "densenet_bc_250_24": (250, 24), "densenet_bc_190_40": (190, 40)}
+_SHAKE_SHAKES = {"shake_shake_26_2x64d": 64, "shake_shake_26_2x96d": 96}
+_GATEABLE = [*_CIFAR_RESNETS, *_DENSENETS, *_SHAKE_SHAKES]
+_BACKBONES = [*_GATEABLE, *(f"{name}{suffix}" for name in _CIFAR_RESNETS for suffix in ("_wider", "_se"))]
 _GATED = "_gated"
 _TIMM, _TORCHVISION = "timm:", "torchvision:"
 
 
 def model_names() -> list[str]:
     """All names that `create_model` knows, but for those of timm and torchvision."""
-    return sorted([*_BACKBONES, *(f"{name}{_GATED}" for name in _CIFAR_RESNETS)], key=lambda name: (len(name), name))
+    return sorted([*_BACKBONES, *(f"{name}{_GATED}" for name in _GATEABLE)], key=lambda name: (len(name), name))
 
 
 def create_model(
@@ -92,7 +97,7 @@ def create_backbone(name: str, num_classes: int = 10, in_chans: int = 3, pretrai
     elif pretrained:
         raise ValueError(f"there are no trained weights for {name}: train it, and load its run with backbone_from")
     else:
-        network = _cifar_resnet(name, num_classes, in_chans)
+        network = _small_network(name, num_classes, in_chans)
     source: Any = {"name": name, "num_classes": num_classes, "in_chans": in_chans}
     network.gaternet_source = source
     return network
@@ -140,23 +145,34 @@ def build_gated(
     Args:
         metadata: "backbone" and "extractor" are the arguments of `create_backbone` and of `create_extractor`.
         gater_options: those of `Gater`; without "num_features", the extractor's own is taken.
-        sites: where the gates act; default: the paper's sites of a CIFAR ResNet.
+        sites: where the gates act; default: the paper's.
         backbone, extractor: used instead of making them from `metadata`.
     """
-    backbone = backbone or create_backbone(**metadata["backbone"])
-    extractor = extractor or create_extractor(**metadata["extractor"])
-    if sites is None:
-        assert isinstance(backbone, CifarResNet)
-        sites = residual_sites(backbone)
+    backbone = create_backbone(**metadata["backbone"]) if backbone is None else backbone
+    extractor = create_extractor(**metadata["extractor"]) if extractor is None else extractor
+    sites = _published_sites(backbone) if sites is None else sites
     options = dict(gater_options)
     num_features: Any = options.pop("num_features", None) or extractor.num_features
     gater = Gater(extractor, num_features, max(site.stop for site in sites), **options)
     return GaterNet(backbone, gater, sites, metadata)
 
 
-def _cifar_resnet(name: str, num_classes: int, in_chans: int) -> CifarResNet:
+def _published_sites(backbone: nn.Module) -> list[GateSite]:
+    if isinstance(backbone, DenseNet):
+        return dense_sites(backbone)
+    if isinstance(backbone, ShakeShake):
+        return branch_sites(backbone)
+    assert isinstance(backbone, CifarResNet)
+    return residual_sites(backbone)
+
+
+def _small_network(name: str, num_classes: int, in_chans: int) -> CifarResNet | DenseNet | ShakeShake:
     if name not in _BACKBONES:
         raise ValueError(_unknown(name, _BACKBONES))
+    if name in _DENSENETS:
+        return DenseNet(*_DENSENETS[name], num_classes, in_chans)
+    if name in _SHAKE_SHAKES:
+        return ShakeShake(_SHAKE_SHAKES[name], num_classes, in_chans)
     base, _, variant = name.partition("_")
     block, depth, stem, inner, widths = _CIFAR_RESNETS[base]
     factor = _WIDER[base] if variant == "wider" else 1
