@@ -106,13 +106,15 @@ def other_runs(ledger: list[dict[str, Any]]) -> str:
     return table(["command", "test error %", "open gates", "dependent gates", "minutes", "machine"], rows)
 
 
+def read_finetuned() -> list[dict[str, Any]]:
+    """What benchmarks/finetune.py has recorded."""
+    return json.loads((DOCS / "results" / "finetune.json").read_text())
+
+
 def finetuned() -> str:
     """Networks trained by others, before and after; runs that differ only in their seed on one line."""
-    path = DOCS / "results" / "finetune.json"
-    if not path.exists():
-        return "Not measured.\n"
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for line in json.loads(path.read_text()):
+    for line in read_finetuned():
         groups.setdefault((line["model"], line["epochs"], line["group_size"]), []).append(line)
     rows, commands = [], []
     for (model, epochs, group_size), lines in groups.items():
@@ -162,12 +164,21 @@ def skipping() -> str:
     share = (planning["weight_bytes"] + planning["arena_bytes"]) / planning["dense_bytes"]
     text += f"The engine holds {planning['weight_bytes'] / 2**20:.1f} MiB of weights and "
     text += f"{planning['arena_bytes'] / 2**20:.1f} MiB to work in, together {share:.2f} x the dense weights "
-    text += "(target: at most 1.3).\n\nNeighbours that share a gate, batch 1, half of the gates open:\n\n"
+    text += (
+        "(target: at most 1.3).\n\nNeighbours that share a gate: ResNet-50, batch 1, half of the gates open; beside it "
+    )
+    text += (
+        "the error of CIFAR-10's ResNet-20, fine-tuned for two epochs to half of its filters. Its first stage has 16 "
+    )
+    text += "filters, so 16 is a whole layer there.\n\n"
+    tuned = [line for line in read_finetuned() if (line["model"], line["epochs"]) == ("resnet20", 2)]
     rows = []
     for size, timings in found["groups"].items():
         (row,) = [row for row in timings if row["name"] == "skipped"]
-        rows.append([size, f"{row['macs'] / 1e6:,.0f}", f"{row['median']:.1f}", f"{row['over_dense']:.2f}"])
-    text += table(["group_size", "MMACs", "ms", "x dense"], rows)
+        errors = [{"test_error": line["error"]} for line in tuned if line["group_size"] == int(size)]
+        cells = [size, f"{row['macs'] / 1e6:,.0f}", f"{row['median']:.1f}", f"{row['over_dense']:.2f}"]
+        rows.append([*cells, error_of(errors) if errors else "not measured"])
+    text += table(["group_size", "MMACs", "ms", "x dense", "ResNet-20's error %"], rows)
     text += "\nWhere the time goes, one image at a time, as shares of the time under open gates: *alone* are the same "
     text += "filters as a network that has no others, with no weights to be copied together. What skipping takes above "
     text += (
@@ -188,7 +199,7 @@ def skipping() -> str:
         text += f"filters; one of them fits {100 * model['fitting']:.0f} % of the test images.\n\n"
         text += f"`{model['command']}`, medians of {model['rounds']} turns:\n\n"
         text += timing_table(model["timings"], {})
-    return text
+    return text + "\n### On a GPU\n\nNot measured.\n"
 
 
 # Batch and density -> the target for the time over that of the best dense engine
