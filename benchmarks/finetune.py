@@ -27,7 +27,8 @@ from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
 from gaternet.network import prepared_for
-from gaternet.recipes import Runtime, find_recipe, override
+from gaternet.recipe import Runtime, override
+from gaternet.recipes import find_recipe
 from gaternet.run import RunDirectory, describe_machine
 from gaternet.train import train
 

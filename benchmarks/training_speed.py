@@ -26,7 +26,8 @@ from gaternet.machine import make_accelerator, seed_step
 from gaternet.method import GaterNet
 from gaternet.models import create_model
 from gaternet.network import density_weights, make_optimizer
-from gaternet.recipes import Recipe, Runtime, find_recipe
+from gaternet.recipe import Recipe, Runtime
+from gaternet.recipes import find_recipe
 from gaternet.run import describe_machine
 from gaternet.train import Progress, training_step
 

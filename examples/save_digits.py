@@ -17,7 +17,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     test = load_data("digits").test
     for digit in range(10):
-        pixels, _ = test[test.labels.index(digit)]
+        pixels, _ = test[list(test.labels).index(digit)]
         Image.fromarray(pixels[0].numpy()).save(folder / f"{digit}.png")
 
 

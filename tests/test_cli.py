@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from gaternet import cli
 from gaternet.data import load_data
-from gaternet.recipes import RECIPES, Augmentation, Gating, Optimizer, Recipe, Runtime
+from gaternet.recipe import Augmentation, Gating, Optimizer, Recipe, Runtime
+from gaternet.recipes import RECIPES
 
 QUICK = ["--epochs", "1", "--batch-size", "256", "--cpu", "--precision", "no"]
 

@@ -105,8 +105,8 @@ def test_folder_with_and_without_a_test_part(tmp_path):
     assert (len(split.train), len(split.test), split.classes) == (6, 6, ("cat", "dog"))
     whole = load_data(write_folder(tmp_path / "b", per_class=10), image_size=8)
     assert (len(whole.train), len(whole.test)) == (18, 2)
-    assert isinstance(whole.train.images, list)
-    assert isinstance(whole.test.images, list)
+    assert isinstance(whole.train.images, np.ndarray)
+    assert isinstance(whole.test.images, np.ndarray)
     assert not set(whole.train.images) & set(whole.test.images)
     assert split.train[0][0].shape == (3, 8, 8)
 

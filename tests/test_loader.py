@@ -1,5 +1,7 @@
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -12,7 +14,7 @@ from gaternet.augment import DRAWS, GREY, augment_batch
 from gaternet.data import ImageSet, load_data
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
-from gaternet.recipes import Augmentation, Runtime
+from gaternet.recipe import Augmentation, Runtime
 
 CPU = Runtime(cpu=True, precision="no", workers=0)
 
@@ -175,12 +177,13 @@ def test_files_to_test_on_are_fitted_and_nothing_else(folder, accelerator):
 
 def test_files_are_mirrored_without_crops_too(folder):
     images = load_data(str(folder), Augmentation(crop=False, flip=True), 8).train
+    assert isinstance(images.images, np.ndarray)
     mirrored = []
     for name in images.images:
         pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(str(name))  # no resizing is needed
+        Image.fromarray(pixels.numpy()).save(os.fsdecode(name))  # no resizing is needed
     for i, path in enumerate(images.images):
-        pixels, straight = images[i][0], v2.functional.pil_to_tensor(Image.open(str(path)))
+        pixels, straight = images[i][0], v2.functional.pil_to_tensor(Image.open(os.fsdecode(path)))
         mirrored.append(torch.equal(pixels, straight.flip(2)))
         assert mirrored[-1] or torch.equal(pixels, straight)
     assert 0 < sum(mirrored) < len(mirrored)

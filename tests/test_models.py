@@ -1,6 +1,7 @@
 """The paper's networks: what its tables count, and a gated unit written out by hand."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from gaternet.models import CifarResNet, create_model, model_names
 from gaternet.models.cifar_resnet import BasicBlock, Bottleneck, SqueezeExcite, residual_sites
 from gaternet.models.create import create_backbone
 from gaternet.models.densenet import DenseNet, dense_sites
+from gaternet.models.imagenet import IMAGENET, imagenet_sites
 from gaternet.models.shake_shake import ShakeShake, branch_sites, shake
 from gaternet.recipes import RECIPES
 from gaternet.sites import find_sites
@@ -37,9 +39,14 @@ def shake_(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("recipe", PAPER_ROWS, ids=lambda recipe: recipe.name)
 def test_parameters_and_gates_are_those_of_the_papers_tables(recipe):
-    classes = {"cifar10": 10, "cifar100": 100}[recipe.data]
-    model = create_model(recipe.model, classes, **recipe.gater_options())
-    assert f"{parameters(model) / 1e6:.2f}M" == recipe.paper.params
+    classes = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}[recipe.data]
+    with torch.device("meta"):
+        model = create_model(recipe.model, classes, **recipe.gater_options())
+    counted = f"{parameters(model) / 1e6:.2f}M"
+    if recipe.model.startswith("inception"):  # as published by its authors; the paper counts 1.82 and 3.41 more
+        assert (counted, recipe.paper.params) in (("42.68M", "44.50M"), ("58.26M", "61.67M"))
+    else:
+        assert counted == recipe.paper.params or recipe.paper.params is None
     assert (model.num_gates if isinstance(model, GaterNet) else None) == recipe.paper.gates
 
 
@@ -146,7 +153,10 @@ def test_stages_halve_the_image_twice_and_change_width_by_conv_and_batchnorm(nam
     assert kinds == [[], [nn.Conv2d, nn.BatchNorm2d], [nn.Conv2d, nn.BatchNorm2d]]
 
 
-@pytest.mark.parametrize("name", model_names())
+CIFAR_MODELS = [name for name in model_names() if re.sub("_(gated|wider|se)$", "", name) not in IMAGENET]
+
+
+@pytest.mark.parametrize("name", CIFAR_MODELS)
 def test_every_model_runs_and_every_parameter_learns(name):
     torch.manual_seed(0)
     model = create_model(name, num_classes=7, in_chans=1, batch_norm=False)  # which would take fc1's bias away
@@ -193,7 +203,7 @@ def test_options_reach_the_gater():
     ("name", "message"),
     [
         ("resnet20_gatd", "unknown model 'resnet20_gatd': did you mean 'resnet20_gated'?"),
-        ("vgg", "unknown model 'vgg': choose from resnet20, resnet56"),
+        ("vgg", "unknown model 'vgg': choose from resnet18, resnet20"),
     ],
 )
 def test_unknown_model_names_the_nearest(name, message):
@@ -274,3 +284,60 @@ def test_shaking_takes_other_shares_backwards():
     assert second.grad is not None
     torch.testing.assert_close(first.grad, backward.expand_as(first))
     torch.testing.assert_close(second.grad, (1 - backward).expand_as(second))
+
+
+# --- Table 3
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnet50"])
+def test_sites_of_imagenets_resnets_are_those_of_any_residual_network(name):
+    net = create_backbone(name, 10).eval()
+    assert imagenet_sites(net) == list(find_sites(net, torch.zeros(1, 3, 32, 32)))
+
+
+def test_inceptions_sites_are_the_filters_that_are_read_within_their_branch():
+    """Of all sites of the graph: not the first convolution, nor those whose output is concatenated with others."""
+    net = create_backbone("inception_v4", 10).eval()
+    concatenated = {"features.3.conv", "features.5.conv"}
+    for name, module in net.named_modules():
+        if re.fullmatch(r".*branch\d(_\d[ab])?", name):
+            last = module[-1] if isinstance(module, nn.Sequential) else module
+            concatenated |= {n for n, m in net.named_modules() if m is last and hasattr(m, "conv")}
+    found = [site.conv for site in find_sites(net, torch.zeros(1, 3, 128, 128), sites="all")]
+    expected = [conv for conv in found if conv.removesuffix(".conv") not in {"features.0", *concatenated}]
+    assert len(expected) == 149 - 1 - len(concatenated)
+    assert sorted(site.conv for site in imagenet_sites(net)) == sorted(expected)
+
+
+def test_wider_resnets_are_wider_everywhere():
+    net = create_model("resnet34_wider", 10)
+    assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    plain = create_model("resnet34", 10).state_dict()
+    for name, value in net.state_dict().items():
+        if value.ndim == 4:
+            before = plain[name].shape
+            assert value.shape == (before[0] * 5 // 4, before[1] * 5 // 4 if before[1] > 3 else 3, *before[2:])
+    last = net.get_submodule("layer1.0.bn2").weight
+    assert not isinstance(last, nn.Module)
+    assert not last.any()  # as timm begins, in the stage that is made anew too
+
+
+def test_a_gated_imagenet_model_learns_in_all_its_parts():
+    torch.manual_seed(0)
+    model = create_model("resnet34_gated", 7, 1, batch_norm=False)
+    for module in model.modules():  # timm closes each unit at the start
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+    F.cross_entropy(model(torch.rand(4, 1, 64, 64)), torch.arange(4)).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_imagenets_models_get_the_papers_gater_by_default():
+    with torch.device("meta"):
+        model = create_model("resnet34_gated", 1000)
+    assert isinstance(model, GaterNet)
+    gater = model.gater
+    assert isinstance(gater, Gater)
+    assert (gater.fc1.in_features, gater.fc1.out_features) == (512, 256)

@@ -17,7 +17,8 @@ from gaternet.machine import make_accelerator
 from gaternet.method import Gater, GaterNet
 from gaternet.models import create_model
 from gaternet.network import build_network, density_weights, make_optimizer, prepared_for
-from gaternet.recipes import Gating, Recipe, Runtime, find_recipe, override
+from gaternet.recipe import Gating, Recipe, Runtime, override
+from gaternet.recipes import find_recipe
 from gaternet.train import train
 
 CPU = Runtime(cpu=True, precision="no", log_every=1)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gaternet.objective import gate_penalty, learning_rate
-from gaternet.recipes import Gating, Optimizer, find_recipe
+from gaternet.recipe import Gating, Optimizer
+from gaternet.recipes import find_recipe
 
 
 def rates(optimizer: Optimizer, steps_per_epoch: int = 10, epochs: int = 8) -> list[float]:

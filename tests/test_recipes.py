@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from gaternet.models import model_names
-from gaternet.recipes import RECIPES, Augmentation, Gating, Optimizer, PaperRow, Recipe, Runtime, find_recipe, override
+from gaternet.recipe import Augmentation, Gating, Optimizer, PaperRow, Recipe, Runtime, override
+from gaternet.recipes import RECIPES, find_recipe
 
 RECIPE = RECIPES["cifar10_resnet56_gated"]
 
@@ -57,6 +58,26 @@ def test_recipes_of_table_2_hold_the_papers_figures(shared):
                 expected[f"cifar10_{name}{suffix}"] = PaperRow(2, params, float(error), count)
     assert len(expected) == 10
     assert {name: r.paper for name, r in RECIPES.items() if r.paper and r.paper.table == 2} == expected
+
+
+def test_recipes_of_table_3_hold_the_papers_figures(shared):
+    """Rows read | ResNet-34 | 3,776 | 21.80M -> 34.08M | 26.56 / 8.48 | 26.04 / 8.34 |; Wider and SE follow as text."""
+    text = (shared / "PAPER.md").read_text().split("**Table 3**")[1].split("Recipe, not")[0]
+    expected = {}
+    for line in text.splitlines():
+        if line.startswith(("| ResNet", "| Inception")):
+            title, gates, params, *figures = (cell.strip() for cell in line.strip("|").split("|"))
+            name = "imagenet_" + title.lower().replace("resnet-", "resnet").replace("-", "_")
+            counts = (None, int(gates.replace(",", "")))
+            for suffix, count, size, pair in zip(("", "_gated"), counts, params.split(" -> "), figures, strict=True):
+                top1, top5 = map(float, pair.split(" / "))
+                expected[name + suffix] = PaperRow(3, size, top1, count, top5)
+    wider, se = " ".join(text.split("Wider: ")[1].split("\n")).split("SE: ")
+    for kind, figures in (("wider", wider), ("se", se.split(". ")[0])):
+        for depth, top1, top5, size in re.findall(r"R(\d+) (\d+\.\d+)/(\d+\.\d+)(?: \((\S+M)\))?", figures):
+            expected[f"imagenet_resnet{depth}_{kind}"] = PaperRow(3, size or None, float(top1), None, float(top5))
+    assert len(expected) == 14
+    assert {name: r.paper for name, r in RECIPES.items() if r.paper and r.paper.table == 3} == expected
 
 
 def test_the_papers_rows_share_its_recipe_but_for_one_bottleneck():

@@ -21,7 +21,8 @@ from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
 from gaternet.models import create_model
-from gaternet.recipes import Recipe, Runtime, find_recipe, override
+from gaternet.recipe import Recipe, Runtime, override
+from gaternet.recipes import find_recipe
 from gaternet.run import RunDirectory, find_model
 from gaternet.train import Stopped, TrainingError, build_network, train, training_step
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from gaternet.recipes import Augmentation
+from gaternet.recipe import Augmentation
 
 DRAWS = 5  # numbers in [0, 1) that decide an image's crop, flip and cutout
 GREY = 128

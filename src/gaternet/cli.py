@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gaternet.recipes import RECIPES, Augmentation, Gating, Optimizer, Recipe, Runtime, find_recipe, override
+from gaternet.recipe import Augmentation, Gating, Optimizer, Recipe, Runtime, override
+from gaternet.recipes import RECIPES, find_recipe
 
 app = typer.Typer(
     help="GaterNet: a network that looks at an image first and decides which filters of a CNN run.",
@@ -202,7 +203,7 @@ def predict(
 
 @app.command()
 def recipes(as_json: _Json = False) -> None:
-    """The recipes: one for each row of the paper's tables, and the embedded digits.
+    """The recipes: one for each row of the paper's tables, and those of our own.
 
     Examples:
 
@@ -219,7 +220,7 @@ def recipes(as_json: _Json = False) -> None:
         table.add_column(title, justify="right")
     for recipe in RECIPES.values():
         paper = recipe.paper
-        facts = (f"{paper.gates or '-'}", paper.params, f"{paper.error:.2f} %") if paper else ("", "", "")
+        facts = (f"{paper.gates or '-'}", paper.params or "", f"{paper.error:.2f} %") if paper else ("", "", "")
         table.add_row(recipe.name, str(recipe.epochs), *facts)
     _console.print(table)
 

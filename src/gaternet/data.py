@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from gaternet.augment import file_transform
-from gaternet.recipes import Augmentation
+from gaternet.recipe import Augmentation
 
 EMBEDDED = ("digits",)
 TORCHVISION = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion_mnist": datasets.FashionMNIST}
@@ -107,7 +107,9 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         transform: Callable[[Tensor], Tensor] | None = None,
         seed: int = 0,
     ) -> None:
-        self.images, self.labels = images, labels
+        # Paths and labels as arrays: a list's objects are counted by each process that reads them, and so copied to it.
+        self.images = images if isinstance(images, Tensor) else np.array([os.fsencode(path) for path in images])
+        self.labels = np.asarray(labels, np.int64)
         self.augmentation, self.transform = augmentation, transform
         self.seed, self.epoch = seed, 0
 
@@ -120,15 +122,15 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if isinstance(self.images, Tensor):
-            return self.images[index], self.labels[index]
-        image = read_image(self.images[index], 3)
+            return self.images[index], int(self.labels[index])
+        image = read_image(os.fsdecode(self.images[index]), 3)
         if self.transform is not None:
             generator = torch.default_generator  # what torchvision's transforms draw from
             before = generator.get_state()
             generator.manual_seed(mix_seed(self.seed, self.epoch, index))
             image = self.transform(image)
             generator.set_state(before)
-        return image, self.labels[index]
+        return image, int(self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,10 @@ def load_data(
         return _folder(Path(source), augmentation, image_size or 224, seed)
     else:
         names = ", ".join([*EMBEDDED, *TORCHVISION])
-        raise DataError(f"no data {source!r}: it is not one of {names}, nor a .npz file, nor a folder that exists")
+        raise DataError(
+            f"no data {source!r}: it is not one of {names}, nor a .npz file, nor a folder that exists; "
+            "name yours with --data"
+        )
     images, labels, test_images, test_labels = arrays
     if image_size is not None:
         resize = v2.Resize([image_size, image_size])

@@ -15,7 +15,7 @@ from gaternet.data import DataError, ImageSet, Preprocessing, load_data
 from gaternet.loader import Batches, make_batches
 from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
-from gaternet.recipes import Runtime
+from gaternet.recipe import Runtime
 from gaternet.run import find_model
 
 BATCH = 500  # images a step, over all processes together

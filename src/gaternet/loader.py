@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from gaternet.augment import DRAWS, augment_batch
 from gaternet.data import ImageSet, mix_seed
-from gaternet.recipes import Runtime
+from gaternet.recipe import Runtime
 
 
 class MemoryBatches:
@@ -20,7 +20,7 @@ class MemoryBatches:
     def __init__(self, images: ImageSet, batch_size: int, accelerator: Accelerator, seed: int | None) -> None:
         assert isinstance(images.images, Tensor)
         self._images = images.images.to(accelerator.device)
-        self._labels = torch.tensor(images.labels, device=accelerator.device)
+        self._labels = torch.from_numpy(images.labels).to(accelerator.device)
         self._augmentation = images.augmentation if seed is not None else None
         self._size, self._seed, self._accelerator = batch_size, seed, accelerator
 

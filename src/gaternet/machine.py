@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor
 
-from gaternet.recipes import Runtime
+from gaternet.recipe import Runtime
 
 
 def make_accelerator(runtime: Runtime) -> Accelerator:

@@ -18,7 +18,7 @@ from gaternet.gating import gate
 from gaternet.graph import read_graph
 from gaternet.method import GaterNet
 from gaternet.models import create_model
-from gaternet.recipes import Gating, Recipe
+from gaternet.recipe import Gating, Recipe
 from gaternet.run import find_model
 
 

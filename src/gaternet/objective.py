@@ -5,7 +5,7 @@ import math
 from jaxtyping import Float
 from torch import Tensor
 
-from gaternet.recipes import Gating, Optimizer
+from gaternet.recipe import Gating, Optimizer
 
 
 def gate_penalty(density: Float[Tensor, "*densities"], gating: Gating, epoch: float) -> Float[Tensor, ""]:

@@ -36,7 +36,7 @@ from gaternet.network import (
 )
 from gaternet.objective import gate_penalty, learning_rate
 from gaternet.progress import TrainingDisplay
-from gaternet.recipes import Recipe, Runtime
+from gaternet.recipe import Recipe, Runtime
 from gaternet.run import RunDirectory
 
 

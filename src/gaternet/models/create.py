@@ -10,6 +10,7 @@ from torch import nn
 from gaternet.method import Gater, GaterNet, GateSite
 from gaternet.models.cifar_resnet import BasicBlock, Bottleneck, CifarResNet, residual_sites
 from gaternet.models.densenet import DenseNet, dense_sites
+from gaternet.models.imagenet import IMAGENET, imagenet_network, imagenet_sites
 from gaternet.models.shake_shake import ShakeShake, branch_sites
 
 # name: block, units per stage, stem filters, inner widths, unit widths
@@ -24,8 +25,10 @@ _WIDER = {"resnet20": 1.44, "resnet56": 1.12, "resnet110": 1.12, "resnet164": 1.
 _SE_REDUCTION = {"resnet20": 4, "resnet56": 4, "resnet110": 4, "resnet164": 8}
 _DENSENETS = {"densenet_bc_100_12": (100, 12), "densenet_bc_250_24": (250, 24), "densenet_bc_190_40": (190, 40)}
 _SHAKE_SHAKES = {"shake_shake_26_2x64d": 64, "shake_shake_26_2x96d": 96}
-_GATEABLE = [*_CIFAR_RESNETS, *_DENSENETS, *_SHAKE_SHAKES]
-_BACKBONES = [*_GATEABLE, *(f"{name}{suffix}" for name in _CIFAR_RESNETS for suffix in ("_wider", "_se"))]
+_VARIANTS = ("_wider", "_se")
+_CIFAR = [*_CIFAR_RESNETS, *_DENSENETS, *_SHAKE_SHAKES]
+_GATEABLE = [*_CIFAR, *(name for name in IMAGENET if not name.endswith(_VARIANTS))]
+_BACKBONES = [*_CIFAR, *(f"{name}{suffix}" for name in _CIFAR_RESNETS for suffix in _VARIANTS), *IMAGENET]
 _GATED = "_gated"
 _TIMM, _TORCHVISION = "timm:", "torchvision:"
 
@@ -40,8 +43,8 @@ def create_model(
     num_classes: int = 10,
     in_chans: int = 3,
     *,
-    extractor: str = "resnet20",
-    bottleneck: int = 8,
+    extractor: str | None = None,
+    bottleneck: int | None = None,
     batch_norm: bool = True,
     initial_bias: float = 0.0,
     noise_std: float = 1.0,
@@ -55,8 +58,10 @@ def create_model(
         name: one of `model_names()`, for example "resnet56_gated", or "timm:resnet50", or "torchvision:vgg11".
         num_classes: classes K.
         in_chans: channels of the images.
-        extractor: for gated models, the name of the plain network that serves as the gater's E, without its classifier.
-        bottleneck, batch_norm, initial_bias, noise_std, hard_probability, threshold: for gated models, see `Gater`.
+        extractor: for gated models, the name of the plain network that serves as the gater's E, without its classifier;
+            default: the paper's, "resnet20" for CIFAR's models and "resnet18" for ImageNet's.
+        bottleneck: for gated models, width of D's middle; default: the paper's, 8 for CIFAR's and 256 for ImageNet's.
+        batch_norm, initial_bias, noise_std, hard_probability, threshold: for gated models, see `Gater`.
         pretrained: for timm's and torchvision's models, take their trained weights, which are downloaded.
 
     Raises:
@@ -68,14 +73,15 @@ def create_model(
         raise ValueError(_unknown(name, model_names()))
     if pretrained:
         raise ValueError(f"there are no trained weights for {name}: train it")
-    shape = {"num_classes": num_classes, "in_chans": in_chans}
+    backbone = name.removesuffix(_GATED)
+    papers_extractor, papers_bottleneck = ("resnet18", 256) if backbone in IMAGENET else ("resnet20", 8)
     return build_gated(
         {
-            "backbone": {"name": name.removesuffix(_GATED), **shape},
-            "extractor": {"name": extractor, "in_chans": in_chans},
+            "backbone": {"name": backbone, "num_classes": num_classes, "in_chans": in_chans},
+            "extractor": {"name": papers_extractor if extractor is None else extractor, "in_chans": in_chans},
         },
         {
-            "bottleneck": bottleneck,
+            "bottleneck": papers_bottleneck if bottleneck is None else bottleneck,
             "batch_norm": batch_norm,
             "initial_bias": initial_bias,
             "noise_std": noise_std,
@@ -97,7 +103,7 @@ def create_backbone(name: str, num_classes: int = 10, in_chans: int = 3, pretrai
     elif pretrained:
         raise ValueError(f"there are no trained weights for {name}: train it, and load its run with backbone_from")
     else:
-        network = _small_network(name, num_classes, in_chans)
+        network = _papers_network(name, num_classes, in_chans)
     source: Any = {"name": name, "num_classes": num_classes, "in_chans": in_chans}
     network.gaternet_source = source
     return network
@@ -162,13 +168,14 @@ def _published_sites(backbone: nn.Module) -> list[GateSite]:
         return dense_sites(backbone)
     if isinstance(backbone, ShakeShake):
         return branch_sites(backbone)
-    assert isinstance(backbone, CifarResNet)
-    return residual_sites(backbone)
+    return residual_sites(backbone) if isinstance(backbone, CifarResNet) else imagenet_sites(backbone)
 
 
-def _small_network(name: str, num_classes: int, in_chans: int) -> CifarResNet | DenseNet | ShakeShake:
+def _papers_network(name: str, num_classes: int, in_chans: int) -> nn.Module:
     if name not in _BACKBONES:
         raise ValueError(_unknown(name, _BACKBONES))
+    if name in IMAGENET:
+        return imagenet_network(name, num_classes, in_chans)
     if name in _DENSENETS:
         return DenseNet(*_DENSENETS[name], num_classes, in_chans)
     if name in _SHAKE_SHAKES:

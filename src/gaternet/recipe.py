@@ -1,0 +1,221 @@
+"""What a recipe is: everything that decides a training run's result, as plain values; `gaternet.recipes` lists them.
+
+`override` changes single fields of one. `Runtime` is what depends on the machine and does not change the result.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def option(default: T, text: str) -> T:
+    """A field with a default and the help text that the command line shows."""
+    return field(default=default, metadata={"help": text})
+
+
+def _check(options: object, name: str, condition: bool, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {rule}, but is {getattr(options, name)!r}")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """SGD and its schedule; rates are for the batch size that the recipe names."""
+
+    lr: float = option(0.1, "peak learning rate")
+    momentum: float = option(0.9, "momentum of SGD")
+    nesterov: bool = option(True, "Nesterov momentum")
+    weight_decay: float = option(1e-4, "weight decay, on all parameters")
+    label_smoothing: float = option(0.0, "label smoothing, in [0, 1)")
+    schedule: Literal["step", "cosine", "constant"] = option(
+        "step", "how the learning rate falls: step, cosine, constant"
+    )
+    milestones: tuple[float, ...] = option((0.5, 0.75), "step: shares of the training at which the rate is cut")
+    gamma: float = option(0.1, "step: factor of each cut")
+    warmup_epochs: float = option(0.0, "epochs over which the rate rises linearly from 0")
+    ema_decay: float = option(0.0, "decay per step of the exponential moving average of the weights; 0 for none")
+
+    def __post_init__(self) -> None:
+        _check(self, "lr", self.lr > 0, "above 0")
+        _check(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        _check(self, "nesterov", self.momentum > 0 or not self.nesterov, "off where momentum is 0")
+        _check(self, "weight_decay", self.weight_decay >= 0, "at least 0")
+        _check(self, "label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
+        _check(self, "schedule", self.schedule in ("step", "cosine", "constant"), "step, cosine or constant")
+        _check(self, "milestones", all(0 < share < 1 for share in self.milestones), "shares in (0, 1)")
+        _check(self, "gamma", self.gamma > 0, "above 0")
+        _check(self, "warmup_epochs", self.warmup_epochs >= 0, "at least 0")
+        _check(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Gating:
+    """The gater and its losses; ignored by plain models."""
+
+    extractor: str = option("resnet20", "the gater's E: a network of ours or timm's by name; with --backbone also auto")
+    sites: Literal["residual", "all"] = option("residual", "filters of --backbone to gate: residual, all")
+    group_size: int = option(1, "with --backbone: number of neighbouring filters that share a gate")
+    open: bool = option(False, "with --backbone: start with every gate open, as the plain network")
+    bottleneck: int = option(8, "width b of the middle of the gater's D")
+    batch_norm: bool = option(True, "BatchNorm in D: the paper's text has it, its public code has not")
+    initial_bias: float = option(
+        0.0, "bias of D's last layer at the start; 0 opens about half of the gates, 2 nearly all"
+    )
+    noise_std: float = option(1.0, "standard deviation of the noise on the gates' logits in training")
+    hard_probability: float = option(0.5, "chance that a training sample's gates are hard")
+    sparsity: float = option(0.0, "lambda: weight of the share of open gates in the loss")
+    target_density: float | None = option(None, "share of open gates to steer to, in place of lambda")
+    density_weight: float = option(10.0, "weight of (density - target_density)^2 in the loss")
+    sparsity_start: float = option(0.0, "epoch at which either weight begins to act")
+    sparsity_ramp: float = option(0.0, "epochs over which it then rises linearly to its full value")
+    penalty: Literal["gates", "sites", "macs"] = option(
+        "gates", "density of: gates, all alike; sites, each to the target by itself; macs, gates by what they save"
+    )
+    freeze: Literal["none", "backbone", "gater"] = option("none", "part that does not learn: none, backbone, gater")
+    gater_lr: float | None = option(None, "peak learning rate of the gater; default: the backbone's")
+    backbone_from: str | None = option(None, "run, saved model or state_dict file that the backbone starts from")
+    extractor_from: str | None = option(None, "run, saved model or state_dict file that the gater's E starts from")
+
+    def __post_init__(self) -> None:
+        _check(self, "bottleneck", self.bottleneck >= 1, "at least 1")
+        _check(self, "noise_std", self.noise_std >= 0, "at least 0")
+        _check(self, "hard_probability", 0 <= self.hard_probability <= 1, "in [0, 1]")
+        _check(self, "sparsity", self.sparsity >= 0, "at least 0")
+        target = self.target_density
+        _check(self, "target_density", target is None or 0 <= target <= 1, "in [0, 1]")
+        _check(self, "target_density", target is None or self.sparsity == 0, "left out where sparsity is set")
+        _check(self, "density_weight", self.density_weight >= 0, "at least 0")
+        _check(self, "sparsity_start", self.sparsity_start >= 0, "at least 0")
+        _check(self, "sparsity_ramp", self.sparsity_ramp >= 0, "at least 0")
+        _check(self, "group_size", self.group_size >= 1, "at least 1")
+        _check(self, "sites", self.sites in ("residual", "all"), "residual or all")
+        _check(self, "penalty", self.penalty in ("gates", "sites", "macs"), "gates, sites or macs")
+        _check(self, "freeze", self.freeze in ("none", "backbone", "gater"), "none, backbone or gater")
+        _check(self, "gater_lr", self.gater_lr is None or self.gater_lr > 0, "above 0")
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to training images, see `gaternet.augment`."""
+
+    crop: bool = option(True, "crop at random: of images in memory with margins of zeros, of files parts of any size")
+    flip: bool = option(True, "mirror half of the images, left to right")
+    cutout: int = option(0, "side in pixels of a grey square somewhere; 0 for none")
+    policy: Literal["none", "autoaugment", "randaugment", "trivialaugment"] = option(
+        "none", "change colours and geometry: none, autoaugment, randaugment, trivialaugment"
+    )
+
+    def __post_init__(self) -> None:
+        _check(self, "cutout", self.cutout >= 0, "at least 0")
+        policies = ("none", "autoaugment", "randaugment", "trivialaugment")
+        _check(self, "policy", self.policy in policies, "none, autoaugment, randaugment or trivialaugment")
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """What the paper reports for a row of its tables.
+
+    Attributes:
+        table: its number.
+        params: parameters in millions, as printed; None where they are not.
+        error: test error in percent, on ImageNet of a single crop.
+        gates: number of gates; None for a plain network.
+        top5_error: share in percent of the test images whose class is not among the five likeliest; ImageNet alone.
+    """
+
+    table: int
+    params: str | None
+    error: float
+    gates: int | None = None
+    top5_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run, but for its seed and the machine it runs on."""
+
+    name: str
+    model: str | None = option("resnet20_gated", "model name, see gaternet.model_names()")
+    backbone: str | None = option(None, "in place of a model, a network to gate: timm:NAME, torchvision:NAME or ours")
+    pretrained: bool = option(False, "start --backbone from the trained weights that its library offers")
+    data: str = option("cifar10", "digits, cifar10, cifar100, fashion_mnist, a .npz file or a folder of images")
+    image_size: int | None = option(None, "side in pixels that images are brought to; default: as stored, folders 224")
+    epochs: int = option(160, "passes over the training images")
+    batch_size: int = option(128, "images per step, over all processes together")
+    augmentation: Augmentation = Augmentation()
+    optimizer: Optimizer = Optimizer()
+    gating: Gating = Gating()
+    paper: PaperRow | None = None
+
+    def __post_init__(self) -> None:
+        _check(self, "model", (self.model is None) != (self.backbone is None), "left out where backbone is set")
+        _check(self, "pretrained", not self.pretrained or self.backbone is not None, "off without backbone")
+        _check(self, "image_size", self.image_size is None or self.image_size >= 1, "at least 1")
+        _check(self, "epochs", self.epochs >= 1, "at least 1")
+        _check(self, "batch_size", self.batch_size >= 1, "at least 1")
+
+    @property
+    def gated(self) -> bool:
+        """Whether the model is a GaterNet."""
+        return self.model is None or self.model.endswith("_gated")
+
+    def gater_options(self) -> dict[str, Any]:
+        """The arguments of `create_model` that a gated model has and a plain one has not."""
+        names = ("extractor", "bottleneck", "batch_norm", "initial_bias", "noise_std", "hard_probability")
+        return {name: getattr(self.gating, name) for name in names} if self.gated else {}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a run is carried out on a machine: changes its speed, and its result by rounding alone."""
+
+    cpu: bool = option(False, "use the processor even where there is a GPU")
+    precision: Literal["auto", "no", "bf16", "fp16"] = option("auto", "no, bf16, fp16, or auto: bf16 where fast")
+    channels_last: bool = option(True, "keep images as NHWC in memory")
+    compile: bool = option(False, "compile the model with torch.compile")
+    workers: int | None = option(None, "processes that read image files; default: one a core, at most 8")
+    log_every: int = option(20, "steps between lines in metrics.jsonl")
+    save_minutes: float = option(5.0, "minutes between checkpoints within an epoch; each epoch ends with one anyway")
+    tensorboard: bool = option(False, "also write TensorBoard files into the run directory")
+    data_root: str | None = option(None, "where torchvision's sets lie; default: $GATERNET_DATA or ~/.cache/gaternet")
+
+    def __post_init__(self) -> None:
+        precisions = ("auto", "no", "bf16", "fp16")
+        _check(self, "precision", self.precision in precisions, "auto, no, bf16 or fp16")
+        _check(self, "workers", self.workers is None or self.workers >= 0, "at least 0")
+        _check(self, "log_every", self.log_every >= 1, "at least 1")
+        _check(self, "save_minutes", self.save_minutes >= 0, "at least 0")
+
+
+GROUPS = ("augmentation", "optimizer", "gating")  # fields of a recipe that hold options themselves
+
+
+def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with some fields changed; those of a group, say `optimizer`, are named without it.
+
+    A changed recipe no longer stands for the paper's row, so it loses `paper`; one that only finds the same data
+    elsewhere, in a file or folder with the set's name, keeps it.
+
+    Raises:
+        ValueError: for a field that does not exist, or a value out of range.
+    """
+    changes = dict(changes)
+    if not changes:
+        return recipe
+    for given, other in (("model", "backbone"), ("backbone", "model")):  # either takes the other's place
+        if changes.get(given):
+            changes.setdefault(other, None)
+    only_moved = changes.keys() == {"data"} and Path(changes["data"]).stem == recipe.data
+    groups = {}
+    for group in GROUPS:
+        options = getattr(recipe, group)
+        names = {f.name for f in dataclasses.fields(options)}
+        groups[group] = dataclasses.replace(options, **{name: changes.pop(name) for name in names & changes.keys()})
+    known = {f.name for f in dataclasses.fields(recipe)} - {"name", *GROUPS, "paper"}
+    if unknown := sorted(changes.keys() - known):
+        raise ValueError(f"a recipe has no option {unknown[0]!r}: see gaternet train --help")
+    return dataclasses.replace(recipe, **groups, **changes, paper=recipe.paper if only_moved else None)
