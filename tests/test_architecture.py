@@ -56,6 +56,9 @@ FLOORS = [
     "progress",
     "predict",
     "train",
+    "cli.common",
+    "cli.training",
+    "cli.using",
     "cli",
     "__main__",
 ]

@@ -59,7 +59,7 @@ def test_every_option_of_the_dataclasses_is_on_the_command_line():
     owners = (Recipe, Augmentation, Optimizer, Gating, Runtime)
     names = [f.name for owner in owners for f in dataclasses.fields(owner) if f.metadata]
     assert len(names) == len(set(names))  # flat names mean one thing each
-    shown = {parameter.name for parameter in cli._option_parameters()}
+    shown = {parameter.name for parameter in cli.training._option_parameters()}
     assert shown == set(names)
     silent = {f.name for owner in owners for f in dataclasses.fields(owner)} - shown
     assert silent == {"name", "augmentation", "optimizer", "gating", "paper"}

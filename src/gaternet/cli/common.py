@@ -1,0 +1,54 @@
+"""What the commands share: the app, argument types, the console, and what becomes of errors."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="GaterNet: a network that looks at an image first and decides which filters of a CNN run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console(soft_wrap=True)
+RunArgument = Annotated[Path, typer.Argument(help="a run directory, or a saved model")]
+WhichOption = Annotated[
+    Literal["last", "best"], typer.Option(help="which model of a run: of the last or the best epoch")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend become one sentence and an exit code, not a traceback."""
+    try:
+        app()
+    except (ValueError, OSError, RuntimeError) as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        prefix = "" if code > 128 else "[bold red]error:[/] "  # a run that was told to stop has not failed
+        Console(stderr=True, soft_wrap=True).print(prefix + escaped(str(error)), highlight=False)
+        sys.exit(code)
+
+
+def _exit_code(error: Exception) -> int | None:
+    if isinstance(error, ValueError):
+        return 2
+    if isinstance(error, OSError):
+        return 1
+    from gaternet.train import Stopped, TrainingError
+
+    if isinstance(error, Stopped):
+        return 128 + error.signum
+    return 1 if isinstance(error, TrainingError) else None
+
+
+def escaped(text: str) -> str:
+    """Text that rich prints as it is, brackets too."""
+    from rich.markup import escape
+
+    return escape(text)
