@@ -15,7 +15,8 @@ from torch import nn
 
 import gaternet.train
 from gaternet.checkpoint import load_model
-from gaternet.data import load_data
+from gaternet.cost import count_macs
+from gaternet.data import Preprocessing, load_data
 from gaternet.evaluate import ToInput, evaluate, evaluate_saved
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
@@ -157,6 +158,19 @@ def test_runs_are_never_overwritten_or_mixed(finished, tmp_path):
         train(small(), tmp_path / "none", CPU, resume=True)
 
 
+def test_two_processes_cannot_train_one_run(finished, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.start({})
+    before = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(ValueError, match="another process is training in"):
+        RunDirectory(tmp_path / "run").resume({})
+    assert (tmp_path / "run" / "config.json").read_text() == before
+    run.close()
+    again = RunDirectory(tmp_path / "run")
+    assert again.resume({}) is None
+    again.close()
+
+
 def test_non_finite_loss_stops_and_keeps_what_was_saved(tmp_path, monkeypatch):
     calls = []
 
@@ -227,6 +241,9 @@ def test_evaluation_equals_a_recount():
     assert np.isclose(metrics["dependent"], ((rates > 0) & (rates < 1)).double().mean().item())
     assert np.isclose(metrics["always_on"] + metrics["always_off"] + metrics["dependent"], 1)
     assert np.isclose(metrics["site_density"][2], rates[32:48].mean().item(), atol=1e-4)
+    varying = rates[(rates > 0) & (rates < 1)].numpy()
+    bits = -varying * np.log2(varying) - (1 - varying) * np.log2(1 - varying)
+    assert np.isclose(metrics["entropy"], bits.sum() / network.num_gates)
 
 
 def test_saved_model_evaluates_as_in_training(finished, monkeypatch):
@@ -235,6 +252,13 @@ def test_saved_model_evaluates_as_in_training(finished, monkeypatch):
     metrics = evaluate_saved(finished, cpu=True)
     assert metrics["images"] == 360
     assert metrics["accuracy"] == record["test_accuracy"]
+    network, metadata = load_model(finished / "last")
+    assert isinstance(network, GaterNet)
+    test = load_data("digits").test
+    inputs = Preprocessing.from_metadata(metadata).normalize(torch.stack([test[i][0] for i in range(360)]))
+    macs = count_macs(network.eval(), inputs)
+    assert (metrics["backbone_macs"], metrics["gater_macs"]) == (macs.backbone, macs.gater)
+    assert np.isclose(metrics["gated_macs"], macs.gated.mean())
 
 
 def test_evaluation_refuses_data_of_another_kind(finished, tmp_path):

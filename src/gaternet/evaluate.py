@@ -1,5 +1,6 @@
 """Evaluation: accuracy, and what the gates do, over a whole set."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gaternet.checkpoint import load_model
+from gaternet.cost import CostModel, count_dense_macs
 from gaternet.data import DataError, ImageSet, Preprocessing, load_data
+from gaternet.graph import read_graph
 from gaternet.loader import Batches, make_batches
 from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
@@ -34,7 +37,13 @@ class ToInput:
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, batches: Batches, to_input: ToInput, accelerator: Accelerator) -> dict[str, Any]:
+def evaluate(
+    network: nn.Module,
+    batches: Batches,
+    to_input: ToInput,
+    accelerator: Accelerator,
+    cost: CostModel | None = None,
+) -> dict[str, Any]:
     """Evaluate a network in its evaluation mode; it is left in the mode it was in.
 
     Args:
@@ -42,46 +51,55 @@ def evaluate(network: nn.Module, batches: Batches, to_input: ToInput, accelerato
         batches: of all images, each in one process.
         to_input: images -> inputs of the network.
         accelerator: for mixed precision, and for summing up what several processes found.
+        cost: of a GaterNet's backbone; then its mean MACs under each image's own gates are among the metrics.
 
     Returns:
-        loss, accuracy and top5_accuracy in [0, 1], images; for a GaterNet also density (mean share of open gates), the
-        shares of gates that are always_on, always_off and dependent on the input, and site_density, one number a site.
+        loss, accuracy and top5_accuracy in [0, 1], images; for a GaterNet also density (mean share of open gates),
+        entropy (of each gate over the images, in bits, the mean over gates), the shares of gates that are always_on,
+        always_off and dependent on the input, and site_density, one number a site; with `cost` also gated_macs.
     """
     was_training = network.training
     network.eval()
     num_gates = network.num_gates if isinstance(network, GaterNet) else 0
-    sums = torch.zeros(4, device=accelerator.device)  # loss, right, right among five, images: nothing waits for them
+    # Loss, right, right among five, images, MACs as shares of the open backbone's: nothing waits for them
+    sums = torch.zeros(5, device=accelerator.device)
     opened = torch.zeros(num_gates, device=accelerator.device)
+    macs = torch.zeros(())
     try:
         for images, labels in batches.epoch():
             with accelerator.autocast():
                 if isinstance(network, GaterNet):
                     logits, gates = network(to_input(images), return_gates=True)
                     opened += gates.float().sum(0)
+                    macs = macs if cost is None else (cost(gates) / cost.dense).sum()
                 else:
                     logits = network(to_input(images))
             logits = logits.float()
             ranks = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             count = torch.full_like(loss, len(labels))
-            sums += torch.stack([loss, ranks[:, 0].sum(), ranks.any(1).sum(), count])
+            sums += torch.stack([loss, ranks[:, 0].sum(), ranks.any(1).sum(), count, macs.to(loss)])
     finally:
         network.train(was_training)
-    totals = accelerator.reduce(torch.cat([sums, opened]).double(), "sum")
+    totals = accelerator.reduce(torch.cat([sums, opened]), "sum")
     assert isinstance(totals, Tensor)
-    loss, right, right5, count = totals[:4].tolist()
+    loss, right, right5, count, macs_share = totals[:5].tolist()
     if not count:
         raise ValueError("there are no images to evaluate on")
     metrics = {"loss": loss / count, "accuracy": right / count, "top5_accuracy": right5 / count, "images": int(count)}
     if isinstance(network, GaterNet):
-        metrics |= gate_metrics(network, totals[4:].cpu() / count)
+        metrics |= gate_metrics(network, totals[5:].cpu().double() / count)
+    if cost is not None:
+        metrics["gated_macs"] = cost.dense * macs_share / count
     return metrics
 
 
 def gate_metrics(network: GaterNet, rates: Float[Tensor, " gates"]) -> dict[str, Any]:
     """What the gates' opening rates over a set, each in [0, 1], say."""
+    entropy = torch.special.entr(rates) + torch.special.entr(1 - rates)  # in nats
     return {
         "density": rates.mean().item(),
+        "entropy": entropy.mean().item() / math.log(2),
         "always_on": (rates == 1).double().mean().item(),
         "always_off": (rates == 0).double().mean().item(),
         "dependent": ((rates > 0) & (rates < 1)).double().mean().item(),
@@ -98,6 +116,9 @@ def evaluate_saved(
 ) -> dict[str, Any]:
     """Evaluate a run's model, or a saved one, on the test images of `data` or of the set it was trained on.
 
+    Returns:
+        What `evaluate` gives, and MACs of one image: backbone_macs, and for a GaterNet gater_macs and gated_macs.
+
     Raises:
         ValueError: there is no such model or data, or the two do not go together.
     """
@@ -110,9 +131,15 @@ def evaluate_saved(
     images = load_test_set(source, metadata, data_root)
     batches = make_batches(images, BATCH, runtime, accelerator)
     to_input = ToInput(Preprocessing.from_metadata(metadata))
+    example = to_input(images[0][0][None])
+    if isinstance(network, GaterNet):
+        cost = CostModel(read_graph(network.backbone, example), network.sites)
+        macs = {"backbone_macs": cost.dense, "gater_macs": count_dense_macs(network.gater, example)}
+    else:
+        cost, macs = None, {"backbone_macs": count_dense_macs(network, example)}
     network = network.to(accelerator.device)
     network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in PyTorch's stubs)
-    return evaluate(network, batches, to_input, accelerator)
+    return evaluate(network, batches, to_input, accelerator, cost) | macs
 
 
 def load_test_set(source: str, metadata: dict[str, Any], data_root: str | None = None) -> ImageSet:

@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ from typing import Any
 import torch
 
 from gaternet import checkpoint
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 CONFIG, METRICS, STATE = "config.json", "metrics.jsonl", "training.pt"
 _PACKAGES = ("gaternet", "torchvision", "accelerate", "numpy")
@@ -31,15 +37,22 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: int | None = None
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Begin a new run here; ValueError if one is here already, so that nothing is overwritten."""
         if (self.path / CONFIG).exists():
             raise ValueError(f"{self.path} holds a run already: continue it with --resume, or name another --out")
-        checkpoint.write_json(self.path / CONFIG, {**config, **describe_machine()})
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        checkpoint.write_json(self.path / CONFIG, {**config, "started": started, **describe_machine()})
+        self._hold()
 
-    def resume(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The training state to continue from, None where none was saved yet; ValueError if the run here differs."""
+    def resume(self, config: Mapping[str, Any], main: bool = True) -> dict[str, Any] | None:
+        """The training state to continue from, None where none was saved yet.
+
+        Raises:
+            ValueError: there is no run here, it has other options, or another process is training it.
+        """
         if not (self.path / CONFIG).exists():
             raise ValueError(f"{self.path} holds no run to resume: leave --resume out to start one")
         before = checkpoint.read_json(self.path / CONFIG)
@@ -47,12 +60,20 @@ class RunDirectory:
             raise ValueError(
                 f"{self.path} was started with other options ({changed}): resume with the same, or name another --out"
             )
+        if main:
+            self._hold()
         state = checkpoint.load_tensors(self.path / STATE) if (self.path / STATE).exists() else None
         step = state["step"] if state else 0
         kept = [line for line in self._lines() if line["step"] <= step and state]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         checkpoint.write_atomically(self.path / METRICS, lambda temporary: temporary.write_text(text))
         return state
+
+    def close(self) -> None:
+        """Let other processes resume the run, which `start` and `resume` forbid; so does the end of this one."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -71,6 +92,18 @@ class RunDirectory:
         """Write what `resume` gives back; one process of several is the main one, and writes."""
         if main:
             checkpoint.save_state(self.path / STATE, state)
+
+    def _hold(self) -> None:
+        if fcntl is None:
+            return
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise ValueError(f"another process is training in {self.path}: wait for it or stop it first") from error
+        except OSError:  # a file system without locks
+            self.close()
 
     def _lines(self) -> list[dict[str, Any]]:
         path = self.path / METRICS

@@ -8,6 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -109,20 +110,21 @@ def train(
     run, state = _open_run(Path(run_dir), recipe, runtime, seed, resume, accelerator)  # all that may be wrong was found
     if state is not None:
         progress.load_state_dict(state)
-        if progress.epoch == recipe.epochs:
-            return run.epochs()[-1]
 
     record: dict[str, Any] = {}
     main = accelerator.is_main_process
     with (
+        closing(run),
         TrainingDisplay(recipe.epochs, steps_per_epoch, progress.step, quiet=not main) as display,
         tensorboard(run.path if runtime.tensorboard and main else None, progress.step) as board,
         collect_signals() as received,
     ):
+        if progress.epoch == recipe.epochs:
+            return run.epochs()[-1]
         display.line(_title(recipe, network, data, accelerator))
         for epoch in range(progress.epoch, recipe.epochs):
             set_training_mode(network, recipe)
-            clock = _Clock(recipe.batch_size, progress.step)
+            clock = _Clock(recipe.batch_size, progress.step, progress.seconds)
             metrics: dict[str, float] = {}
             for images, labels in train_batches.epoch(epoch, progress.step - epoch * steps_per_epoch):
                 for group in optimizer.param_groups:
@@ -149,6 +151,7 @@ def train(
                         run.log({"kind": "step", "step": progress.step, "epoch": epoch + 1, **window, **norms})
                 if ends:
                     break  # saved below, with the evaluation
+                progress.seconds = clock.since_start()
                 if should_stop(received, accelerator, logs):
                     run.save_state(progress.state_dict(), main)
                     raise _stopped(received, run, epoch, progress.step)
@@ -214,6 +217,7 @@ class Progress:
     Attributes:
         epoch, step: epochs finished, and steps done, since the run's beginning.
         best: highest test accuracy so far, in [0, 1]; -1 before the first evaluation.
+        seconds: spent on the current epoch.
     """
 
     def __init__(
@@ -226,6 +230,7 @@ class Progress:
             self.parts["scaler"] = accelerator.scaler
         self.epoch = self.step = 0
         self.best = -1.0
+        self.seconds = 0.0
         self.epoch_sums: dict[str, Tensor] = {}
         self.window_sums: dict[str, Tensor] = {}  # since the last log line
 
@@ -252,6 +257,7 @@ class Progress:
     def end_epoch(self, accuracy: float) -> bool:
         """Go on to the next epoch; True if this one had the best accuracy so far."""
         self.epoch += 1
+        self.seconds = 0.0
         self.epoch_sums = {}
         is_best = accuracy > self.best
         self.best = max(self.best, accuracy)
@@ -259,13 +265,14 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and plain data."""
-        numbers = {"epoch": self.epoch, "step": self.step, "best": self.best}
+        numbers = {"epoch": self.epoch, "step": self.step, "best": self.best, "seconds": self.seconds}
         sums = {"epoch_sums": self.epoch_sums, "window_sums": self.window_sums}
         return {**numbers, **sums, **{name: part.state_dict() for name, part in self.parts.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` gave."""
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+        self.seconds = state["seconds"]
         device = next(self.parts["network"].parameters()).device
         for name in ("epoch_sums", "window_sums"):
             setattr(self, name, {key: value.to(device) for key, value in state[name].items()})
@@ -279,7 +286,7 @@ def _open_run(
     run, config, state = RunDirectory(path), {"recipe": asdict(recipe), "seed": seed}, None
     with accelerator.main_process_first():  # the others read what the main process has put in order
         if resume:
-            state = run.resume(config)
+            state = run.resume(config, accelerator.is_main_process)
         elif accelerator.is_main_process:
             run.start({**config, "runtime": asdict(runtime), "processes": accelerator.num_processes})
     return run, state
@@ -313,15 +320,15 @@ def _title(recipe: Recipe, network: nn.Module, data: ImageData, accelerator: Acc
 
 
 class _Clock:
-    def __init__(self, batch_size: int, step: int) -> None:
-        self.batch_size, self.first_step = batch_size, step
+    def __init__(self, batch_size: int, step: int, seconds: float) -> None:
+        self.batch_size, self.first_step, self.before = batch_size, step, seconds
         self.start = self.save = time.monotonic()
 
     def images_per_second(self, step: int) -> float:
         return (step - self.first_step) * self.batch_size / (time.monotonic() - self.start)
 
     def since_start(self) -> float:
-        return time.monotonic() - self.start
+        return self.before + time.monotonic() - self.start
 
     def since_save(self) -> float:
         return time.monotonic() - self.save

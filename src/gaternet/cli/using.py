@@ -45,6 +45,11 @@ def evaluate(
         table.add_row("open gates", f"{100 * metrics['density']:.1f} % on average")
         shares = [f"{100 * metrics[name]:.1f} % {text}" for name, text in _GATE_SHARES.items()]
         table.add_row("", ", ".join(shares))
+        million = {name: f"{metrics[f'{name}_macs'] / 1e6:,.1f}M" for name in ("gated", "gater", "backbone")}
+        text = f"{million['gated']} on average and {million['gater']} of the gater, {million['backbone']} with all open"
+        table.add_row("MACs an image", text)
+    else:
+        table.add_row("MACs an image", f"{metrics['backbone_macs'] / 1e6:,.1f}M")
     console.print(table)
 
 
