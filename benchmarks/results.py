@@ -1,6 +1,7 @@
 """Keep the ledger of finished runs, and write docs/results.md from it.
 
 python benchmarks/results.py add RUN...    # a line in docs/results/runs.jsonl for each finished run, then the page
+gaternet sweep RECIPE... --ledger docs/results/runs.jsonl    # or trained so from the start
 python benchmarks/results.py               # the page alone
 
 Every figure of docs/results.md comes from docs/results/*: nothing is typed by hand. A row of the paper counts as
@@ -10,48 +11,16 @@ measured only by runs of its recipe with no option changed; all others are liste
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gaternet.checkpoint import load_model, read_json
+from gaternet.checkpoint import read_json
+from gaternet.ledger import add_run, read_ledger
 from gaternet.recipes import RECIPES
-from gaternet.run import RunDirectory
 
 DOCS = Path(__file__).parents[1] / "docs"
 LEDGER = DOCS / "results" / "runs.jsonl"
-
-
-def ledger_line(path: Path) -> dict[str, Any]:
-    """What the ledger keeps of a finished run."""
-    config, epochs = read_json(path / "config.json"), RunDirectory(path).epochs()
-    recipe, last = config["recipe"], epochs[-1]
-    if last["epoch"] != recipe["epochs"]:
-        raise SystemExit(f"{path} has finished {last['epoch']} of {recipe['epochs']} epochs: continue it first")
-    network, _ = load_model(path / "last")
-    gates = ("density", "always_on", "always_off", "dependent")
-    return {
-        "recipe": recipe["name"],
-        "as_published": recipe["paper"] is not None,
-        "command": config["command"],
-        "model": recipe["model"] or recipe["backbone"],
-        "data": recipe["data"],
-        "epochs": recipe["epochs"],
-        "seed": config["seed"],
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "test_error": 100 * (1 - last["test_accuracy"]),
-        "test_loss": last["test_loss"],
-        "train_loss": last["train_loss"],
-        "gates": {name: last[f"test_{name}"] for name in gates} if "test_density" in last else None,
-        "seconds": sum(epoch["seconds"] for epoch in epochs),
-        "versions": config["versions"],
-        "machine": config["machine"],
-        "commit": config.get("commit"),
-    }
-
-
-def read_ledger() -> list[dict[str, Any]]:
-    """All lines so far."""
-    return [json.loads(line) for line in LEDGER.read_text().splitlines()] if LEDGER.exists() else []
 
 
 def table(titles: list[str], rows: list[list[str]]) -> str:
@@ -74,36 +43,51 @@ def machine_of(line: dict[str, Any]) -> str:
 
 
 def paper_rows(ledger: list[dict[str, Any]]) -> str:
-    """The paper's rows, each beside what was measured."""
+    """The paper's rows, each beside what was measured; of ImageNet's the errors of one and of five guesses."""
     rows = []
     for recipe in RECIPES.values():
-        if recipe.paper is None:
+        paper = recipe.paper
+        if paper is None:
             continue
         runs = [line for line in ledger if line["as_published"] and line["recipe"] == recipe.name]
-        ours = error_of(runs) if runs else "not measured"
-        difference = f"{statistics.mean(r['test_error'] for r in runs) - recipe.paper.error:+.2f}" if runs else ""
-        rows.append([f"`{recipe.name}`", recipe.paper.params or "", f"{recipe.paper.error:.2f}", ours, difference])
+        reported, ours, difference = f"{paper.error:.2f}", "not measured", ""
+        if runs:
+            ours = error_of(runs)
+            difference = f"{statistics.mean(r['test_error'] for r in runs) - paper.error:+.2f}"
+        if paper.top5_error is not None:
+            reported += f" / {paper.top5_error:.2f}"
+            if runs:
+                ours += f" / {statistics.mean(r['test_top5_error'] for r in runs):.2f}"
+        rows.append([f"`{recipe.name}`", paper.params or "", reported, ours, difference])
     return table(["recipe", "size", "paper's error %", "ours", "difference"], rows)
 
 
 def other_runs(ledger: list[dict[str, Any]]) -> str:
-    """Runs with options of their own, those that differ only in their seed on one line."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    """Runs of our own recipes, and of any with options changed; those that differ only in their seed on one line."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in ledger:
         if not line["as_published"]:
-            words = line["command"].split()
-            for option in ("--seed", "--out"):
-                if option in words:
-                    del words[words.index(option) : words.index(option) + 2]
-            groups.setdefault((" ".join(w for w in words if w != "--resume"), machine_of(line)), []).append(line)
+            command = line["command"].rsplit(" --seed ", 1)[0]
+            groups.setdefault((command, machine_of(line)), []).append(line)
     rows = []
-    for (command, machine), lines in groups.items():
-        gates = [line["gates"] for line in lines if line["gates"]]
-        opened = f"{100 * statistics.mean(g['density'] for g in gates):.1f} %" if gates else "-"
-        dependent = f"{100 * statistics.mean(g['dependent'] for g in gates):.1f} %" if gates else "-"
-        minutes = f"{statistics.mean(line['seconds'] for line in lines) / 60:.1f}"
-        rows.append([f"`{command}`", error_of(lines), opened, dependent, minutes, machine])
-    return table(["command", "test error %", "open gates", "dependent gates", "minutes", "machine"], rows)
+    for (command, machine), lines in sorted(groups.items()):
+
+        def mean(get: Callable[[dict[str, Any]], float], lines: list[dict[str, Any]] = lines) -> float:
+            return statistics.mean(map(get, lines))
+
+        opened = dependent = "-"
+        macs = mean(lambda line: line["backbone_macs"])
+        if lines[0]["gates"]:
+            macs = mean(lambda line: line["gated_macs"] + line["gater_macs"])
+            opened = f"{100 * mean(lambda line: line['gates']['density']):.1f} %"
+            dependent = f"{100 * mean(lambda line: line['gates']['dependent']):.1f} %"
+        size = f"{mean(lambda line: line['parameters']) / 1e6:.2f}M"
+        minutes = f"{mean(lambda line: line['seconds']) / 60:.0f}"
+        train_loss = f"{mean(lambda line: line['train_loss']):.3f}"
+        cells = [f"`{command}`", size, f"{macs / 1e6:.1f}M", error_of(lines), train_loss]
+        rows.append([*cells, opened, dependent, minutes, machine])
+    titles = ["command", "size", "MACs", "test error %", "train loss", "open", "dependent", "minutes", "machine"]
+    return table(titles, rows)
 
 
 def read_finetuned() -> list[dict[str, Any]]:
@@ -259,12 +243,9 @@ def main() -> None:
     commands.add_parser("add").add_argument("runs", type=Path, nargs="+")
     args = parser.parse_args()
     if args.command == "add":
-        known = read_ledger()
-        lines = [line for line in map(ledger_line, args.runs) if line not in known]
-        LEDGER.parent.mkdir(parents=True, exist_ok=True)
-        with LEDGER.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-    ledger = read_ledger()
+        for run in args.runs:
+            add_run(LEDGER, run)
+    ledger = read_ledger(LEDGER)
     page = (
         "# Results\n\n"
         "Written by `python benchmarks/results.py` from `docs/results/`; nothing here is typed by hand. Errors are on "
@@ -272,8 +253,10 @@ def main() -> None:
         "## The paper's rows (Tables 1, 2 and 3)\n\n"
         "Measured by the recipe as it is, at full length; a run with any option changed does not count here.\n\n"
         f"{paper_rows(ledger)}\n"
-        "## Runs with other options\n\n"
-        "Short ones are for checking the software, and no evidence for or against the paper's claims.\n\n"
+        "## Our own recipes, and others with options changed\n\n"
+        "MACs of an image: those of the open filters and of the gater, in the mean over the test images. A gate is "
+        "dependent if it is open for some of them and closed for others. The short recipes are 16 epochs on a CPU: "
+        "they compare networks with each other, and are no evidence for or against the paper's figures.\n\n"
         f"{other_runs(ledger) if any(not line['as_published'] for line in ledger) else 'None.'}\n"
         "## Networks trained by others\n\n"
         'Y. Idelbayev\'s CIFAR-10 ResNets, gated by `gaternet.gate(..., sites="all", open=True)`, then fine-tuned to '

@@ -56,6 +56,8 @@ FLOORS = [
     "progress",
     "predict",
     "train",
+    "ledger",
+    "sweep",
     "cli.common",
     "cli.training",
     "cli.using",

@@ -249,7 +249,7 @@ def test_evaluation_equals_a_recount():
 def test_saved_model_evaluates_as_in_training(finished, monkeypatch):
     monkeypatch.setattr(gaternet.machine, "_has_fast_bf16", lambda cpu: False)  # the run was in float32
     record = records(finished, "epoch")[-1]
-    metrics = evaluate_saved(finished, cpu=True)
+    metrics = evaluate_saved(finished, runtime=Runtime(cpu=True))
     assert metrics["images"] == 360
     assert metrics["accuracy"] == record["test_accuracy"]
     network, metadata = load_model(finished / "last")
@@ -265,10 +265,10 @@ def test_evaluation_refuses_data_of_another_kind(finished, tmp_path):
     x, y = np.zeros((20, 8, 8, 3), np.uint8), np.arange(20) % 10
     np.savez(tmp_path / "rgb.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     with pytest.raises(ValueError, match="3 channels, but the model was trained on 1"):
-        evaluate_saved(finished, data=str(tmp_path / "rgb.npz"), cpu=True)
+        evaluate_saved(finished, data=str(tmp_path / "rgb.npz"), runtime=Runtime(cpu=True))
     np.savez(tmp_path / "few.npz", x_train=x[..., 0], y_train=y % 3, x_test=x[..., 0], y_test=y % 3)
     with pytest.raises(ValueError, match="has 3 classes, not those that the model knows"):
-        evaluate_saved(finished, data=str(tmp_path / "few.npz"), cpu=True)
+        evaluate_saved(finished, data=str(tmp_path / "few.npz"), runtime=Runtime(cpu=True))
 
 
 def test_target_density_is_steered_to(tmp_path):

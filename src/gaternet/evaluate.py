@@ -111,13 +111,13 @@ def evaluate_saved(
     path: Path,
     which: Literal["last", "best"] = "last",
     data: str | None = None,
-    data_root: str | None = None,
-    cpu: bool = False,
+    runtime: Runtime | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run's model, or a saved one, on the test images of `data` or of the set it was trained on.
 
     Returns:
-        What `evaluate` gives, and MACs of one image: backbone_macs, and for a GaterNet gater_macs and gated_macs.
+        What `evaluate` gives, the number of parameters, and MACs of one image: backbone_macs, and for a GaterNet
+        gater_macs and gated_macs.
 
     Raises:
         ValueError: there is no such model or data, or the two do not go together.
@@ -126,20 +126,21 @@ def evaluate_saved(
     source = data or metadata.get("trained", {}).get("data")
     if source is None:
         raise ValueError(f"{path} does not say what it was trained on: name the data with --data")
-    runtime = Runtime(cpu=cpu)
+    runtime = runtime or Runtime()
     accelerator = make_accelerator(runtime)
-    images = load_test_set(source, metadata, data_root)
+    images = load_test_set(source, metadata, runtime.data_root)
     batches = make_batches(images, BATCH, runtime, accelerator)
     to_input = ToInput(Preprocessing.from_metadata(metadata))
     example = to_input(images[0][0][None])
     if isinstance(network, GaterNet):
         cost = CostModel(read_graph(network.backbone, example), network.sites)
-        macs = {"backbone_macs": cost.dense, "gater_macs": count_dense_macs(network.gater, example)}
+        counts = {"backbone_macs": cost.dense, "gater_macs": count_dense_macs(network.gater, example)}
     else:
-        cost, macs = None, {"backbone_macs": count_dense_macs(network, example)}
+        cost, counts = None, {"backbone_macs": count_dense_macs(network, example)}
+    counts["parameters"] = sum(p.numel() for p in network.parameters())
     network = network.to(accelerator.device)
     network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in PyTorch's stubs)
-    return evaluate(network, batches, to_input, accelerator, cost) | macs
+    return evaluate(network, batches, to_input, accelerator, cost) | counts
 
 
 def load_test_set(source: str, metadata: dict[str, Any], data_root: str | None = None) -> ImageSet:

@@ -23,6 +23,7 @@ def _train(
     out: Annotated[Path | None, typer.Option(help="run directory  [dim]\\[default: runs/RECIPE][/]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of weights, order, augmentation and noise")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in the run directory")] = False,
+    ledger: Annotated[Path | None, typer.Option(help="file to append a line to when the run is finished")] = None,
     as_json: JsonOption = False,
     **options: Any,
 ) -> None:
@@ -40,16 +41,83 @@ def _train(
 
       accelerate launch --num_processes 4 -m gaternet train cifar10_resnet56_gated
     """
+    changes, runtime = _changes_and_runtime(options)
+    changed = override(find_recipe(recipe), changes)
+    from gaternet.train import train
+
+    path = out or Path("runs") / recipe
+    record = train(changed, path, runtime, seed, resume)
+    if ledger is not None:
+        from gaternet.ledger import add_run
+
+        add_run(ledger, path)
+    if as_json:
+        print(json.dumps(record))
+
+
+def _sweep(
+    recipes: Annotated[list[str], typer.Argument(help="names of recipes")],
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each, with seeds 0, 1, ...")] = 3,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(help="an option and values, say noise-std=0,0.5; one option at a time; may be repeated"),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="runs side by side, on one GPU too")] = 1,
+    minutes: Annotated[float | None, typer.Option(min=0, help="stop after so many, with all saved")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the run directories")] = Path("runs"),
+    ledger: Annotated[
+        Path | None, typer.Option(help="file with a line for each finished run  [dim]\\[default: OUT/ledger.jsonl][/]")
+    ] = None,
+    as_json: JsonOption = False,
+    **options: Any,
+) -> None:
+    """Train several recipes with several seeds, side by side; the same command goes on where it was cut.
+
+    Options of `gaternet train` hold for all of the runs.
+
+    Examples:
+
+      gaternet sweep cifar10_resnet20 cifar10_resnet20_gated --jobs 3
+
+      gaternet sweep short_resnet20_gated --vary noise-std=0,0.5 --vary initial-bias=1,2 --seeds 1
+
+      gaternet sweep short_resnet20 short_resnet20_gated --minutes 9
+    """
+    changes, runtime = _changes_and_runtime(options)
+    chosen = [override(find_recipe(name), changes) for name in recipes]
+    varied = dict(_varied(text) for text in vary or [])
+    from gaternet.sweep import make_jobs
+    from gaternet.sweep import sweep as run_sweep
+
+    lines = run_sweep(
+        make_jobs(chosen, range(seeds), out, varied), ledger or out / "ledger.jsonl", runtime, jobs, minutes
+    )
+    if as_json:
+        print(json.dumps(lines))
+
+
+def _varied(text: str) -> tuple[str, list[Any]]:
+    """ "noise-std=0,0.5" -> ("noise_std", [0, 0.5])."""
+    name, equals, values = text.partition("=")
+    if not equals or not values:
+        raise ValueError(f"--vary takes an option and its values, say noise-std=0,0.5, not {text!r}")
+
+    def parsed(value: str) -> Any:
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+
+    return name.removeprefix("--").replace("-", "_"), [parsed(value) for value in values.split(",")]
+
+
+def _changes_and_runtime(options: dict[str, Any]) -> tuple[dict[str, Any], Runtime]:
+    """The options that were given, those of the recipe apart from those of the machine."""
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     machine = {field.name for field in dataclasses.fields(Runtime)}
     runtime = Runtime(**{name: given.pop(name) for name in machine & given.keys()})
-    changed = override(find_recipe(recipe), given)
-    from gaternet.train import train
-
-    record = train(changed, out or Path("runs") / recipe, runtime, seed, resume)
-    if as_json:
-        print(json.dumps(record))
+    return given, runtime
 
 
 def _option_parameters() -> list[inspect.Parameter]:
@@ -80,7 +148,7 @@ def _cli_type(kind: Any) -> Any:
 
 
 def _with_options(command: Any) -> Any:
-    """Typer reads a command's options from its signature: give `train` one with all the recipes' options."""
+    """Typer reads a command's options from its signature: give one all the recipes' options."""
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     parameters = [*own, *_option_parameters()]
     command.__signature__ = inspect.Signature(parameters)
@@ -89,6 +157,7 @@ def _with_options(command: Any) -> Any:
 
 
 app.command("train")(_with_options(_train))
+app.command("sweep")(_with_options(_sweep))
 
 
 @app.command()

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from gaternet.cli.common import JsonOption, RunArgument, WhichOption, app, console, escaped
+from gaternet.recipe import Runtime
 
 
 @app.command()
@@ -32,12 +33,13 @@ def evaluate(
     """
     from gaternet.evaluate import evaluate_saved
 
-    metrics = evaluate_saved(run, which, data, data_root, cpu)
+    metrics = evaluate_saved(run, which, data, Runtime(cpu=cpu, data_root=data_root))
     if as_json:
         print(json.dumps(metrics))
         return
     table = Table(show_header=False, box=None)
     table.add_row("images", f"{metrics['images']:,}")
+    table.add_row("parameters", f"{metrics['parameters'] / 1e6:.2f}M")
     table.add_row("accuracy", f"{100 * metrics['accuracy']:.2f} %")
     table.add_row("top-5 accuracy", f"{100 * metrics['top5_accuracy']:.2f} %")
     table.add_row("loss", f"{metrics['loss']:.4f}")

@@ -1,0 +1,122 @@
+"""The ledger: one line of JSON for each finished run, with all that is needed to judge it and to run it again."""
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from gaternet import checkpoint
+from gaternet.evaluate import evaluate_saved
+from gaternet.recipe import GROUPS, Recipe, Runtime
+from gaternet.recipes import RECIPES
+from gaternet.run import CONFIG, RunDirectory
+
+_GATES = ("density", "entropy", "always_on", "always_off", "dependent", "site_density")
+
+
+def changed_options(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe has else than the one of `RECIPES` with its name, or else than the defaults: option -> value.
+
+    A plain model's gating changes nothing and is left out; so is where its data lie, if they are the same.
+    """
+    named = recipe if isinstance(recipe, Mapping) else dataclasses.asdict(recipe)
+    base = dataclasses.asdict(RECIPES.get(named["name"], Recipe(named["name"])))
+    ignored = set(named["gating"]) if named["model"] and not named["model"].endswith("_gated") else set()
+    if Path(named["data"]).stem == base["data"]:
+        ignored.add("data")
+    before = _flat(base)
+    return {name: value for name, value in _flat(named).items() if name not in ignored and value != before[name]}
+
+
+def train_flags(options: Mapping[str, Any]) -> list[str]:
+    """Options as words for `gaternet train`; ValueError for one that has no value and so cannot be written."""
+    words = []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if value is None:
+            raise ValueError(f"{flag} cannot be taken back on the command line: use a recipe of your own in Python")
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            for part in value if isinstance(value, list | tuple) else [value]:
+                words += [flag, str(part)]
+    return words
+
+
+def describe_run(path: Path) -> dict[str, Any]:
+    """The ledger's line for a finished run; it evaluates the run's model to count its MACs.
+
+    Raises:
+        ValueError: there is no finished run.
+    """
+    if not (path / CONFIG).exists():
+        raise ValueError(f"{path} holds no run: gaternet train makes runs, by default under runs/")
+    config, epochs = checkpoint.read_json(path / CONFIG), RunDirectory(path).epochs()
+    recipe, done = config["recipe"], epochs[-1]["epoch"] if epochs else 0
+    if done != recipe["epochs"]:
+        raise ValueError(f"{path} has finished {done} of {recipe['epochs']} epochs: continue it with --resume")
+    last, measured = epochs[-1], evaluate_saved(path, data=recipe["data"], runtime=Runtime(**config["runtime"]))
+    options = changed_options(recipe)
+    words = ["gaternet", "train", recipe["name"], *train_flags(options), "--seed", str(config["seed"])]
+    return {
+        "recipe": recipe["name"],
+        "options": options,
+        "seed": config["seed"],
+        "command": shlex.join(words),
+        "as_published": recipe["paper"] is not None,
+        "model": recipe["model"] or recipe["backbone"],
+        "data": Path(recipe["data"]).stem,
+        "epochs": recipe["epochs"],
+        "parameters": measured["parameters"],
+        "backbone_macs": measured["backbone_macs"],
+        "gater_macs": measured.get("gater_macs"),
+        "gated_macs": measured.get("gated_macs"),
+        "test_error": 100 * (1 - last["test_accuracy"]),
+        "test_top5_error": 100 * (1 - last["test_top5_accuracy"]),
+        "test_loss": last["test_loss"],
+        "train_loss": last["train_loss"],
+        "gates": {name: measured[name] for name in _GATES} if "density" in measured else None,
+        "seconds": sum(epoch["seconds"] for epoch in epochs),
+        "started": config.get("started"),
+        **{name: config[name] for name in ("versions", "machine", "commit", "processes")},
+    }
+
+
+def read_ledger(ledger: Path) -> list[dict[str, Any]]:
+    """All lines so far."""
+    return [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
+
+
+def find_line(ledger: Path, path: Path) -> dict[str, Any] | None:
+    """The line of the run in `path`; None if there is none."""
+    if not (path / CONFIG).exists():
+        return None
+    config = checkpoint.read_json(path / CONFIG)
+    recipe = config["recipe"]
+    run = {"recipe": recipe["name"], "options": changed_options(recipe), "seed": config["seed"]}
+    run["started"] = config.get("started")
+    return next((line for line in read_ledger(ledger) if run.items() <= line.items()), None)
+
+
+def add_run(ledger: Path, path: Path) -> dict[str, Any]:
+    """Append a finished run's line, unless it is there; the line."""
+    line = find_line(ledger, path)
+    if line is None:
+        line = describe_run(path)  # all processes take part
+        if PartialState().is_main_process:
+            ledger.parent.mkdir(parents=True, exist_ok=True)
+            with ledger.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+    return line
+
+
+def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a recipe and of its groups, under their names on the command line."""
+    plain = json.loads(json.dumps(recipe))  # tuples are lists in what was saved
+    groups = [plain.pop(group) for group in GROUPS]
+    options = {name: value for name, value in plain.items() if name not in ("name", "paper")}
+    return options | {name: value for group in groups for name, value in group.items()}

@@ -1,0 +1,213 @@
+"""Many runs, each in a process of its own, some side by side; what was cut goes on, what is finished is kept."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from gaternet.ledger import changed_options, find_line, train_flags
+from gaternet.machine import collect_signals
+from gaternet.progress import summary
+from gaternet.recipe import Recipe, Runtime, override
+from gaternet.run import CONFIG, RunDirectory
+from gaternet.train import Stopped, TrainingError
+
+_PATIENCE = 300  # seconds in which stopped runs must have saved what they have
+
+
+class Job:
+    """One run of a sweep, and the process that trains it.
+
+    Attributes:
+        state: "waiting", "running", "finished", "stopped" or "failed".
+    """
+
+    def __init__(self, recipe: Recipe, seed: int, path: Path) -> None:
+        self.recipe, self.seed, self.path = recipe, seed, path
+        self.name = "/".join(path.parts[-2:])
+        self.state = "waiting"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, runtime: Runtime, ledger: Path, environment: Mapping[str, str]) -> None:
+        """Begin or resume the run, unless it is in the ledger; what it prints goes to log.txt in its directory."""
+        if find_line(ledger, self.path):
+            self.state = "finished"
+            return
+        machine = {name: value for name, value in asdict(runtime).items() if value != getattr(Runtime(), name)}
+        flags = train_flags({**changed_options(self.recipe), "data": self.recipe.data, **machine})
+        flags += ["--out", str(self.path), "--seed", str(self.seed), "--ledger", str(ledger)]
+        if (self.path / CONFIG).exists():
+            flags.append("--resume")
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "log.txt").open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "gaternet", "train", self.recipe.name, *flags],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **environment},
+                start_new_session=True,  # Ctrl-C reaches the sweep alone, which passes it on
+            )
+        self.state = "running"
+
+    def watch(self) -> None:
+        """Bring `state` up to date."""
+        if self._process is not None and (code := self._process.poll()) is not None:
+            self._process = None
+            self.state = "finished" if code == 0 else "stopped" if code > 128 or code < 0 else "failed"
+
+    def stop(self) -> None:
+        """Ask the process to save and end."""
+        if self._process is not None:
+            self._process.terminate()
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the process to end; one that does not is killed, and resumes from its last checkpoint."""
+        if self._process is not None:
+            try:
+                self._process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self.watch()
+
+    def last_words(self) -> str:
+        """The last line that the process printed."""
+        lines = (self.path / "log.txt").read_text(errors="replace").splitlines()
+        return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+
+    def row(self) -> list[str]:
+        """For the overview: name, state, epochs, and what the last of them gave."""
+        epochs = RunDirectory(self.path).epochs()
+        done = f"{len(epochs)}/{self.recipe.epochs}"
+        names = ("loss", "accuracy", "density")
+        tested = {name: epochs[-1][f"test_{name}"] for name in names if f"test_{name}" in epochs[-1]} if epochs else {}
+        return [self.name, self.state, done, summary(tested) if tested else ""]
+
+
+def make_jobs(
+    recipes: Sequence[Recipe], seeds: Sequence[int], out: Path, vary: Mapping[str, Sequence[Any]] | None = None
+) -> list[Job]:
+    """One job for each recipe and seed; and, one option at a time, for each value of an option in `vary`.
+
+    Each has its directory, out/RECIPE,OPTION=VALUE/seedN. The seeds go one after another, so that a sweep that is cut
+    has whole ones.
+    """
+    variants: dict[str, Recipe] = {}
+    for recipe in recipes:
+        changes = [{}, *({name: value} for name, values in (vary or {}).items() for value in values)]
+        for variant in (override(recipe, change) for change in changes):
+            options = changed_options(variant).items()
+            words = [recipe.name, *(f"{name}={value}".replace("/", "_") for name, value in options)]
+            variants.setdefault(",".join(words), variant)  # a value that the recipe has anyway is no other variant
+    return [Job(recipe, seed, out / name / f"seed{seed}") for seed in seeds for name, recipe in variants.items()]
+
+
+def sweep(
+    jobs: Sequence[Job],
+    ledger: Path,
+    runtime: Runtime | None = None,
+    at_once: int = 1,
+    minutes: float | None = None,
+) -> list[dict[str, Any]]:
+    """Run jobs to their end; each appends a line to the ledger when it is finished.
+
+    Args:
+        jobs: see `make_jobs`. Those in the ledger are not run again, those that were cut go on.
+        ledger: a file, see `gaternet.ledger`.
+        runtime: how each uses this machine.
+        at_once: number of runs side by side: they share one GPU, or take turns at several, or share the cores.
+        minutes: stop after so many, with all saved.
+
+    Returns:
+        The ledger's lines of the jobs, in their order.
+
+    Raises:
+        Stopped: time was up, or a signal came; the same call goes on.
+        TrainingError: some runs failed; the others are finished.
+    """
+    runtime = runtime or Runtime()
+    deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+    gpus = 0 if runtime.cpu else torch.cuda.device_count()
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
+    waiting, running = deque(jobs), dict[int, Job]()
+    with _Overview(jobs) as overview, collect_signals() as received:
+        while waiting or running:
+            for slot in range(at_once):
+                if slot not in running and waiting:
+                    running[slot] = waiting.popleft()
+                    environment = {"OMP_NUM_THREADS": threads}
+                    if gpus > 1:
+                        environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+                    running[slot].start(runtime, ledger, environment)
+            for job in running.values():
+                job.watch()
+            overview.show()
+            running = {slot: job for slot, job in running.items() if job.state == "running"}
+            if received or time.monotonic() > deadline:
+                _stop_all(list(running.values()))
+                overview.show()
+                count = f"{sum(job.state == 'finished' for job in jobs)} of {len(jobs)} runs are finished"
+                why = "stopped" if received else f"stopped after {minutes:g} minutes"
+                signum = received[0] if received else signal.SIGTERM
+                raise Stopped(f"{why}, with all saved; {count}: the same command goes on", signum)
+            time.sleep(0.2)
+    if bad := [job for job in jobs if job.state != "finished"]:
+        raise TrainingError(f"{len(bad)} of {len(jobs)} runs failed, {bad[0].name} with: {bad[0].last_words()}")
+    lines = [find_line(ledger, job.path) for job in jobs]
+    return [line for line in lines if line is not None]
+
+
+def _stop_all(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        job.stop()
+    deadline = time.monotonic() + _PATIENCE
+    for job in jobs:
+        job.wait(max(0.0, deadline - time.monotonic()))
+
+
+class _Overview:
+    """A table of all jobs: live on a terminal, elsewhere a line for each change."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.jobs, self.shown = jobs, dict[str, list[str]]()
+        self.console = Console(soft_wrap=True)
+        self.live = Live(console=self.console, auto_refresh=False)
+        self.due = 0.0
+
+    def __enter__(self) -> "_Overview":
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.show(at_once=True)
+        self.live.stop()
+
+    def show(self, at_once: bool = False) -> None:
+        """Show what has changed, at most once a second."""
+        if time.monotonic() < self.due and not at_once:
+            return
+        self.due = time.monotonic() + 1
+        rows = [job.row() for job in self.jobs]
+        if self.console.is_terminal:
+            table = Table("run", "state", "epochs", "test", box=None)
+            for row in rows:
+                table.add_row(*row, style="dim" if row[1] == "waiting" else None)
+            self.live.update(table, refresh=True)
+            return
+        for row in rows:
+            if row != self.shown.get(row[0]) and row[1] != "waiting":
+                self.console.print("  ".join(row), highlight=False, markup=False)
+            self.shown[row[0]] = row

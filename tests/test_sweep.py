@@ -1,0 +1,145 @@
+"""Sweeps and their ledger: each run in a process of its own, on the embedded digits."""
+
+import json
+import signal
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from gaternet.evaluate import evaluate_saved
+from gaternet.ledger import add_run, changed_options, describe_run, find_line, read_ledger, train_flags
+from gaternet.recipe import Recipe, Runtime, override
+from gaternet.recipes import RECIPES, find_recipe
+from gaternet.run import RunDirectory
+from gaternet.sweep import make_jobs, sweep
+from gaternet.train import Stopped, TrainingError, train
+
+CPU = Runtime(cpu=True, precision="no")
+SHORT = {"epochs": 1, "batch_size": 512}
+PLAIN, GATED = find_recipe("digits_resnet20"), find_recipe("digits_resnet20_gated")
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> tuple[Path, list[dict]]:
+    out = tmp_path_factory.mktemp("sweep")
+    jobs = make_jobs([override(PLAIN, SHORT), override(GATED, SHORT)], [0], out, {"noise_std": [0.5]})
+    return out, sweep(jobs, out / "ledger.jsonl", CPU, at_once=2)
+
+
+def test_options_are_those_that_differ_from_the_recipe():
+    assert changed_options(GATED) == {}
+    changes = {"epochs": 3, "lr": 0.5, "noise_std": 0.5, "crop": False, "milestones": (0.5,)}
+    assert changed_options(override(GATED, changes)) == changes | {"milestones": [0.5]}
+    assert changed_options(asdict(override(GATED, changes))) == changed_options(override(GATED, changes))
+    assert changed_options(override(PLAIN, changes)).keys() == {"epochs", "lr", "crop", "milestones"}  # it has no gates
+    cifar = RECIPES["cifar10_resnet20"]
+    assert changed_options(override(cifar, {"data": "somewhere/cifar10.npz"})) == {}
+    assert changed_options(override(cifar, {"data": "cifar100"})) == {"data": "cifar100"}
+    assert changed_options(Recipe("mine", epochs=2)) == {"epochs": 2}
+
+
+def test_flags_are_what_the_command_line_reads():
+    flags = train_flags({"epochs": 3, "crop": False, "nesterov": True, "milestones": [0.5, 0.9], "schedule": "step"})
+    expected = "--epochs 3 --no-crop --nesterov --milestones 0.5 --milestones 0.9 --schedule step"
+    assert " ".join(flags) == expected
+    with pytest.raises(ValueError, match="--target-density cannot be taken back"):
+        train_flags({"target_density": None})
+
+
+def test_one_option_varies_at_a_time_and_seeds_come_one_after_another(tmp_path):
+    jobs = make_jobs([PLAIN, GATED], [0, 1], tmp_path, {"noise_std": [1.0, 0.5], "lr": [0.2]})
+    names = ["digits_resnet20", "digits_resnet20,lr=0.2", "digits_resnet20_gated"]
+    names += ["digits_resnet20_gated,noise_std=0.5", "digits_resnet20_gated,lr=0.2"]
+    assert [job.name for job in jobs] == [f"{name}/seed{seed}" for seed in (0, 1) for name in names]
+    assert jobs[3].recipe == override(GATED, {"noise_std": 0.5})
+    assert jobs[0].path == tmp_path / "digits_resnet20" / "seed0"
+
+
+def test_ledger_says_what_was_measured(swept):
+    out, lines = swept
+    assert [(line["recipe"], line["options"].get("noise_std")) for line in lines] == [
+        ("digits_resnet20", None),
+        ("digits_resnet20_gated", None),
+        ("digits_resnet20_gated", 0.5),
+    ]
+    assert sorted(map(json.dumps, read_ledger(out / "ledger.jsonl"))) == sorted(map(json.dumps, lines))
+    path = out / "digits_resnet20_gated,epochs=1,batch_size=512,noise_std=0.5" / "seed0"
+    line, epoch, measured = lines[2], RunDirectory(path).epochs()[-1], evaluate_saved(path, runtime=CPU)
+    assert line["test_error"] == 100 * (1 - epoch["test_accuracy"])
+    assert line["command"] == (
+        "gaternet train digits_resnet20_gated --epochs 1 --batch-size 512 --noise-std 0.5 --seed 0"
+    )
+    assert line["gates"]["density"] == pytest.approx(epoch["test_density"], abs=1e-6)
+    for name in ("parameters", "backbone_macs", "gater_macs", "gated_macs"):
+        assert line[name] == measured[name]
+    assert 0 < line["seconds"] < 600
+    assert line["commit"]
+    assert line["machine"]["cores"] >= 1
+    assert lines[0]["gates"] is lines[0]["gated_macs"] is None
+    assert "noise_std" not in lines[0]["options"]
+
+
+def test_what_is_in_the_ledger_is_not_run_again(swept):
+    out, lines = swept
+    jobs = make_jobs([override(PLAIN, SHORT), override(GATED, SHORT)], [0], out, {"noise_std": [0.5]})
+    before = (out / "ledger.jsonl").read_text()
+    start = time.monotonic()
+    assert sweep(jobs, out / "ledger.jsonl", CPU) == lines
+    assert time.monotonic() - start < 2  # no process was started
+    assert (out / "ledger.jsonl").read_text() == before
+    add_run(out / "ledger.jsonl", jobs[0].path)
+    assert (out / "ledger.jsonl").read_text() == before
+
+
+def test_unfinished_runs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no run"):
+        describe_run(tmp_path)
+    assert find_line(tmp_path / "none.jsonl", tmp_path) is None
+    RunDirectory(tmp_path).start({"recipe": asdict(PLAIN), "seed": 0})
+    with pytest.raises(ValueError, match="has finished 0 of 20 epochs: continue it with --resume"):
+        describe_run(tmp_path)
+
+
+def test_a_failing_run_is_reported_and_does_not_keep_the_others_from_finishing(tmp_path):
+    good, bad = override(PLAIN, SHORT), override(PLAIN, {**SHORT, "data": str(tmp_path / "none.npz")})
+    with pytest.raises(TrainingError, match=r"1 of 2 runs failed, digits_resnet20,.* with: error: no file .*none.npz"):
+        sweep(make_jobs([bad, good], [0], tmp_path), tmp_path / "ledger.jsonl", CPU)
+    assert len(read_ledger(tmp_path / "ledger.jsonl")) == 1
+
+
+def test_a_sweep_that_is_stopped_goes_on(tmp_path, gaternet_command):
+    words = ["sweep", "digits_resnet20", "--seeds", "1", "--epochs", "8", "--out", str(tmp_path), "--cpu", "--json"]
+    run = tmp_path / "digits_resnet20,epochs=8" / "seed0"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*gaternet_command, *words], **pipes)
+    while process.poll() is None and not (run / "training.pt").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "stopped, with all saved; 0 of 1 runs are finished: the same command goes on" in message
+    assert "with all saved in" in (run / "log.txt").read_text()
+    config = (run / "config.json").read_text()
+    done = subprocess.run([*gaternet_command, *words], check=True, **pipes)
+    (line,) = json.loads(done.stdout.splitlines()[-1])
+    assert line == read_ledger(tmp_path / "ledger.jsonl")[0]
+    assert (run / "config.json").read_text() == config  # resumed, not begun anew
+
+
+def test_time_runs_out(tmp_path):
+    jobs = make_jobs([PLAIN], [0, 1], tmp_path)
+    with pytest.raises(Stopped, match=r"stopped after 0 minutes, with all saved; 0 of 2 runs"):
+        sweep(jobs, tmp_path / "ledger.jsonl", CPU, minutes=0.0)
+    assert [job.state for job in jobs] == ["stopped", "waiting"]
+
+
+def test_training_writes_its_own_line(tmp_path, gaternet_command):
+    words = ["train", "digits_resnet20", "--epochs", "1", "--cpu", "--out", str(tmp_path / "run")]
+    subprocess.run([*gaternet_command, *words, "--ledger", tmp_path / "a" / "ledger.jsonl"], check=True)
+    (line,) = read_ledger(tmp_path / "a" / "ledger.jsonl")
+    assert line["options"] == {"epochs": 1}
+    train(override(PLAIN, {"epochs": 1}), tmp_path / "again", CPU)
+    assert describe_run(tmp_path / "again").keys() == line.keys()
