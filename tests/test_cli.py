@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from gaternet import cli
 from gaternet.data import load_data
-from gaternet.recipe import Augmentation, Gating, Optimizer, Recipe, Runtime
+from gaternet.recipe import GROUPS, Augmentation, Distillation, Gating, Optimizer, Recipe, Runtime
 from gaternet.recipes import RECIPES
 
 QUICK = ["--epochs", "1", "--batch-size", "256", "--cpu", "--precision", "no"]
@@ -56,13 +56,13 @@ def test_every_command_has_help_with_examples(command):
 
 
 def test_every_option_of_the_dataclasses_is_on_the_command_line():
-    owners = (Recipe, Augmentation, Optimizer, Gating, Runtime)
+    owners = (Recipe, Augmentation, Optimizer, Gating, Distillation, Runtime)
     names = [f.name for owner in owners for f in dataclasses.fields(owner) if f.metadata]
     assert len(names) == len(set(names))  # flat names mean one thing each
     shown = {parameter.name for parameter in cli.training._option_parameters()}
     assert shown == set(names)
     silent = {f.name for owner in owners for f in dataclasses.fields(owner)} - shown
-    assert silent == {"name", "augmentation", "optimizer", "gating", "paper"}
+    assert silent == {"name", "paper", *GROUPS}
 
 
 def test_options_reach_the_run(run):

@@ -20,6 +20,7 @@ from gaternet.graph import read_graph
 from gaternet.method import Gater
 from gaternet.models.create import create_backbone, create_extractor, describe_backbone
 
+SMALL = torch.zeros(2, 3, 32, 32)
 PIXELS = torch.rand(2, 3, 64, 64, generator=seeded(1))  # for networks that shrink them 32 times
 
 
@@ -331,7 +332,7 @@ def test_networks_of_create_backbone_are_described_by_its_arguments(name):
         ("torchvision:resnet19", r"unknown classification model of torchvision 'resnet19': did you mean 'resnet1\d'"),
         ("timm:", "unknown model of timm ''"),
         ("torchvision:fcn_resnet50", "unknown classification model of torchvision 'fcn_resnet50'"),  # segments
-        ("resnet18", "unknown model 'resnet18': did you mean 'resnet1"),
+        ("resnet19", "unknown model 'resnet19': did you mean 'resnet1"),
     ],
 )
 def test_unknown_names_are_refused_with_a_near_one(name, message):
@@ -393,6 +394,21 @@ def test_torchvisions_trained_weights_fill_all_but_another_classifier(monkeypatc
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, trained[name]) if not name.startswith("fc.") else tensor.shape[0] == 4
     assert not torch.equal(fresh.get_parameter("conv1.weight"), trained["conv1.weight"])
+
+
+def test_a_named_gater_can_see_a_smaller_image():
+    model = gate(create_model("resnet20"), SMALL, gater="resnet8", shrink=2)
+    assert isinstance(model.gater, Gater)
+    macs = count_macs(model.eval(), SMALL)
+    dense = count_macs(gate(create_model("resnet20"), SMALL, gater="resnet8").eval(), SMALL)
+    assert macs.gater < 0.3 * dense.gater
+    built = create_model("resnet20_gated", extractor="resnet8", shrink=2)
+    assert isinstance(built, GaterNet)
+    assert count_dense_macs(built.gater, SMALL) == macs.gater
+    with pytest.raises(ValueError, match="shrink goes with a gater that is given by name"):
+        gate(create_model("resnet20"), SMALL, gater=nn.Flatten(), shrink=2)
+    with pytest.raises(ValueError, match="shrink must be at least 1, not 0"):
+        create_model("resnet20_gated", shrink=0)
 
 
 @pytest.mark.parametrize("shrink", [1, 3])

@@ -203,7 +203,7 @@ def test_options_reach_the_gater():
     ("name", "message"),
     [
         ("resnet20_gatd", "unknown model 'resnet20_gatd': did you mean 'resnet20_gated'?"),
-        ("vgg", "unknown model 'vgg': choose from resnet18, resnet20"),
+        ("vgg", "unknown model 'vgg': choose from resnet8, resnet18"),
     ],
 )
 def test_unknown_model_names_the_nearest(name, message):

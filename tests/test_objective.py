@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gaternet.objective import gate_penalty, learning_rate
+from gaternet.objective import distillation_loss, gate_noise, gate_penalty, learning_rate
 from gaternet.recipe import Gating, Optimizer
 from gaternet.recipes import find_recipe
 
@@ -106,3 +106,17 @@ def test_penalty_has_the_gradient_of_its_formula():
     gate_penalty(density, Gating(target_density=0.4), 1.0).backward()
     assert density.grad is not None
     assert density.grad.item() == pytest.approx(2 * 10 * 0.3)
+
+
+def test_noise_stays_or_falls_linearly_to_0():
+    assert [gate_noise(Gating(noise_std=0.5), done) for done in (0.0, 0.5, 1.0)] == [0.5] * 3
+    assert [gate_noise(Gating(noise_std=0.5, anneal_noise=True), done) for done in (0.0, 0.5, 1.0)] == [0.5, 0.25, 0]
+
+
+def test_distillation_loss_in_other_words():
+    ours, theirs = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).unbind(0)
+    for temperature in (1.0, 4.0):
+        p, q = (theirs / temperature).softmax(1), (ours / temperature).softmax(1)
+        expected = temperature**2 * (p * (p / q).log()).sum(1).mean()
+        torch.testing.assert_close(distillation_loss(ours, theirs, temperature), expected)
+    assert distillation_loss(ours, ours, 4.0).abs() < 1e-6

@@ -24,7 +24,7 @@ def test_every_recipe_is_found_by_its_name_and_names_known_models(recipe):
         assert recipe.gating.extractor in model_names()
         assert recipe.gated == recipe.name.endswith("_gated")
     assert set(recipe.gater_options()) == (
-        {"extractor", "bottleneck", "batch_norm", "initial_bias", "noise_std", "hard_probability"}
+        {"extractor", "shrink", "bottleneck", "batch_norm", "initial_bias", "noise_std", "hard_probability"}
         if recipe.gated
         else set()
     )

@@ -322,6 +322,38 @@ def test_compile_bf16_and_tensorboard_options_work(tmp_path, monkeypatch):
     assert abs(plain["train_loss"] - record["train_loss"]) < 0.2
 
 
+def test_a_network_learns_from_its_teacher(finished, tmp_path):
+    """With the teacher's share at 1 the labels do not matter; the teacher stays as it is."""
+    before = weights(finished)
+    options = {"teacher": str(finished), "teacher_weight": 1.0, "epochs": 1}
+    runs = []
+    for smoothing in (0.0, 0.5):  # of the labels
+        runs.append(tmp_path / str(smoothing))
+        train(small("resnet20", **options, label_smoothing=smoothing), runs[-1], CPU)
+    assert_same_weights(*runs)
+    train(small("resnet20", **{**options, "teacher_weight": 0.5}), tmp_path / "both", CPU)
+    losses = [records(run, "step")[0]["loss"] for run in (runs[0], tmp_path / "both")]
+    assert losses[0] != losses[1]
+    after = weights(finished)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    x, y = np.zeros((512, 8, 8), np.uint8), np.arange(512) % 4
+    np.savez(tmp_path / "four.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    with pytest.raises(ValueError, match=r"the teacher .* was trained on other classes"):
+        train(small("resnet20", **options, data=str(tmp_path / "four.npz")), tmp_path / "bad", CPU)
+
+
+def test_the_gates_noise_falls(tmp_path, monkeypatch):
+    found = []
+
+    def noted(model, *rest):
+        found.append(model.gater.noise_std)
+        return training_step(model, *rest)
+
+    monkeypatch.setattr(gaternet.train, "training_step", noted)
+    train(small(anneal_noise=True, noise_std=0.5), tmp_path, CPU)
+    assert found == pytest.approx([0.5 * (1 - step / 10) for step in range(10)])
+
+
 def test_bad_sizes_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="batch_size 2000 is more than the 1437 training images"):
         train(small(batch_size=2000), tmp_path / "a", CPU)

@@ -21,6 +21,7 @@ def gate(
     example_input: Tensor,
     *,
     gater: str | nn.Module | None = None,
+    shrink: int | None = None,
     sites: Selection = "residual",
     group_size: int = 1,
     bottleneck: int | None = None,
@@ -37,6 +38,8 @@ def gate(
         gater: the extractor E, a network without its output layer: a module that maps images to features (B, h), or a
             name: one of the paper's CIFAR models ("resnet20") or of timm's ("resnet18"), with fresh weights. Default:
             cheap, a ResNet-20 on the shrunk image, which costs at most 5 % of the MACs of backbones above 0.5 GMAC.
+        shrink: a gater given by name sees averages of so many pixels by so many. Default: 1, or what the default gater
+            needs to be cheap.
         sites: which filters, see `find_sites`: "residual" (the paper's), "all", or a predicate.
         group_size: number of neighbouring filters that share a gate, the paper's is 1. Larger groups make skipping
             faster and choice coarser.
@@ -57,15 +60,19 @@ def gate(
     num_gates = max(site.stop for site in found)
     if bottleneck is None:
         bottleneck = 8 if max(example_input.shape[2:]) <= 64 else 256
-    if gater is None:
-        decider = bottleneck * num_gates
-        source: dict[str, Any] | None = {"name": "resnet20", "shrink": _shrink(backbone, example_input, decider)}
+    source: dict[str, Any] | None = None
+    if isinstance(gater, nn.Module):
+        if shrink is not None:
+            raise ValueError(
+                "shrink goes with a gater that is given by name: let your network shrink its images itself"
+            )
+        extractor = gater
     else:
-        source = {"name": gater} if isinstance(gater, str) else None
-    if source is not None:
-        source["in_chans"] = example_input.shape[1]
-    extractor = create_extractor(**source) if source else gater
-    assert isinstance(extractor, nn.Module)
+        if shrink is None:
+            shrink = 1 if gater else _shrink(backbone, example_input, bottleneck * num_gates)
+        source = {"name": gater or "resnet20", "in_chans": example_input.shape[1]}
+        source |= {"shrink": shrink} if shrink != 1 else {}
+        extractor = create_extractor(**source)
     extractor.to(example_input.device, example_input.dtype)
     built = Gater(
         extractor,

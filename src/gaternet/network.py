@@ -1,7 +1,7 @@
 """What a recipe trains: its network and starting weights, its optimizer, and what is saved beside the weights."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gaternet import checkpoint
 from gaternet.cost import CostModel
-from gaternet.data import ImageData
+from gaternet.data import ImageData, Preprocessing
 from gaternet.gating import gate
 from gaternet.graph import read_graph
 from gaternet.method import GaterNet
@@ -37,6 +37,7 @@ def build_network(recipe: Recipe, data: ImageData, seed: int) -> nn.Module:
             backbone.train(),
             torch.zeros(2, data.preprocessing.channels, data.preprocessing.height, data.preprocessing.width),
             gater=None if gating.extractor == "auto" else gating.extractor,
+            shrink=gating.shrink,
             sites=gating.sites,
             group_size=gating.group_size,
             bottleneck=gating.bottleneck,
@@ -51,6 +52,29 @@ def build_network(recipe: Recipe, data: ImageData, seed: int) -> nn.Module:
         if gating.extractor_from:
             _start_from(network.gater.get_submodule("extractor"), gating.extractor_from, "extractor", 0)
     return network
+
+
+def load_teacher(recipe: Recipe, data: ImageData, accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:
+    """The network to distil from, as a function from pixels (uint8) to logits (B, K) without gradients; or None.
+
+    Raises:
+        ValueError: there is no such network, or it knows other classes or other images.
+    """
+    source = recipe.distillation.teacher
+    if source is None:
+        return None
+    network, metadata = checkpoint.load_model(find_model(Path(source)))
+    network.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    preprocessing, ours = Preprocessing.from_metadata(metadata), data.preprocessing
+    sizes = [(p.channels, p.height, p.width) for p in (preprocessing, ours)]
+    if metadata["classes"] != list(data.classes) or sizes[0] != sizes[1]:
+        raise ValueError(f"the teacher {source} was trained on other classes or images of another size: name another")
+
+    def ask(images: Tensor) -> Tensor:
+        with torch.no_grad(), accelerator.autocast():
+            return network(preprocessing.normalize(images))
+
+    return ask
 
 
 def prepared_for(data: ImageData, network: nn.Module) -> ImageData:

@@ -1,9 +1,10 @@
-"""Pure functions of the training objective: the penalty on gates, the learning rate. No state, so nothing to resume."""
+"""Pure functions of the training objective: losses and what changes with time. No state, so nothing to resume."""
 
 import math
 
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from gaternet.recipe import Gating, Optimizer
 
@@ -22,6 +23,22 @@ def gate_penalty(density: Float[Tensor, "*densities"], gating: Gating, epoch: fl
     if gating.target_density is not None:
         return ramp * gating.density_weight * ((density - gating.target_density) ** 2).mean()
     return ramp * gating.sparsity * density.mean()
+
+
+def gate_noise(gating: Gating, done: float) -> float:
+    """Standard deviation of the noise on the gates' logits when a share `done`, in [0, 1], of training is done."""
+    return gating.noise_std * (1 - done) if gating.anneal_noise else gating.noise_std
+
+
+def distillation_loss(
+    logits: Float[Tensor, "batch classes"], teacher: Float[Tensor, "batch classes"], temperature: float
+) -> Float[Tensor, ""]:
+    """Mean Kullback-Leibler divergence from the teacher's softened classes to ours, in nats, times temperature^2.
+
+    The factor keeps the gradients' size where the temperature changes (Hinton, Vinyals, Dean, 2015, section 2).
+    """
+    ours, theirs = (F.log_softmax(values.float() / temperature, 1) for values in (logits, teacher))
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
 
 
 def learning_rate(optimizer: Optimizer, step: int, steps_per_epoch: int, epochs: int) -> float:

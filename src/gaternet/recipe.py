@@ -57,6 +57,7 @@ class Gating:
     """The gater and its losses; ignored by plain models."""
 
     extractor: str = option("resnet20", "the gater's E: a network of ours or timm's by name; with --backbone also auto")
+    shrink: int | None = option(None, "side in pixels of the squares that E sees as one; default: 1, auto chooses")
     sites: Literal["residual", "all"] = option("residual", "filters of --backbone to gate: residual, all")
     group_size: int = option(1, "with --backbone: number of neighbouring filters that share a gate")
     open: bool = option(False, "with --backbone: start with every gate open, as the plain network")
@@ -66,6 +67,7 @@ class Gating:
         0.0, "bias of D's last layer at the start; 0 opens about half of the gates, 2 nearly all"
     )
     noise_std: float = option(1.0, "standard deviation of the noise on the gates' logits in training")
+    anneal_noise: bool = option(False, "let the noise fall linearly, to 0 at the end of training")
     hard_probability: float = option(0.5, "chance that a training sample's gates are hard")
     sparsity: float = option(0.0, "lambda: weight of the share of open gates in the loss")
     target_density: float | None = option(None, "share of open gates to steer to, in place of lambda")
@@ -81,6 +83,7 @@ class Gating:
     extractor_from: str | None = option(None, "run, saved model or state_dict file that the gater's E starts from")
 
     def __post_init__(self) -> None:
+        _check(self, "shrink", self.shrink is None or self.shrink >= 1, "at least 1")
         _check(self, "bottleneck", self.bottleneck >= 1, "at least 1")
         _check(self, "noise_std", self.noise_std >= 0, "at least 0")
         _check(self, "hard_probability", 0 <= self.hard_probability <= 1, "in [0, 1]")
@@ -113,6 +116,19 @@ class Augmentation:
         _check(self, "cutout", self.cutout >= 0, "at least 0")
         policies = ("none", "autoaugment", "randaugment", "trivialaugment")
         _check(self, "policy", self.policy in policies, "none, autoaugment, randaugment or trivialaugment")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Learning from a trained network's outputs as well as from labels (Hinton et al., 2015)."""
+
+    teacher: str | None = option(None, "run or saved model of the same classes to learn from as well")
+    teacher_weight: float = option(0.5, "its share of the loss, in [0, 1]")
+    temperature: float = option(4.0, "both outputs are divided by this before they are compared")
+
+    def __post_init__(self) -> None:
+        _check(self, "teacher_weight", 0 <= self.teacher_weight <= 1, "in [0, 1]")
+        _check(self, "temperature", self.temperature > 0, "above 0")
 
 
 @dataclass(frozen=True)
@@ -149,6 +165,7 @@ class Recipe:
     augmentation: Augmentation = Augmentation()
     optimizer: Optimizer = Optimizer()
     gating: Gating = Gating()
+    distillation: Distillation = Distillation()
     paper: PaperRow | None = None
 
     def __post_init__(self) -> None:
@@ -166,7 +183,8 @@ class Recipe:
     def gater_options(self) -> dict[str, Any]:
         """The arguments of `create_model` that a gated model has and a plain one has not."""
         names = ("extractor", "bottleneck", "batch_norm", "initial_bias", "noise_std", "hard_probability")
-        return {name: getattr(self.gating, name) for name in names} if self.gated else {}
+        options = {name: getattr(self.gating, name) for name in names} | {"shrink": self.gating.shrink or 1}
+        return options if self.gated else {}
 
 
 @dataclass(frozen=True)
@@ -191,7 +209,7 @@ class Runtime:
         _check(self, "save_minutes", self.save_minutes >= 0, "at least 0")
 
 
-GROUPS = ("augmentation", "optimizer", "gating")  # fields of a recipe that hold options themselves
+GROUPS = ("augmentation", "optimizer", "gating", "distillation")  # fields of a recipe that hold options themselves
 
 
 def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

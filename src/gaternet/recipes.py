@@ -82,14 +82,18 @@ _TABLE_3 = {
 
 def _table_3() -> list[Recipe]:
     """Trained as ResNets commonly are on ImageNet (He et al., 2016), since the paper's own recipe is not published."""
-    optimizer = Optimizer(lr=0.1, milestones=(1 / 3, 2 / 3, 8 / 9))
-    gating = Gating(extractor="resnet18", bottleneck=256)
+    common: Any = {
+        "data": "imagenet",
+        "epochs": 90,
+        "batch_size": 256,
+        "optimizer": Optimizer(lr=0.1, milestones=(1 / 3, 2 / 3, 8 / 9)),
+        "gating": Gating(extractor="resnet18", bottleneck=256),
+    }
     recipes = []
     for model, (gates, (params, error, top5_error)) in _TABLE_3.items():
         size = 299 if model.startswith("inception") else 224
         paper = PaperRow(3, params, error, gates, top5_error)
-        name, data = f"imagenet_{model}", "imagenet"
-        recipes.append(Recipe(name, model, None, False, data, size, 90, 256, Augmentation(), optimizer, gating, paper))
+        recipes.append(Recipe(f"imagenet_{model}", model, image_size=size, paper=paper, **common))
     return recipes
 
 

@@ -26,16 +26,17 @@ from gaternet.evaluate import BATCH as EVALUATION_BATCH
 from gaternet.evaluate import ToInput, evaluate
 from gaternet.loader import make_batches
 from gaternet.machine import collect_signals, make_accelerator, seed_step, should_stop, tensorboard
-from gaternet.method import GaterNet, gate_sparsity
+from gaternet.method import Gater, GaterNet, gate_sparsity
 from gaternet.network import (
     build_network,
     density_weights,
+    load_teacher,
     make_optimizer,
     model_metadata,
     prepared_for,
     set_training_mode,
 )
-from gaternet.objective import gate_penalty, learning_rate
+from gaternet.objective import distillation_loss, gate_noise, gate_penalty, learning_rate
 from gaternet.progress import TrainingDisplay
 from gaternet.recipe import Recipe, Runtime
 from gaternet.run import RunDirectory
@@ -100,9 +101,11 @@ def train(
         network.compile()
     model, optimizer = accelerator.prepare(network, make_optimizer(network, recipe, accelerator))
     to_input = ToInput(data.preprocessing, runtime.channels_last)
-    weights = None
+    gater = weights = None
     if isinstance(network, GaterNet):
+        gater = network.gater if isinstance(network.gater, Gater) else None  # a user's own may have no noise
         weights = density_weights(network, recipe.gating, to_input(data.test[0][0][None].to(accelerator.device)))
+    teacher = load_teacher(recipe, data, accelerator)
     train_batches = make_batches(data.train, recipe.batch_size, runtime, accelerator, seed)
     test_batches = make_batches(data.test, EVALUATION_BATCH, runtime, accelerator)
     steps_per_epoch = len(train_batches)
@@ -132,9 +135,11 @@ def train(
                     group["lr"] = rate * group["scale"]
                 seed_step(mix_seed(seed, progress.step, accelerator.process_index), accelerator.device)
                 epochs_done = progress.step / steps_per_epoch
+                if gater is not None:
+                    gater.noise_std = gate_noise(recipe.gating, epochs_done / recipe.epochs)
                 optimizer.zero_grad()
-                inputs = to_input(images)
-                progress.add(training_step(model, inputs, labels, recipe, epochs_done, accelerator, weights))
+                inputs, targets = to_input(images), teacher(images) if teacher else None
+                progress.add(training_step(model, inputs, labels, recipe, epochs_done, accelerator, weights, targets))
                 optimizer.step()
                 if ema is not None:
                     ema.update_parameters(network)
@@ -192,11 +197,19 @@ def training_step(
     epochs_done: float,
     accelerator: Accelerator,
     weights: Tensor | None = None,
+    targets: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Forward and backward of one batch (equation 8); sums over the batch, on the device: nothing waits for them."""
+    """Forward and backward of one batch (equation 8); sums over the batch, on the device: nothing waits for them.
+
+    `weights` are a GaterNet's `density_weights`; `targets` the logits of a teacher, where there is one.
+    """
     gated = weights is not None
     logits, gates = model(inputs, return_gates=True) if gated else (model(inputs), inputs.new_zeros(0))
     loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.optimizer.label_smoothing)
+    if targets is not None:
+        share = recipe.distillation.teacher_weight
+        learned = distillation_loss(logits, targets, recipe.distillation.temperature)
+        loss = (1 - share) * loss + share * learned
     sums = {"loss": loss.detach() * len(labels), "correct": (logits.argmax(1) == labels).sum()}
     if gated:
         density = weights @ gates.mean(0)  # (S,), see `density_weights`

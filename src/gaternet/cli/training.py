@@ -12,10 +12,17 @@ import typer
 from rich.table import Table
 
 from gaternet.cli.common import JsonOption, app, console
-from gaternet.recipe import Augmentation, Gating, Optimizer, Recipe, Runtime, override
+from gaternet.recipe import Augmentation, Distillation, Gating, Optimizer, Recipe, Runtime, override
 from gaternet.recipes import RECIPES, find_recipe
 
-_PANELS = {Recipe: "Recipe", Augmentation: "Augmentation", Optimizer: "Optimizer", Gating: "Gates", Runtime: "Machine"}
+_PANELS = {
+    Recipe: "Recipe",
+    Augmentation: "Augmentation",
+    Optimizer: "Optimizer",
+    Gating: "Gates",
+    Distillation: "Distillation",
+    Runtime: "Machine",
+}
 
 
 def _train(

@@ -15,14 +15,15 @@ from gaternet.models.shake_shake import ShakeShake, branch_sites
 
 # name: block, units per stage, stem filters, inner widths, unit widths
 _CIFAR_RESNETS = {
+    "resnet8": (BasicBlock, 1, 16, (16, 32, 64), (16, 32, 64)),
     "resnet20": (BasicBlock, 3, 16, (16, 32, 64), (16, 32, 64)),
     "resnet56": (BasicBlock, 9, 16, (16, 32, 64), (16, 32, 64)),
     "resnet110": (BasicBlock, 18, 16, (16, 32, 64), (16, 32, 64)),
     "resnet164": (Bottleneck, 18, 16, (4, 32, 64), (16, 128, 256)),
 }
 # Not published: the factor on all widths, and the SE reduction, that give Table 1's parameter counts on both data sets.
-_WIDER = {"resnet20": 1.44, "resnet56": 1.12, "resnet110": 1.12, "resnet164": 1.12}
-_SE_REDUCTION = {"resnet20": 4, "resnet56": 4, "resnet110": 4, "resnet164": 8}
+_WIDER = {"resnet8": 1.44, "resnet20": 1.44, "resnet56": 1.12, "resnet110": 1.12, "resnet164": 1.12}
+_SE_REDUCTION = {"resnet8": 4, "resnet20": 4, "resnet56": 4, "resnet110": 4, "resnet164": 8}
 _DENSENETS = {"densenet_bc_100_12": (100, 12), "densenet_bc_250_24": (250, 24), "densenet_bc_190_40": (190, 40)}
 _SHAKE_SHAKES = {"shake_shake_26_2x64d": 64, "shake_shake_26_2x96d": 96}
 _VARIANTS = ("_wider", "_se")
@@ -44,6 +45,7 @@ def create_model(
     in_chans: int = 3,
     *,
     extractor: str | None = None,
+    shrink: int = 1,
     bottleneck: int | None = None,
     batch_norm: bool = True,
     initial_bias: float = 0.0,
@@ -60,6 +62,7 @@ def create_model(
         in_chans: channels of the images.
         extractor: for gated models, the name of the plain network that serves as the gater's E, without its classifier;
             default: the paper's, "resnet20" for CIFAR's models and "resnet18" for ImageNet's.
+        shrink: for gated models, the extractor sees averages of so many pixels by so many; the paper's is 1.
         bottleneck: for gated models, width of D's middle; default: the paper's, 8 for CIFAR's and 256 for ImageNet's.
         batch_norm, initial_bias, noise_std, hard_probability, threshold: for gated models, see `Gater`.
         pretrained: for timm's and torchvision's models, take their trained weights, which are downloaded.
@@ -75,10 +78,11 @@ def create_model(
         raise ValueError(f"there are no trained weights for {name}: train it")
     backbone = name.removesuffix(_GATED)
     papers_extractor, papers_bottleneck = ("resnet18", 256) if backbone in IMAGENET else ("resnet20", 8)
+    seen: dict[str, Any] = {"name": papers_extractor if extractor is None else extractor, "in_chans": in_chans}
     return build_gated(
         {
             "backbone": {"name": backbone, "num_classes": num_classes, "in_chans": in_chans},
-            "extractor": {"name": papers_extractor if extractor is None else extractor, "in_chans": in_chans},
+            "extractor": seen | ({"shrink": shrink} if shrink != 1 else {}),
         },
         {
             "bottleneck": papers_bottleneck if bottleneck is None else bottleneck,
@@ -115,8 +119,14 @@ def create_extractor(name: str, in_chans: int = 3, shrink: int = 1) -> nn.Module
     With `shrink` above 1 it sees the image as averages of so many pixels by so many.
     """
     ours = name in _BACKBONES or name.removesuffix(_GATED) in _BACKBONES
-    network = create_backbone(name, 0, in_chans) if ours else _timm(name.removeprefix(_TIMM), 0, in_chans, False)
-    return nn.Sequential(nn.AvgPool2d(shrink), network) if shrink > 1 else network
+    if shrink < 1:
+        raise ValueError(f"shrink must be at least 1, not {shrink}")
+    network: Any = create_backbone(name, 0, in_chans) if ours else _timm(name.removeprefix(_TIMM), 0, in_chans, False)
+    if shrink == 1:
+        return network
+    shrunk: Any = nn.Sequential(nn.AvgPool2d(shrink), network)
+    shrunk.num_features = network.num_features
+    return shrunk
 
 
 def describe_backbone(backbone: nn.Module, in_chans: int) -> dict[str, Any] | None:
