@@ -25,7 +25,7 @@ from gaternet.evaluate import ToInput
 from gaternet.machine import make_accelerator, seed_step
 from gaternet.method import GaterNet
 from gaternet.models import create_model
-from gaternet.network import density_weights, make_optimizer
+from gaternet.network import make_density, make_optimizer
 from gaternet.recipe import Recipe, Runtime
 from gaternet.recipes import find_recipe
 from gaternet.run import describe_machine
@@ -50,9 +50,9 @@ class Stepper:
         self.to_input = ToInput(PREPROCESSING)
         self.images = torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8, device=self.accelerator.device)
         self.labels = torch.randint(0, 10, (BATCH,), device=self.accelerator.device)
-        self.weights = None
+        self.density_of = None
         if isinstance(self.network, GaterNet):
-            self.weights = density_weights(self.network, recipe.gating, self.to_input(self.images[:1]))
+            self.density_of = make_density(self.network, recipe.gating, self.to_input(self.images[:1]))
         self.seconds: list[float] = []
 
     def step(self) -> None:
@@ -68,7 +68,7 @@ class Stepper:
                 self.recipe,
                 1.0,
                 self.accelerator,
-                self.weights,
+                self.density_of,
             )
         )
         self.optimizer.step()

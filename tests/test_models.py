@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gaternet.cost import count_macs
+from gaternet.gating import gate
 from gaternet.method import Gater, GaterNet
 from gaternet.models import CifarResNet, create_model, model_names
 from gaternet.models.cifar_resnet import BasicBlock, Bottleneck, SqueezeExcite, residual_sites
@@ -214,6 +216,24 @@ def test_unknown_model_names_the_nearest(name, message):
 def test_an_extractor_must_be_a_plain_network():
     with pytest.raises(ValueError, match="unknown model 'resnet20_gated'"):
         create_model("resnet20_gated", extractor="resnet20_gated")
+
+
+@pytest.mark.parametrize("name", ["cifar10_resnet20_half", "cifar10_resnet56_half"])
+def test_half_recipes_aim_at_half_of_the_macs_with_the_gater(name):
+    recipe, images = RECIPES[name], torch.zeros(2, 3, 32, 32)
+    backbone = create_model(str(recipe.backbone))
+    gating = recipe.gating
+    model = gate(
+        backbone,
+        images,
+        gater=gating.extractor,
+        shrink=gating.shrink,
+        sites=gating.sites,
+        bottleneck=gating.bottleneck,
+    )
+    macs = count_macs(model.eval(), images)
+    assert gating.target_density is not None
+    assert 0.49 < gating.target_density + macs.gater / macs.backbone <= 0.5
 
 
 # --- Table 2

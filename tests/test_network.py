@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gaternet.checkpoint import load_model
-from gaternet.cost import CostModel
+from gaternet.cost import CostModel, count_macs
 from gaternet.data import ImageData, load_data
 from gaternet.graph import read_graph
 from gaternet.machine import make_accelerator
 from gaternet.method import Gater, GaterNet
 from gaternet.models import create_model
-from gaternet.network import build_network, density_weights, make_optimizer, prepared_for
+from gaternet.network import build_network, make_density, make_optimizer, prepared_for
 from gaternet.recipe import Gating, Recipe, Runtime, override
 from gaternet.recipes import find_recipe
 from gaternet.train import train
@@ -102,22 +102,22 @@ def toy() -> GaterNet:
     return network
 
 
-def test_density_weights_by_hand():
+def test_densities_by_hand():
     network, images = toy(), torch.zeros(1, 1, 8, 8)
-    gates = torch.rand(network.num_gates)
-    assert (density_weights(network, Gating(), images) @ gates).item() == pytest.approx(gates.mean().item())
-    by_site = density_weights(network, Gating(penalty="sites"), images) @ gates
-    assert by_site.tolist() == pytest.approx([gates[s.start : s.stop].mean().item() for s in network.sites])
+    gates = torch.rand(3, network.num_gates)
+    assert make_density(network, Gating(), images)(gates).tolist() == pytest.approx([gates.mean().item()])
+    by_site = make_density(network, Gating(penalty="sites"), images)(gates)
+    assert by_site.tolist() == pytest.approx([gates[:, s.start : s.stop].mean().item() for s in network.sites])
+    hard = gates.round().requires_grad_()
+    macs = count_macs(network, images.expand(3, 1, 8, 8))
     cost = CostModel(read_graph(network.backbone, images), network.sites)
-    every, none = (cost(torch.full((1, network.num_gates), float(value))).item() for value in (1, 0))
-    closed = gates.round()[None]
-    share = 1 - (every - cost(closed).item()) / (every - none)  # of what gates decide: residual ones add up
-    assert (density_weights(network, Gating(penalty="macs"), images) @ closed[0]).item() == pytest.approx(
-        share, abs=1e-6
-    )
+    found = make_density(network, Gating(penalty="macs"), images)(hard)
+    assert found.item() == pytest.approx(cost(hard).mean().item() / macs.backbone)
+    (gradient,) = torch.autograd.grad(found.sum(), hard)
+    assert (gradient > 0).all()  # each gate costs
 
 
-def test_density_weights_count_shared_gates_once():
+def test_densities_count_shared_gates_once():
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -134,7 +134,7 @@ def test_density_weights_count_shared_gates_once():
     sites = find_sites(net, images, "all")
     assert [site.role for site in sites] == ["inner", "depthwise", "inner"]
     network = GaterNet(net, Gater(nn.Flatten(), 64, 10), sites)
-    assert density_weights(network, Gating(penalty="sites"), images).shape == (2, 10)
+    assert make_density(network, Gating(penalty="sites"), images)(torch.rand(3, 10)).shape == (2,)
 
 
 def test_target_of_each_site_is_steered_to(tmp_path):

@@ -66,17 +66,13 @@ class CostModel:
             site = by_conv.get(conv.name)
             writes = site.columns if site else torch.full((conv.out_channels,), ALIVE)
             self.convs.append(ConvCost(conv, flow.of(conv.source), writes))
+        self._terms = _Terms(self.convs, self.num_gates)
 
     def __call__(self, gates: Float[Tensor, "batch gates"]) -> Float[Tensor, " batch"]:
-        """MACs of each image under its gates (B, C); float64, on the CPU."""
-        gates = gates.cpu().double()
-        extended = torch.cat([gates, gates.new_ones(gates.shape[0], 1)], 1)  # column -1, ALIVE, is always open
-        saved = extended.new_zeros(gates.shape[0])
-        for cost in self.convs:
-            if (cost.reads == ALIVE).all() and (cost.writes == ALIVE).all():
-                continue
-            saved = saved + (cost.conv.macs - cost.conv.macs_per_pair * _open_pairs(cost, extended))
-        return self.dense - saved
+        """MACs of each image under its gates (B, C); on their device, in float64 where it has that."""
+        gates = gates.to(torch.float32 if gates.device.type == "mps" else torch.float64)
+        extended = torch.cat([gates, gates.new_ones(gates.shape[0], 1)], 1)  # the last column is always open
+        return self.dense - self._terms.full + self._terms(extended)
 
     def savings(self) -> Float[Tensor, " gates"]:
         """MACs that closing each gate saves where all others are open, (C,)."""
@@ -119,13 +115,45 @@ def count_dense_macs(network: nn.Module, images: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def _open_pairs(cost: ConvCost, gates: Tensor) -> Tensor:
-    """Pairs of an open filter and an open channel that it reads, per image (B,); gates (B, C + 1)."""
-    conv = cost.conv
-    if conv.depthwise:
-        both = gates[:, cost.writes] * gates[:, cost.reads]
-        same = gates[:, cost.writes]
-        return torch.where(cost.writes == cost.reads, same, both).sum(1)
-    reads = gates[:, cost.reads].unflatten(1, (conv.groups, -1)).sum(2)  # (B, groups)
-    writes = gates[:, cost.writes].unflatten(1, (conv.groups, -1)).sum(2)
-    return (reads * writes).sum(1)
+class _Terms:
+    """The cost of those convolutions that gates act on: a sum of products of two sums of gates each.
+
+    A term is a group of filters and the channels that they read: (open filters) x (open channels) x MACs of a pair.
+    `full` is the sum where all gates are open.
+    """
+
+    def __init__(self, convs: Sequence[ConvCost], num_gates: int) -> None:
+        sides: tuple[list[Tensor], list[Tensor]] = ([], [])  # columns of the channels and of the filters of each term
+        weights: list[int] = []
+        for cost in convs:
+            if _always_open(cost):
+                continue
+            for reads, writes in zip(
+                cost.reads.chunk(cost.conv.groups), cost.writes.chunk(cost.conv.groups), strict=True
+            ):
+                # A filter that shares its gate with the one channel that it reads (g * g = g) is counted once.
+                shared = cost.conv.depthwise and reads.equal(writes)
+                sides[0].append(torch.tensor([ALIVE]) if shared else reads)
+                sides[1].append(writes)
+                weights.append(cost.conv.macs_per_pair)
+        self.full = sum(cost.conv.macs for cost in convs if not _always_open(cost))
+        self._weights = torch.tensor(weights, dtype=torch.float64)
+        self._sums = [_sums(side, num_gates + 1) for side in sides]
+
+    def __call__(self, gates: Float[Tensor, "batch columns"]) -> Float[Tensor, " batch"]:
+        if not len(self._weights):
+            return gates.new_zeros(gates.shape[0])
+        open_channels, open_filters = (torch.sparse.mm(sums.to(gates), gates.T) for sums in self._sums)  # (terms, B)
+        return self._weights.to(gates) @ (open_channels * open_filters)
+
+
+def _always_open(cost: ConvCost) -> bool:
+    return bool((cost.reads == ALIVE).all() and (cost.writes == ALIVE).all())
+
+
+def _sums(columns: Sequence[Tensor], width: int) -> Tensor:
+    """A sparse matrix (terms, width) that sums, for each term, the gates of its columns; ALIVE is the last of them."""
+    terms = torch.cat([torch.full_like(some, number) for number, some in enumerate(columns)] or [torch.zeros(0).long()])
+    where = torch.stack([terms, torch.cat([*columns, terms[:0]]) % width])
+    ones, size = torch.ones(where.shape[1], dtype=torch.float64), (len(columns), width)
+    return torch.sparse_coo_tensor(where, ones, size, check_invariants=True).coalesce()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -112,22 +111,19 @@ def make_optimizer(network: nn.Module, recipe: Recipe, accelerator: Accelerator)
     )
 
 
-def density_weights(network: GaterNet, gating: Gating, images: Tensor) -> Float[Tensor, "densities gates"]:
-    """What the penalty sees of the gates: each row's weights, which sum to 1, give one density.
+def make_density(network: GaterNet, gating: Gating, images: Tensor) -> Callable[[Tensor], Tensor]:
+    """What the penalty sees of the gates: a function from gates (B, C) to densities (S,) in [0, 1].
 
-    One row with equal weights; or (penalty "sites") one row a site; or ("macs") one row, in which each gate weighs what
-    it saves. `images` are an example, (B, channels, H, W).
+    The share of open gates; or (penalty "sites") one such share for each site; or ("macs") the share of the backbone's
+    MACs that the images need. `images` are an example, (B, channels, H, W).
     """
+    if gating.penalty == "macs":
+        cost = CostModel(read_graph(network.backbone, images[:1]), network.sites)
+        return lambda gates: (cost(gates).mean()[None] / cost.dense).to(gates.dtype)
     if gating.penalty == "sites":
-        slices = dict.fromkeys((site.start, site.stop) for site in network.sites)
-        rows = torch.zeros(len(slices), network.num_gates)
-        for row, (start, stop) in zip(rows, slices, strict=True):
-            row[start:stop] = 1
-    elif gating.penalty == "macs":
-        rows = CostModel(read_graph(network.backbone, images[:1]), network.sites).savings()[None].float()
-    else:
-        rows = torch.ones(1, network.num_gates)
-    return (rows / rows.sum(1, keepdim=True)).to(images.device)
+        slices = list(dict.fromkeys((site.start, site.stop) for site in network.sites))
+        return lambda gates: torch.stack([gates[:, start:stop].mean() for start, stop in slices])
+    return lambda gates: gates.mean()[None]
 
 
 def model_metadata(recipe: Recipe, network: nn.Module, data: ImageData, seed: int, accuracy: float) -> dict[str, Any]:

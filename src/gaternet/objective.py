@@ -13,7 +13,7 @@ def gate_penalty(density: Float[Tensor, "*densities"], gating: Gating, epoch: fl
     """What gates add to the loss: lambda * density (paper, equation 8), or density_weight * (density - target)^2.
 
     Args:
-        density: of the batch, in [0, 1]: one, or several whose penalties are averaged (see `network.density_weights`).
+        density: of the batch, in [0, 1]: one, or several whose penalties are averaged (see `network.make_density`).
         gating: the weights, and when they act.
         epoch: epochs done so far, fractions included.
     """

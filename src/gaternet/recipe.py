@@ -75,7 +75,7 @@ class Gating:
     sparsity_start: float = option(0.0, "epoch at which either weight begins to act")
     sparsity_ramp: float = option(0.0, "epochs over which it then rises linearly to its full value")
     penalty: Literal["gates", "sites", "macs"] = option(
-        "gates", "density of: gates, all alike; sites, each to the target by itself; macs, gates by what they save"
+        "gates", "density of: gates, all alike; sites, each to the target by itself; macs, the backbone's MACs"
     )
     freeze: Literal["none", "backbone", "gater"] = option("none", "part that does not learn: none, backbone, gater")
     gater_lr: float | None = option(None, "peak learning rate of the gater; default: the backbone's")

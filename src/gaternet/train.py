@@ -7,7 +7,7 @@ of (seed, epoch). So no generator's state needs saving, and a run that is killed
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -29,8 +29,8 @@ from gaternet.machine import collect_signals, make_accelerator, seed_step, shoul
 from gaternet.method import Gater, GaterNet, gate_sparsity
 from gaternet.network import (
     build_network,
-    density_weights,
     load_teacher,
+    make_density,
     make_optimizer,
     model_metadata,
     prepared_for,
@@ -101,10 +101,10 @@ def train(
         network.compile()
     model, optimizer = accelerator.prepare(network, make_optimizer(network, recipe, accelerator))
     to_input = ToInput(data.preprocessing, runtime.channels_last)
-    gater = weights = None
+    gater = density_of = None
     if isinstance(network, GaterNet):
         gater = network.gater if isinstance(network.gater, Gater) else None  # a user's own may have no noise
-        weights = density_weights(network, recipe.gating, to_input(data.test[0][0][None].to(accelerator.device)))
+        density_of = make_density(network, recipe.gating, to_input(data.test[0][0][None].to(accelerator.device)))
     teacher = load_teacher(recipe, data, accelerator)
     train_batches = make_batches(data.train, recipe.batch_size, runtime, accelerator, seed)
     test_batches = make_batches(data.test, EVALUATION_BATCH, runtime, accelerator)
@@ -139,7 +139,9 @@ def train(
                     gater.noise_std = gate_noise(recipe.gating, epochs_done / recipe.epochs)
                 optimizer.zero_grad()
                 inputs, targets = to_input(images), teacher(images) if teacher else None
-                progress.add(training_step(model, inputs, labels, recipe, epochs_done, accelerator, weights, targets))
+                progress.add(
+                    training_step(model, inputs, labels, recipe, epochs_done, accelerator, density_of, targets)
+                )
                 optimizer.step()
                 if ema is not None:
                     ema.update_parameters(network)
@@ -196,14 +198,14 @@ def training_step(
     recipe: Recipe,
     epochs_done: float,
     accelerator: Accelerator,
-    weights: Tensor | None = None,
+    density_of: Callable[[Tensor], Tensor] | None = None,
     targets: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Forward and backward of one batch (equation 8); sums over the batch, on the device: nothing waits for them.
 
-    `weights` are a GaterNet's `density_weights`; `targets` the logits of a teacher, where there is one.
+    `density_of` is a GaterNet's `make_density`; `targets` are the logits of a teacher, where there is one.
     """
-    gated = weights is not None
+    gated = density_of is not None
     logits, gates = model(inputs, return_gates=True) if gated else (model(inputs), inputs.new_zeros(0))
     loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.optimizer.label_smoothing)
     if targets is not None:
@@ -212,7 +214,7 @@ def training_step(
         loss = (1 - share) * loss + share * learned
     sums = {"loss": loss.detach() * len(labels), "correct": (logits.argmax(1) == labels).sum()}
     if gated:
-        density = weights @ gates.mean(0)  # (S,), see `density_weights`
+        density = density_of(gates)  # (S,)
         if accelerator.num_processes > 1:  # the value of the whole batch, with the gradient of this process' part
             mean = accelerator.reduce(density.detach(), "mean")
             assert isinstance(mean, Tensor)
