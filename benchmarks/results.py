@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gaternet.checkpoint import read_json
-from gaternet.ledger import add_run, read_ledger
+from gaternet.ledger import add_run, read_ledger, train_flags
 from gaternet.recipes import RECIPES
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -186,6 +186,32 @@ def skipping() -> str:
     return text + "\n### On a GPU\n\nNot measured.\n"
 
 
+def generalisation() -> str:
+    """Training and test errors and those under corruptions, means over seeds."""
+    path = DOCS / "results" / "generalisation.json"
+    if not path.exists():
+        return "Not measured.\n"
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for line in json.loads(path.read_text()):
+        words = [line["recipe"], *train_flags(line["options"])]
+        groups.setdefault(f"`{' '.join(words)}`", []).append(line)
+    kinds = ("noise", "blur", "contrast", "jpeg")
+    rows = []
+    for name, lines in groups.items():
+
+        def mean(kind: str, lines: list[dict[str, Any]] = lines) -> float:
+            found = [e for line in lines for k, e in line["errors"].items() if k.split()[0] == kind]
+            return statistics.mean(found)
+
+        corrupted = [mean(kind) for kind in kinds]
+        figures = [mean("train"), mean("test"), mean("test") - mean("train"), *corrupted, statistics.mean(corrupted)]
+        size = f"{lines[0]['parameters'] / 1e6:.2f}M"
+        rows.append([name, size, str(len(lines)), *(f"{figure:.1f}" for figure in figures)])
+    text = "`python benchmarks/generalisation.py`: errors in %, of each corruption the mean of three strengths.\n\n"
+    titles = ["recipe", "size", "n", "train", "test", "gap", *kinds, "corrupted"]
+    return text + table(titles, rows)
+
+
 # Batch and density -> the target for the time over that of the best dense engine
 TARGETS = {(1, 1.0): 1.05, (1, 0.75): 0.95, (1, 0.5): 0.7, (1, 0.25): 0.45}
 TARGETS |= {(16, 1.0): 1.05, (16, 0.75): 1.0, (16, 0.5): 0.75, (16, 0.25): 0.5}
@@ -263,6 +289,7 @@ def main() -> None:
         "half of their filters, a few epochs on a CPU. MACs are means over the test images, relative to the plain "
         "backbone.\n\n"
         f"{finetuned()}\n"
+        f"## Generalisation\n\n{generalisation()}\n"
         f"## Skipping\n\n{skipping()}\n"
         f"## Speed\n\n{speed()}"
     )

@@ -29,7 +29,7 @@ def changed_options(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
     if Path(named["data"]).stem == base["data"]:
         ignored.add("data")
     before = _flat(base)
-    return {name: value for name, value in _flat(named).items() if name not in ignored and value != before[name]}
+    return {name: value for name, value in _flat(named).items() if name not in ignored and value != before.get(name)}
 
 
 def train_flags(options: Mapping[str, Any]) -> list[str]:
@@ -117,6 +117,6 @@ def add_run(ledger: Path, path: Path) -> dict[str, Any]:
 def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a recipe and of its groups, under their names on the command line."""
     plain = json.loads(json.dumps(recipe))  # tuples are lists in what was saved
-    groups = [plain.pop(group) for group in GROUPS]
+    groups = [plain.pop(group, {}) for group in GROUPS]  # older runs have fewer
     options = {name: value for name, value in plain.items() if name not in ("name", "paper")}
     return options | {name: value for group in groups for name, value in group.items()}
