@@ -1,14 +1,17 @@
 """How much slower does gated training step than plain training, and does the slowdown exceed that of the work?
 
-python benchmarks/training_speed.py [--steps 20] [--out docs/results/training_speed.json]
+python benchmarks/training.py [--steps 20] [--out docs/results/training.json]
 
-Steps of the plain backbone, of the gater's extractor alone and of the gated model alternate in one process, so that a
-machine whose speed drifts slows all three alike; medians are compared. Multiply-accumulates (MACs) are counted by
-PyTorch's FlopCounterMode. `overhead` is the time of a gated step over that of its two parts: what gates and bookkeeping
-cost.
+A step is all that `gaternet train` does: the batch is cut from uint8 images in memory and augmented, forward,
+backward, SGD. Steps of the plain backbone, of the gater's extractor alone and of the gated model alternate in one
+process, so that a machine whose speed drifts slows all three alike; medians are compared. Multiply-accumulates (MACs)
+are counted by PyTorch's FlopCounterMode. `overhead` is the time of a gated step over that of its two parts: what gates
+and bookkeeping cost. `outside` is the share of a step's time in which no kernel runs, from PyTorch's profiler: on a
+CPU the time outside of aten's operators, on a GPU that in which it is idle.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -18,10 +21,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 
 from gaternet.cost import count_dense_macs
-from gaternet.data import Preprocessing, mix_seed
+from gaternet.data import ImageSet, Preprocessing, mix_seed
 from gaternet.evaluate import ToInput
+from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator, seed_step
 from gaternet.method import GaterNet
 from gaternet.models import create_model
@@ -36,7 +41,7 @@ PREPROCESSING = Preprocessing(32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435,
 
 
 class Stepper:
-    """Training steps of one model, as `gaternet.train` does them, on random images."""
+    """Training steps of one model, as `gaternet.train` does them, on random pixels."""
 
     def __init__(self, recipe: Recipe, runtime: Runtime) -> None:
         self.recipe, self.accelerator = recipe, make_accelerator(runtime)
@@ -48,11 +53,14 @@ class Stepper:
         )
         self.progress = Progress(self.network, self.optimizer, None, self.accelerator)
         self.to_input = ToInput(PREPROCESSING)
-        self.images = torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8, device=self.accelerator.device)
-        self.labels = torch.randint(0, 10, (BATCH,), device=self.accelerator.device)
+        pixels = torch.randint(0, 256, (20 * BATCH, 3, 32, 32), dtype=torch.uint8)
+        images = ImageSet(pixels, torch.randint(0, 10, (len(pixels),)).tolist(), recipe.augmentation)
+        batches = make_batches(images, BATCH, runtime, self.accelerator, seed=0)
+        self.batches = (batch for epoch in itertools.count() for batch in batches.epoch(epoch))
+        self.example = self.to_input(pixels[:1].to(self.accelerator.device))
         self.density_of = None
         if isinstance(self.network, GaterNet):
-            self.density_of = make_density(self.network, recipe.gating, self.to_input(self.images[:1]))
+            self.density_of = make_density(self.network, recipe.gating, self.example)
         self.seconds: list[float] = []
 
     def step(self) -> None:
@@ -60,25 +68,34 @@ class Stepper:
         start = time.perf_counter()
         seed_step(mix_seed(0, self.progress.step), self.accelerator.device)
         self.optimizer.zero_grad()
+        images, labels = next(self.batches)
+        inputs = self.to_input(images)
         self.progress.add(
-            training_step(
-                self.model,
-                self.to_input(self.images),
-                self.labels,
-                self.recipe,
-                1.0,
-                self.accelerator,
-                self.density_of,
-            )
+            training_step(self.model, inputs, labels, self.recipe, 1.0, self.accelerator, self.density_of)
         )
         self.optimizer.step()
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - start)
 
+    def outside(self, steps: int = 5) -> float:
+        """Share of the time in which no kernel runs, in [0, 1]."""
+        on_gpu = self.accelerator.device.type == "cuda"
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        with profile(activities=kinds) as found:
+            start = time.perf_counter()
+            for _ in range(steps):
+                self.step()
+            wall = 1e6 * (time.perf_counter() - start)
+        del self.seconds[-steps:]  # the profiler slows them
+        events = found.key_averages()
+        if on_gpu:
+            return 1 - sum(event.self_device_time_total for event in events) / wall
+        return 1 - sum(event.self_cpu_time_total for event in events if event.key.startswith("aten::")) / wall
+
     def macs(self) -> int:
         """Multiply-accumulates of one image's forward pass."""
-        return count_dense_macs(self.network, self.to_input(self.images[:1]))
+        return count_dense_macs(self.network, self.example)
 
 
 def main() -> None:
@@ -87,7 +104,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each model")
     parser.add_argument("--depth", type=int, choices=(20, 56, 110, 164), default=56)
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/training_speed.json"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/training.json"))
     args = parser.parse_args()
     runtime = replace(Runtime(), precision=args.precision)
     names = {"plain": f"resnet{args.depth}", "extractor": "resnet20", "gated": f"resnet{args.depth}_gated"}
@@ -98,6 +115,7 @@ def main() -> None:
             if round_ < 3:  # warm-up
                 stepper.seconds.clear()
     seconds = {part: statistics.median(stepper.seconds) for part, stepper in steppers.items()}
+    outside = {part: stepper.outside() for part, stepper in steppers.items()}
     macs = {part: stepper.macs() for part, stepper in steppers.items()}
     ratio, work = seconds["gated"] / seconds["plain"], macs["gated"] / macs["plain"]
     pairs = zip(steppers["gated"].seconds, steppers["plain"].seconds, steppers["extractor"].seconds, strict=True)
@@ -109,19 +127,23 @@ def main() -> None:
         "precision": steppers["plain"].accelerator.mixed_precision,
         "seconds": seconds,
         "images_per_second": {part: BATCH / value for part, value in seconds.items()},
+        "outside": outside,
         "macs": macs,
         "time_ratio": ratio,
         "mac_ratio": work,
         "time_ratio_over_mac_ratio": ratio / work,
         "overhead": overhead,
         **describe_machine(),
-        "command": f"python benchmarks/training_speed.py --steps {args.steps} --depth {args.depth}",
+        "command": f"python benchmarks/training.py --steps {args.steps} --depth {args.depth}",
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n")
-    table = Table("model", "ms a step", "images/s", "MACs", title=f"training, batch {BATCH}, median of {args.steps}")
+    table = Table(
+        "model", "ms a step", "images/s", "outside", "MACs", title=f"training, batch {BATCH}, median of {args.steps}"
+    )
     for part, name in names.items():
-        table.add_row(name, f"{1e3 * seconds[part]:.0f}", f"{BATCH / seconds[part]:.0f}", f"{macs[part] / 1e6:.1f}M")
+        times = f"{1e3 * seconds[part]:.0f}", f"{BATCH / seconds[part]:.0f}", f"{100 * outside[part]:.0f} %"
+        table.add_row(name, *times, f"{macs[part] / 1e6:.1f}M")
     console = Console()
     console.print(table)
     console.print(
