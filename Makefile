@@ -14,8 +14,10 @@ demo: $(VENV)/.installed
 	$(BIN)/gaternet evaluate $(RUN)
 	$(BIN)/python examples/save_digits.py $(RUN)/images
 	$(BIN)/gaternet predict $(RUN) $(RUN)/images/*.png --top 2
+	$(BIN)/gaternet report $(RUN)
 	@echo
 	@echo "The trained model is in $(RUN)/last. Next: $(BIN)/gaternet --help, the README, docs/method.md"
+	@echo "See its gates in a browser: $(RUN)/report/index.html"
 
 test: $(VENV)/.developer
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4

@@ -35,7 +35,7 @@ def test_python_example_runs(capsys):
     assert isinstance(names["logits"], torch.Tensor)
 
 
-def test_gating_and_skipping_examples_run(capsys, monkeypatch, tmp_path):
+def test_gating_skipping_and_analyzing_examples_run(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(blocks("python")[1], names)
@@ -44,6 +44,9 @@ def test_gating_and_skipping_examples_run(capsys, monkeypatch, tmp_path):
     exec(blocks("python")[2], names)
     assert capsys.readouterr().out.startswith("conv1: reads all of 3, writes open filters of 64")
     assert torch.equal(names["again"](names["images"]), names["fast"](names["images"]))
+    exec(blocks("python")[3], names)
+    assert names["found"].images == 2
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"index.html", "gates.json"}
 
 
 @pytest.mark.parametrize("line", [line for block in blocks("sh") for line in block.splitlines() if "gaternet " in line])

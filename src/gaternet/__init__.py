@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gaternet.analysis import GateAnalysis, analyze
     from gaternet.checkpoint import load_official_checkpoint, load_pretrained
     from gaternet.cost import count_macs
     from gaternet.gating import gate
@@ -16,10 +17,12 @@ __version__ = "0.1.0"
 
 # Public name -> its module, imported on first use: PyTorch takes seconds, `gaternet --help` must not.
 _HOMES = {
+    "GateAnalysis": "gaternet.analysis",
     "Gater": "gaternet.method",
     "GateSite": "gaternet.method",
     "GaterNet": "gaternet.method",
     "Skipper": "gaternet.skipping",
+    "analyze": "gaternet.analysis",
     "count_macs": "gaternet.cost",
     "create_model": "gaternet.models",
     "find_sites": "gaternet.sites",
@@ -33,10 +36,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "GateAnalysis",
     "GateSite",
     "Gater",
     "GaterNet",
     "Skipper",
+    "analyze",
     "count_macs",
     "create_model",
     "find_sites",

@@ -92,6 +92,40 @@ def predict(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run directories, or saved models; several are compared")],
+    which: WhichOption = "last",
+    data: Annotated[str | None, typer.Option(help="another set than it was trained on, see train --data")] = None,
+    data_root: Annotated[str | None, typer.Option(help="where torchvision's data sets lie")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the page  [dim]\\[default: RUN/report][/]")] = None,
+    samples: Annotated[int, typer.Option(min=10, help="images on the map, drawn at random")] = 2000,
+    forced: Annotated[int, typer.Option(min=0, help="images to force gates on; 0 leaves it out")] = 300,
+    cpu: Annotated[bool, typer.Option("--cpu", help="use the processor even where there is a GPU")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """A page of pictures that shows what the gates do on the test images; it opens without a network.
+
+    Examples:
+
+      gaternet report runs/digits_resnet20_gated
+
+      gaternet report runs/cifar10_resnet56_gated --forced 0 --out pages/resnet56
+
+      gaternet report runs/first runs/second --out pages/both
+    """
+    from gaternet.report.runs import report_runs
+
+    runtime = Runtime(cpu=cpu, data_root=data_root)
+    with console.status("looking at the gates"):
+        pages = report_runs(runs, which, data, out, runtime, samples=samples, forced=forced)
+    if as_json:
+        print(json.dumps([str(path) for path in pages]))
+        return
+    for path in pages:
+        console.print(escaped(f"the report is {path}"))
+
+
+@app.command()
 def bench(
     model: Annotated[str, typer.Argument(help="a network of timm's, torchvision's or ours, or a run or saved model")],
     batch_size: Annotated[list[int], typer.Option(min=1, help="images at once; may be repeated")] = [1, 16],  # noqa: B006

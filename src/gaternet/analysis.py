@@ -1,0 +1,378 @@
+"""What the gates of a trained model do over a data set, as plain numbers: `analyze`, one streaming pass.
+
+The paper's four analyses (section 4.3), and past them: what each gate tells about the class beside what chance would,
+which images open it most surely, what classes cost. `gaternet.forcing` asks what gates are for, and
+`gaternet.report` draws.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
+
+from gaternet.cost import CostModel, count_dense_macs
+from gaternet.data import Preprocessing
+from gaternet.graph import read_graph
+from gaternet.method import Gater, GaterNet, improved_semhash
+
+if TYPE_CHECKING:
+    from gaternet.forcing import Forced
+
+THUMBNAIL = 48  # longest side of the images that are kept, in pixels
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images of the data set, at random or chosen: what is known of each.
+
+    Attributes:
+        index: its place in the data set, (M,).
+        label, prediction: class numbers, (M,); labels are -1 where there are none.
+        gates: which are open, (M, C).
+        macs: of the backbone under these gates, (M,).
+    """
+
+    index: Int[NDArray[np.int64], " m"]
+    label: Int[NDArray[np.int64], " m"]
+    prediction: Int[NDArray[np.int64], " m"]
+    gates: Bool[NDArray[np.bool_], "m gates"]
+    macs: Float[NDArray[np.float64], " m"]
+
+
+@dataclass(frozen=True)
+class GateAnalysis:
+    """What `analyze` found in N images with C gates and K classes.
+
+    Where the data has no labels, the predicted class takes their place.
+
+    Attributes:
+        classes: their names.
+        labeled: whether the data has labels.
+        sites: name, conv, start, stop, channels and role of each, as in `GaterNet.sites`.
+        histogram: images with n open gates, for n from 0 to C, (C + 1,).
+        counts: images of each class, (K,).
+        class_open: images of each class that each gate is open for, (K, C).
+        class_right: images of each class that are predicted as such, (K,).
+        class_macs: mean MACs of the backbone over the images of each class, (K,); NaN for a class without any.
+        backbone_macs, gater_macs: of one image, all gates open.
+        samples: images drawn at random, without repetition.
+        cheapest, dearest: the images with the fewest and with the most MACs.
+        surest: the images with the highest logit of each gate, and with the lowest, (2, E, C), as places in the data
+            set, or -1; None for a gater that has no logits.
+        thumbnails: place in the data set -> uint8 image (h, w, 1 or 3), of all images named above.
+        facts: place -> label (or -1), prediction, number of open gates and MACs of these images.
+    """
+
+    classes: tuple[str, ...]
+    labeled: bool
+    sites: tuple[dict[str, Any], ...]
+    histogram: Int[NDArray[np.int64], " numbers"]
+    counts: Int[NDArray[np.int64], " classes"]
+    class_open: Int[NDArray[np.int64], "classes gates"]
+    class_right: Int[NDArray[np.int64], " classes"]
+    class_macs: Float[NDArray[np.float64], " classes"]
+    backbone_macs: int
+    gater_macs: int
+    samples: Samples
+    cheapest: Samples
+    dearest: Samples
+    surest: Int[NDArray[np.int64], "2 extremes gates"] | None
+    thumbnails: dict[int, NDArray[np.uint8]] = field(repr=False)
+    facts: dict[int, tuple[int, int, int, int]] = field(repr=False)
+
+    @property
+    def images(self) -> int:
+        """N."""
+        return int(self.counts.sum())
+
+    @property
+    def num_gates(self) -> int:
+        """C."""
+        return self.class_open.shape[1]
+
+    @property
+    def open_counts(self) -> Int[NDArray[np.int64], " gates"]:
+        """Images that each gate is open for, (C,)."""
+        return self.class_open.sum(0)
+
+    @property
+    def rates(self) -> Float[NDArray[np.float64], " gates"]:
+        """Share of the images that each gate is open for, in [0, 1], (C,)."""
+        return self.open_counts / self.images
+
+    @property
+    def dependent(self) -> Bool[NDArray[np.bool_], " gates"]:
+        """Gates that are open for some images and closed for others, (C,)."""
+        return (self.open_counts > 0) & (self.open_counts < self.images)
+
+    @property
+    def class_rates(self) -> Float[NDArray[np.float64], "classes gates"]:
+        """Share of each class' images that each gate is open for, (K, C); NaN for a class without any."""
+        return np.where(self.counts[:, None] > 0, self.class_open / np.maximum(self.counts, 1)[:, None], math.nan)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of right predictions, in [0, 1]; None without labels."""
+        return int(self.class_right.sum()) / self.images if self.labeled else None
+
+    @property
+    def gated_macs(self) -> float:
+        """Mean MACs of the backbone under the images' gates."""
+        return float(np.nansum(self.class_macs * self.counts) / self.images)
+
+    def save(self, directory: str | Path, *, forced: "Forced | None" = None, title: str = "Gates") -> Path:
+        """Write index.html, a page that shows all this and needs no network, and gates.json; the page's path.
+
+        `forced` is what `gaternet.forcing.force_gates` found, for the page's last part.
+        """
+        from gaternet.report import write_report
+
+        return write_report(self, Path(directory), forced=forced, title=title)
+
+    def information(self) -> Float[NDArray[np.float64], " gates"]:
+        """Mutual information of each gate and the class, in bits, (C,)."""
+        return mutual_information(self.class_open, self.counts)
+
+    def information_by_chance(self, draws: int = 20, seed: int = 0) -> Float[NDArray[np.float64], "draws gates"]:
+        """The same with the labels shuffled, (draws, C): what a gate that knows nothing of the class shows."""
+        generator, found = np.random.default_rng(seed), np.zeros((draws, self.num_gates))
+        # The classes of m images drawn without repetition: just what shuffling gives for a gate that is open m times.
+        for opened in np.unique(self.open_counts[self.dependent]):
+            same = self.open_counts == opened
+            shuffled = generator.multivariate_hypergeometric(self.counts, int(opened), (draws, int(same.sum())))
+            found[:, same] = mutual_information(np.moveaxis(shuffled, -1, 0), self.counts)
+        return found
+
+    def selectivity(self) -> Float[NDArray[np.float64], " gates"]:
+        """(a - b) / (a + b), in [0, 1]: a is a gate's rate in the class that opens it most, b its mean in the others.
+
+        After Morcos et al., "On the importance of single directions for generalization", 2018, equation 1. 0 for gates
+        that are never open, and where there is one class.
+        """
+        rates = self.class_rates[self.counts > 0]
+        most = rates.max(0)
+        others = (rates.sum(0) - most) / max(1, len(rates) - 1) if len(rates) > 1 else most
+        return np.divide(most - others, most + others, out=np.zeros(self.num_gates), where=most > 0)
+
+
+def mutual_information(
+    opened: Int[NDArray[np.int64], "classes ..."], counts: Int[NDArray[np.int64], " classes"]
+) -> Float[NDArray[np.float64], "..."]:
+    """In bits, of the class and a gate: `opened` of the `counts` images of each class open it."""
+    opened, counts = opened[counts > 0], counts[counts > 0]
+    total = counts.sum()
+    sizes = counts.reshape(-1, *[1] * (opened.ndim - 1))
+    information = np.zeros(opened.shape[1:])
+    for part in (opened, sizes - opened):  # gate open, gate closed
+        joint, gate = part / total, part.sum(0) / total
+        ratio = np.divide(joint, gate * (sizes / total), out=np.ones(part.shape), where=part > 0)
+        information += (joint * np.log2(ratio)).sum(0)
+    return np.maximum(information, 0)  # rounding
+
+
+@torch.no_grad()
+def analyze(
+    model: GaterNet,
+    loader: Iterable[Any],
+    *,
+    classes: Sequence[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    samples: int = 2000,
+    extremes: int = 6,
+    seed: int = 0,
+) -> GateAnalysis:
+    """Run a model over a data set once, and gather what its gates do. Memory does not grow with the data set.
+
+    Args:
+        model: in any mode; it is run in evaluation mode, and left as it was.
+        loader: batches of images, or of (images, labels): inputs of the model (B, channels, H, W), or uint8 pixels
+            where `preprocessing` is given. Labels are integers in [0, K), K the model's number of outputs.
+        classes: names of the K classes; default: their numbers.
+        preprocessing: turns pixels into inputs; a run's is `Preprocessing.from_metadata(metadata)`.
+        samples: number of images to draw at random, for pictures of the gate vectors.
+        extremes: number of images to keep for each gate that open it most surely, and that close it.
+        seed: of that draw.
+
+    Raises:
+        ValueError: there are no images, or labels that do not go with the model or the names.
+    """
+    training = model.training
+    model.eval()
+    pass_ = None
+    try:
+        for batch in loader:
+            images, labels = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
+            images = images[0] if isinstance(images, list | tuple) else images
+            pass_ = pass_ or _Pass(model, images, labels, preprocessing, samples, extremes, seed)
+            pass_.add(images, labels)
+    finally:
+        model.train(training)
+    if pass_ is None or not pass_.seen:
+        raise ValueError("there are no images to analyze: the loader is empty")
+    return pass_.result(classes)
+
+
+class _Pass:
+    """The sums and the selections of one pass."""
+
+    def __init__(
+        self,
+        model: GaterNet,
+        images: Tensor,
+        labels: Tensor | None,
+        preprocessing: Preprocessing | None,
+        samples: int,
+        extremes: int,
+        seed: int,
+    ) -> None:
+        self.model, self.preprocessing, self.num_samples, self.extremes = model, preprocessing, samples, extremes
+        self.device = next(model.parameters()).device
+        example = self._inputs(images[:1])
+        self.cost = CostModel(read_graph(model.backbone, example), model.sites)
+        self.gater_macs = count_dense_macs(model.gater, example)
+        self.labeled, self.seen = labels is not None, 0
+        self.generator = np.random.default_rng(seed)
+        gates = model.num_gates
+        self.histogram = torch.zeros(gates + 1, dtype=torch.int64, device=self.device)
+        self.sums: dict[str, Tensor] = {}  # by class
+        shape = (extremes, gates)
+        self.scores = [torch.full(shape, -math.inf, device=self.device) for _ in range(2)]
+        self.places = [torch.full(shape, -1, dtype=torch.int64, device=self.device) for _ in range(2)]
+        self.has_logits = isinstance(model.gater, Gater)
+        self.kept = {name: _Kept() for name in ("samples", "cheapest", "dearest")}
+        self.thumbnails: dict[int, NDArray[np.uint8]] = {}
+        self.facts: dict[int, tuple[int, int, int, int]] = {}
+
+    def _inputs(self, images: Tensor) -> Tensor:
+        images = images.to(self.device)
+        return images if self.preprocessing is None else self.preprocessing.normalize(images)
+
+    def add(self, images: Tensor, labels: Tensor | None) -> None:
+        """Count one batch."""
+        inputs = self._inputs(images)
+        gater = self.model.gater
+        if isinstance(gater, Gater):
+            scores = gater.logits(inputs)
+            gates = improved_semhash(scores, training=False, threshold=gater.threshold)
+        else:
+            scores, gates = None, self.model.gates(inputs)
+        logits = self.model.forward_gated(inputs, gates)
+        predictions, opened = logits.argmax(1), gates > 0.5
+        if (labels is None) == self.labeled:
+            raise ValueError("some batches have labels and others have not: give all or none of them")
+        if labels is not None:
+            labels = torch.as_tensor(labels).to(self.device)
+            if labels.ndim != 1 or labels.min() < 0 or labels.max() >= logits.shape[1]:
+                raise ValueError(
+                    f"labels must be integers in [0, {logits.shape[1]}), one an image: the model's classes"
+                )
+        macs = self.cost(gates)
+        self._sum(logits.shape[1], predictions if labels is None else labels, predictions, opened, macs)
+        self.histogram += torch.bincount(opened.sum(1), minlength=len(self.histogram))
+        places = torch.arange(self.seen, self.seen + len(images), device=self.device)
+        if scores is not None and self.extremes:
+            for side, sign in enumerate((1, -1)):
+                both = torch.cat([self.scores[side], sign * scores.float()])
+                self.scores[side], chosen = both.topk(self.extremes, 0)
+                every = torch.cat([self.places[side], places[:, None].expand(-1, gates.shape[1])])
+                self.places[side] = every.gather(0, chosen)
+        rows = [torch.full_like(predictions, -1) if labels is None else labels, predictions, opened, macs]
+        batch = Samples(places.cpu().numpy(), *(row.cpu().numpy() for row in rows))
+        self.kept["samples"].add(batch, self.generator.random(len(images)), self.num_samples)
+        self.kept["cheapest"].add(batch, batch.macs, 12)
+        self.kept["dearest"].add(batch, -batch.macs, 12)
+        self._keep_images(images, batch)
+        self.seen += len(images)
+
+    def _sum(self, classes: int, by: Tensor, predictions: Tensor, opened: Tensor, macs: Tensor) -> None:
+        if not self.sums:
+            for name, shape in {"count": (), "right": (), "macs": (), "open": (opened.shape[1],)}.items():
+                self.sums[name] = torch.zeros(classes, *shape, dtype=torch.float64, device=self.device)
+        one_hot = torch.zeros(classes, len(by), device=self.device).index_put_(
+            (by, torch.arange(len(by), device=self.device)), torch.ones((), device=self.device)
+        )
+        self.sums["count"] += one_hot.sum(1)
+        self.sums["right"] += one_hot @ (by == predictions).float()
+        self.sums["macs"] += one_hot.to(macs) @ macs
+        self.sums["open"] += one_hot @ opened.float()
+
+    def _keep_images(self, images: Tensor, batch: Samples) -> None:
+        """Of the images that are still named somewhere; the others are dropped."""
+        named = [kept.samples.index for kept in self.kept.values() if kept.samples is not None]
+        named += [places.flatten().cpu().numpy() for places in self.places]
+        wanted = set(np.unique(np.concatenate(named)).tolist()) - {-1}
+        for place in self.thumbnails.keys() - wanted:
+            del self.thumbnails[place], self.facts[place]
+        columns = (batch.label, batch.prediction, batch.gates.sum(1), batch.macs.round().astype(np.int64))
+        for place in sorted(place for place in wanted if place >= self.seen):
+            self.thumbnails[place] = thumbnail(images[place - self.seen])
+            label, prediction, opened, macs = (int(column[place - self.seen]) for column in columns)
+            self.facts[place] = label, prediction, opened, macs
+
+    def result(self, classes: Sequence[str] | None) -> GateAnalysis:
+        """What was found."""
+        sums = {name: total.cpu().numpy() for name, total in self.sums.items()}
+        counts = sums["count"].astype(np.int64)
+        if classes is not None and len(classes) != len(counts):
+            raise ValueError(f"there are {len(classes)} names of classes, but the model has {len(counts)} outputs")
+        samples, cheapest, dearest = (kept.samples for kept in self.kept.values())
+        assert samples is not None
+        assert cheapest is not None
+        assert dearest is not None
+        return GateAnalysis(
+            classes=tuple(classes or map(str, range(len(counts)))),
+            labeled=self.labeled,
+            sites=tuple({**asdict(site), "channels": site.channels} for site in self.model.sites),
+            histogram=self.histogram.cpu().numpy(),
+            counts=counts,
+            class_open=sums["open"].astype(np.int64),
+            class_right=sums["right"].astype(np.int64),
+            class_macs=np.divide(sums["macs"], counts, out=np.full(len(counts), math.nan), where=counts > 0),
+            backbone_macs=self.cost.dense,
+            gater_macs=self.gater_macs,
+            samples=samples,
+            cheapest=cheapest,
+            dearest=dearest,
+            surest=torch.stack(self.places).cpu().numpy() if self.extremes and self.has_logits else None,
+            thumbnails=self.thumbnails,
+            facts=self.facts,
+        )
+
+
+class _Kept:
+    """The images with the smallest keys so far."""
+
+    def __init__(self) -> None:
+        self.samples: Samples | None = None
+        self.keys = np.zeros(0)
+
+    def add(self, batch: Samples, keys: NDArray[np.float64], number: int) -> None:
+        both = [batch] if self.samples is None else [self.samples, batch]
+        self.keys = np.concatenate([self.keys, keys])
+        order = np.argsort(self.keys, kind="stable")[:number]
+        self.keys = self.keys[order]
+        fields = ("index", "label", "prediction", "gates", "macs")
+        self.samples = Samples(*(np.concatenate([getattr(part, name) for part in both])[order] for name in fields))
+
+
+def thumbnail(image: Tensor) -> NDArray[np.uint8]:
+    """A small picture (h, w, 1 or 3) of pixels, or of a model's input, which is stretched to 0 to 255."""
+    if image.dtype != torch.uint8:
+        image = image.float()
+        low, high = image.min(), image.max()
+        image = ((image - low) * (255 / (high - low).clamp(min=1e-12))).to(torch.uint8)
+    if image.shape[0] not in (1, 3):
+        image = image[:1]
+    longest = max(image.shape[1:])
+    if longest > THUMBNAIL:
+        size = [max(1, round(side * THUMBNAIL / longest)) for side in image.shape[1:]]
+        image = tv.resize(image, size)
+    return image.permute(1, 2, 0).cpu().numpy()

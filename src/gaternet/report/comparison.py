@@ -1,0 +1,74 @@
+"""One page that compares the gates of several models."""
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import plotly.graph_objects as go
+
+from gaternet import checkpoint
+from gaternet.analysis import GateAnalysis
+from gaternet.report import figures
+from gaternet.report.page import page
+
+
+def write_comparison(runs: Mapping[str, GateAnalysis], directory: Path, links: Sequence[str]) -> Path:
+    """Write index.html, which links to each run's own page in the folders `links`; its path.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    drawn = {
+        "off": figures.comparison(runs, 0),
+        "on": figures.comparison(runs, 1),
+        "dependent": figures.comparison(runs, 2),
+    }
+    classes = [analysis.classes for analysis in runs.values()]
+    if all(names == classes[0] for names in classes) and all(analysis.labeled for analysis in runs.values()):
+        drawn["classes"] = _accuracies(runs)
+    headings = {
+        "off": "Gates that are always closed",
+        "on": "Gates that are always open",
+        "dependent": "Gates that depend on the image",
+        "classes": "Accuracy by class",
+    }
+    body = [f'<div class="scroll">{_table(runs, links)}</div>']
+    body += [f'<section><h2>{headings[name]}</h2><div class="figure" id="{name}"></div></section>\n' for name in drawn]
+    data = {"figures": {name: figure.to_plotly_json() for name, figure in drawn.items()}, "strips": {}}
+    text = page("Gates compared", ", ".join(runs), body, data, "")
+    checkpoint.write_atomically(directory / "index.html", lambda path: path.write_text(text, encoding="utf-8"))
+    return directory / "index.html"
+
+
+def _table(runs: Mapping[str, GateAnalysis], links: Sequence[str]) -> str:
+    titles = ("run", "right", "gates", "open", "dependent", "bits a gate", "MMACs", "of the backbone", "gater's")
+    rows = []
+    for (name, analysis), link in zip(runs.items(), links, strict=True):
+        told = analysis.information()[analysis.dependent]
+        cells = [
+            f'<a href="{html.escape(link)}/index.html">{html.escape(name)}</a>',
+            "" if analysis.accuracy is None else f"{100 * analysis.accuracy:.2f} %",
+            f"{analysis.num_gates:,}",
+            f"{100 * analysis.rates.mean():.1f} %",
+            f"{100 * analysis.dependent.mean():.1f} %",
+            f"{told.mean():.4f}" if len(told) else "",
+            f"{analysis.gated_macs / 1e6:,.1f}",
+            f"{100 * analysis.gated_macs / analysis.backbone_macs:.0f} %",
+            f"{analysis.gater_macs / 1e6:,.1f}",
+        ]
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _accuracies(runs: Mapping[str, GateAnalysis]) -> go.Figure:
+    bars = []
+    for name, analysis in runs.items():
+        present = np.flatnonzero(analysis.counts)
+        share = 100 * analysis.class_right[present] / analysis.counts[present]
+        bars.append(go.Bar(x=[analysis.classes[row] for row in present], y=share, name=name))
+    drawn = figures.figure(bars, "", "% right", barmode="group")
+    drawn.update_xaxes(type="category")
+    return drawn

@@ -1,0 +1,118 @@
+"""Reports of runs: their models over their test images, one page each, and one that compares several."""
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchvision import datasets
+
+from gaternet.analysis import GateAnalysis, analyze
+from gaternet.checkpoint import load_model
+from gaternet.data import ImageSet, Preprocessing
+from gaternet.evaluate import BATCH, load_test_set
+from gaternet.forcing import force_gates
+from gaternet.loader import make_batches
+from gaternet.machine import make_accelerator
+from gaternet.method import GaterNet
+from gaternet.recipe import Runtime
+from gaternet.report.comparison import write_comparison
+from gaternet.report.page import write_report
+from gaternet.run import find_model
+
+_NAMES = {
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "fashion_mnist": tuple(datasets.FashionMNIST.classes),
+}
+
+
+def report_runs(
+    runs: Sequence[Path],
+    which: Literal["last", "best"] = "last",
+    data: str | None = None,
+    out: Path | None = None,
+    runtime: Runtime | None = None,
+    *,
+    samples: int = 2000,
+    forced: int = 300,
+) -> list[Path]:
+    """Write the report of each run, and with several one that compares them; the pages' paths, that one last.
+
+    Args:
+        runs: run directories or saved models, of gated networks.
+        which: model of a run.
+        data: in place of the sets that they were trained on.
+        out: folder of the page; of several runs' with one folder each in it. Default: `report` in the run's directory,
+            of several in the current one.
+        runtime: device, precision, where the data lie.
+        samples: number of images on the map.
+        forced: number of images to force gates on; 0 leaves that part out.
+
+    Raises:
+        ValueError: a run has no gates, or its data cannot be had.
+    """
+    runtime = runtime or Runtime()
+    found: dict[str, GateAnalysis] = {}
+    pages = []
+    for run in runs:
+        name = str(run) if str(run) not in found else f"{run} ({len(found)})"
+        if out is None and len(runs) == 1:
+            directory = run / "report"
+        else:
+            directory = (out or Path("report")) / (f"run{len(found) + 1}" if len(runs) > 1 else "")
+        found[name], page = _report_run(run, which, data, directory, runtime, samples, forced)
+        pages.append(page)
+    if len(runs) > 1:
+        pages.append(write_comparison(found, out or Path("report"), [page.parent.name for page in pages]))
+    return pages
+
+
+def _report_run(
+    run: Path,
+    which: Literal["last", "best"],
+    data: str | None,
+    directory: Path,
+    runtime: Runtime,
+    samples: int,
+    forced: int,
+) -> tuple[GateAnalysis, Path]:
+    network, metadata = load_model(find_model(run, which))
+    if not isinstance(network, GaterNet):
+        raise ValueError(f"{run} is a plain network without gates: name a gated run")
+    trained = metadata.get("trained", {})
+    source = data or trained.get("data")
+    if source is None:
+        raise ValueError(f"{run} does not say what it was trained on: name the data with --data")
+    accelerator = make_accelerator(runtime)
+    network.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    images = load_test_set(source, metadata, runtime.data_root)
+    options: dict[str, Any] = {"preprocessing": Preprocessing.from_metadata(metadata)}
+    batches = make_batches(images, BATCH, runtime, accelerator)
+    classes = class_names(source, metadata["classes"])
+    analysis = analyze(network, batches.epoch(), classes=classes, samples=samples, **options)
+    tried = force_gates(network, _shuffled(images, forced), analysis, images=forced, **options) if forced else None
+    about = [f"{network.num_gates:,} gates", f"test images of {Path(source).stem}", *_about(trained)]
+    page = write_report(analysis, directory, forced=tried, title=f"Gates of {run.name}", subtitle=", ".join(about))
+    return analysis, page
+
+
+def class_names(source: str, classes: Sequence[str]) -> list[str]:
+    """The classes' names; a file's have none, but it may be called after a set whose classes are known."""
+    known = _NAMES.get(Path(source).stem, ())
+    return list(
+        known if len(known) == len(classes) and list(classes) == list(map(str, range(len(classes)))) else classes
+    )
+
+
+def _about(trained: dict[str, Any]) -> list[str]:
+    return [f"recipe {trained['recipe']}, seed {trained['seed']}"] if "recipe" in trained else []
+
+
+def _shuffled(images: ImageSet, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of images in random order: folders are sorted by class."""
+    order = random.Random(0).sample(range(len(images)), min(number, len(images)))
+    for start in range(0, len(order), 100):
+        rows = [images[place] for place in order[start : start + 100]]
+        yield torch.stack([row[0] for row in rows]), torch.tensor([row[1] for row in rows])

@@ -1,0 +1,270 @@
+"""Figures of the gates, against a brute-force recount."""
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import mutual_info_score
+from small_networks import seeded
+from torch import Tensor, nn
+
+from gaternet import GateAnalysis, Gater, GaterNet, analyze, count_macs, create_model, gate
+from gaternet.analysis import THUMBNAIL, mutual_information, thumbnail
+from gaternet.data import Preprocessing
+from gaternet.forcing import class_gates, force_gates
+
+PIXELS = Preprocessing(16, 16, (0.5,) * 3, (0.25,) * 3)
+IMAGES = torch.randint(0, 256, (90, 3, 16, 16), generator=seeded(0), dtype=torch.uint8)
+LABELS = torch.randint(0, 5, (90,), generator=seeded(1))  # of 7 classes, two have no images
+
+
+def make_model(classes: int = 7) -> GaterNet:
+    torch.manual_seed(0)
+    model = create_model("resnet20_gated", classes)
+    assert isinstance(model, GaterNet)
+    assert isinstance(model.gater, Gater)
+    nn.init.normal_(model.gater.fc2.weight, 0, 2, generator=seeded(3))
+    nn.init.normal_(model.gater.fc2.bias, 0, 4, generator=seeded(4))
+    for module in model.modules():  # statistics of the images, so that gates and logits depend on them
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(PIXELS.normalize(IMAGES))
+    return model.eval()
+
+
+MODEL = make_model()
+
+
+def batches(size: int = 32, labels: bool = True) -> list[Any]:
+    parts = list(zip(IMAGES.split(size), LABELS.split(size), strict=True))
+    return parts if labels else [images for images, _ in parts]
+
+
+@pytest.fixture(scope="module")
+def analysis() -> GateAnalysis:
+    return analyze(MODEL, batches(), preprocessing=PIXELS, samples=40, extremes=3)
+
+
+@pytest.fixture(scope="module")
+def truth() -> dict[str, np.ndarray]:
+    inputs = PIXELS.normalize(IMAGES)
+    with torch.no_grad():
+        logits, gates = MODEL(inputs, return_gates=True)
+        gater = MODEL.gater
+        assert isinstance(gater, Gater)
+        scores = gater.logits(inputs)
+    found = {"gates": gates.bool(), "predictions": logits.argmax(1), "scores": scores}
+    return {name: value.numpy() for name, value in found.items()} | {"macs": count_macs(MODEL, inputs).gated.numpy()}
+
+
+def test_counts_are_those_of_a_recount(analysis, truth):
+    gates, labels = truth["gates"], LABELS.numpy()
+    assert analysis.images == 90
+    assert analysis.num_gates == 336
+    assert 0.2 < analysis.dependent.mean() < 0.95  # so this says something
+    assert np.array_equal(analysis.open_counts, gates.sum(0))
+    assert np.array_equal(analysis.dependent, gates.any(0) & ~gates.all(0))
+    assert np.array_equal(analysis.histogram, np.bincount(gates.sum(1), minlength=337))
+    for label in range(7):
+        mine = labels == label
+        assert analysis.counts[label] == mine.sum()
+        assert np.array_equal(analysis.class_open[label], gates[mine].sum(0))
+        assert analysis.class_right[label] == (truth["predictions"][mine] == label).sum()
+        if mine.any():
+            assert np.allclose(analysis.class_rates[label], gates[mine].mean(0))
+            assert np.isclose(analysis.class_macs[label], truth["macs"][mine].mean())
+        else:
+            assert math.isnan(analysis.class_macs[label])
+            assert np.isnan(analysis.class_rates[label]).all()
+    assert analysis.accuracy == (truth["predictions"] == labels).mean()
+    assert np.isclose(analysis.gated_macs, truth["macs"].mean())
+    macs = count_macs(MODEL, PIXELS.normalize(IMAGES[:1]))
+    assert (analysis.backbone_macs, analysis.gater_macs) == (macs.backbone, macs.gater)
+    assert [site["start"] for site in analysis.sites] == [site.start for site in MODEL.sites]
+
+
+def test_images_are_those_with_the_extremes(analysis, truth):
+    scores = truth["scores"]
+    assert analysis.surest is not None
+    for side, sign in enumerate((1, -1)):
+        expected = np.sort(sign * scores, 0)[::-1][:3]
+        assert np.allclose(np.take_along_axis(sign * scores, analysis.surest[side], 0), expected, atol=1e-5)
+    order = np.sort(truth["macs"])
+    assert np.allclose(np.sort(analysis.cheapest.macs), order[:12])
+    assert np.allclose(np.sort(analysis.dearest.macs), order[-12:])
+    assert analysis.thumbnails.keys() == analysis.facts.keys()
+    named = {*analysis.surest.flatten().tolist(), *analysis.cheapest.index.tolist(), *analysis.samples.index.tolist()}
+    assert named <= analysis.thumbnails.keys()
+    for place, picture in analysis.thumbnails.items():
+        assert np.array_equal(picture, IMAGES[place].permute(1, 2, 0).numpy())
+        label, prediction, opened, macs = analysis.facts[place]
+        assert (label, prediction) == (LABELS[place], truth["predictions"][place])
+        assert opened == truth["gates"][place].sum()
+        assert macs == round(truth["macs"][place])
+
+
+def test_samples_are_drawn_at_random_without_repetition(analysis, truth):
+    samples = analysis.samples
+    assert len(set(samples.index.tolist())) == 40
+    assert samples.index.max() > 60  # not the first ones
+    assert np.array_equal(samples.gates, truth["gates"][samples.index])
+    assert np.array_equal(samples.label, LABELS.numpy()[samples.index])
+    again = analyze(MODEL, batches(90), preprocessing=PIXELS, samples=40, extremes=0)
+    assert np.array_equal(again.samples.index, samples.index)  # whatever the batches
+    assert again.surest is None
+    other = analyze(MODEL, batches(), preprocessing=PIXELS, samples=40, extremes=0, seed=1)
+    assert not np.array_equal(other.samples.index, samples.index)
+
+
+def test_batches_make_no_difference(analysis):
+    one = analyze(MODEL, batches(90), preprocessing=PIXELS, samples=40, extremes=3)
+    for name in ("histogram", "counts", "class_open", "class_right"):
+        assert np.array_equal(getattr(one, name), getattr(analysis, name))
+    assert np.allclose(one.class_macs, analysis.class_macs, equal_nan=True)
+
+
+def test_information_is_that_of_scikit_learn(analysis, truth):
+    found = analysis.information()
+    for column in range(0, 336, 7):
+        expected = mutual_info_score(LABELS.numpy(), truth["gates"][:, column]) / math.log(2)
+        assert found[column] == pytest.approx(expected, abs=1e-9)
+
+
+def test_chance_is_what_shuffled_labels_show(analysis, truth):
+    """The draws come from the distribution that shuffling has, so their means agree."""
+    by_chance = analysis.information_by_chance(draws=400)
+    generator, columns = np.random.default_rng(0), np.flatnonzero(analysis.dependent)[:40]
+    shuffled = []
+    for _ in range(400):
+        labels = generator.permutation(LABELS.numpy())
+        opened = np.stack([truth["gates"][labels == label][:, columns].sum(0) for label in range(7)])
+        shuffled.append(mutual_information(opened, analysis.counts))
+    assert np.allclose(by_chance[:, columns].mean(0), np.mean(shuffled, 0), rtol=0.15)
+    assert (by_chance[:, ~analysis.dependent] == 0).all()
+
+
+def test_selectivity_by_hand():
+    images = torch.zeros(6, 3, 16, 16, dtype=torch.uint8)
+    base = analyze(MODEL, [(images, torch.tensor([0, 0, 1, 1, 2, 2]))], preprocessing=PIXELS, samples=2)
+    changed = base.class_open * 0
+    changed[0, 0], changed[1, 0] = 2, 1  # rates 1, 1/2, 0
+    object.__setattr__(base, "class_open", changed)
+    found = base.selectivity()
+    assert found[0] == pytest.approx((1 - 0.25) / (1 + 0.25))
+    assert (found[1:] == 0).all()
+
+
+def test_without_labels_predictions_take_their_place(truth):
+    found = analyze(MODEL, batches(labels=False), preprocessing=PIXELS, samples=10)
+    assert not found.labeled
+    assert found.accuracy is None
+    assert np.array_equal(found.counts, np.bincount(truth["predictions"], minlength=7))
+    assert (found.samples.label == -1).all()
+    wrapped = analyze(MODEL, [(images,) for images in batches(labels=False)], preprocessing=PIXELS, samples=10)
+    assert np.array_equal(wrapped.class_open, found.class_open)
+
+
+def test_inputs_that_are_no_pixels_make_pictures_too(truth):
+    inputs = PIXELS.normalize(IMAGES)
+    found = analyze(MODEL.train(), [(inputs, LABELS)], classes=list("abcdefg"), samples=5)
+    assert MODEL.training  # left as it was
+    MODEL.eval()
+    assert np.array_equal(found.open_counts, truth["gates"].sum(0))
+    assert found.classes == tuple("abcdefg")
+    assert all(p.dtype == np.uint8 and p.min() == 0 and p.max() in (254, 255) for p in found.thumbnails.values())
+
+
+def test_a_gater_without_logits_has_no_extremes():
+    model = gate(create_model("resnet20", 7), torch.zeros(2, 3, 16, 16))
+    model.gater = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, model.num_gates), nn.Hardsigmoid(), Round())
+    found = analyze(model.eval(), batches(), preprocessing=PIXELS, samples=10)
+    assert found.surest is None
+    assert found.dependent.any()
+
+
+class Round(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.round()
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        ([], "there are no images to analyze: the loader is empty"),
+        ([(IMAGES[:4], torch.tensor([0, 1, 2, 7]))], r"labels must be integers in \[0, 7\)"),
+        ([(IMAGES[:4], LABELS[:4]), IMAGES[:4]], "some batches have labels and others have not"),
+    ],
+)
+def test_bad_data_is_refused(loader, message):
+    with pytest.raises(ValueError, match=message):
+        analyze(MODEL, loader, preprocessing=PIXELS)
+
+
+def test_names_must_be_as_many_as_classes():
+    with pytest.raises(ValueError, match="there are 2 names of classes, but the model has 7 outputs"):
+        analyze(MODEL, batches(), preprocessing=PIXELS, classes=["a", "b"])
+
+
+def test_memory_does_not_grow_with_the_data_set():
+    endless = itertools.cycle(batches())
+    found = analyze(MODEL, itertools.islice(endless, 30), preprocessing=PIXELS, samples=5, extremes=1)
+    assert found.images == 900
+    assert len(found.thumbnails) <= 5 + 12 + 12 + 2 * 336
+    assert len(found.samples.index) == 5
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((1, 8, 8), (8, 8, 1)), ((3, 96, 48), (48, 24, 3)), ((5, 8, 8), (8, 8, 1))]
+)
+def test_thumbnails_are_small_and_grey_or_coloured(shape, expected):
+    picture = thumbnail(torch.rand(shape))
+    assert picture.shape == expected
+    assert max(picture.shape[:2]) <= THUMBNAIL
+
+
+# --- Forcing
+
+
+def test_forced_gates_by_hand(analysis, truth):
+    inputs, labels = PIXELS.normalize(IMAGES), LABELS.numpy()
+    found = force_gates(MODEL, batches(), analysis, preprocessing=PIXELS, images=90)
+    gates = torch.from_numpy(truth["gates"]).float()
+
+    def right(changed: Tensor) -> np.ndarray:
+        with torch.no_grad():
+            return MODEL.forward_gated(inputs, changed).argmax(1).numpy() == labels
+
+    assert found.images == 90
+    assert found.accuracy == analysis.accuracy
+    for number, site in enumerate(MODEL.sites):
+        for value, given in ((0.0, found.site_shut), (1.0, found.site_open)):
+            changed = gates.clone()
+            changed[:, site.start : site.stop] = value
+            assert given[number] == right(changed).mean()
+    label, changed = 2, gates.clone()
+    own = class_gates(analysis, label, found.gates)
+    changed[:, torch.from_numpy(own)] = 0
+    assert found.class_own[label] == right(changed)[labels == label].mean()
+    assert found.class_others[label] == right(changed)[labels != label].mean()
+    assert np.isnan(found.class_before[5:]).all()  # no images
+
+
+def test_gates_of_a_class_are_those_that_it_opens_more_often(analysis, truth):
+    gates, mine = truth["gates"], LABELS.numpy() == 1
+    more = gates[mine].mean(0) - gates[~mine].mean(0)
+    chosen = class_gates(analysis, 1, 10)
+    assert len(chosen) == 10
+    assert (more[chosen] > 0).all()
+    others = np.setdiff1d(np.flatnonzero(analysis.dependent), chosen)
+    assert more[chosen].min() >= more[others].max() - 1e-12
+
+
+def test_forcing_needs_labels_and_images(analysis):
+    with pytest.raises(ValueError, match="forcing gates needs labels"):
+        force_gates(MODEL, batches(labels=False), analysis, preprocessing=PIXELS)
+    with pytest.raises(ValueError, match="the loader is empty"):
+        force_gates(MODEL, [], analysis)

@@ -1,0 +1,263 @@
+"""The report: its numbers, its page in a real browser, and data that makes figures impossible."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_analysis import IMAGES, LABELS, MODEL, PIXELS, make_model
+from torch import nn
+
+from gaternet import Gater, analyze
+from gaternet.forcing import force_gates
+from gaternet.report import figures, write_report
+from gaternet.report.page import numbers
+from gaternet.report.reading import arrange, embed, probe, shown_gates
+from gaternet.report.runs import class_names
+
+NAMES = ["ape", "bee", "cat & <dog>", "eel", "fox", "gnu", "hen"]
+
+
+def analysis_of(model: Any = MODEL, images: Any = IMAGES, labels: Any = LABELS, **options: Any) -> Any:
+    loader = [images] if labels is None else [(images, labels)]
+    return analyze(model, loader, **{"preprocessing": PIXELS, "samples": 80, "extremes": 3} | options)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    analysis = analysis_of(classes=NAMES)
+    forced = force_gates(MODEL, [(IMAGES, LABELS)], analysis, preprocessing=PIXELS, images=60)
+    write_report(analysis, folder, forced=forced, title="Gates of <x>", subtitle="a test")
+    return folder
+
+
+def test_numbers_are_those_of_the_analysis(pages):
+    found, analysis = json.loads((pages / "gates.json").read_text()), analysis_of(classes=NAMES)
+    summary = found["summary"]
+    assert summary["images"] == 90
+    assert summary["accuracy"] == analysis.accuracy
+    assert summary["density"] == pytest.approx(analysis.rates.mean())
+    assert summary["always_on"] + summary["always_off"] + summary["dependent"] == pytest.approx(1)
+    assert sum(int(n) * images for n, images in found["open_gates_histogram"].items()) == analysis.open_counts.sum()
+    assert found["gates"]["open_images"] == analysis.open_counts.tolist()
+    assert found["gates"]["information_bits"] == pytest.approx(analysis.information().tolist(), abs=1e-6)
+    assert [row["class"] for row in found["classes"]] == NAMES
+    assert sum(row["images"] for row in found["classes"]) == 90
+    assert found["classes"][6]["macs"] is None  # it has no images
+    dependent = [site["dependent"] * site["channels"] for site in found["sites"]]
+    assert sum(dependent) == pytest.approx(analysis.dependent.sum())
+    assert found["forced"]["images"] == 60
+    assert "NaN" not in (pages / "gates.json").read_text()
+
+
+def traces(figure: Any) -> Any:
+    return figure.data
+
+
+def test_figures_show_the_analysis():
+    analysis = analysis_of()
+    off, on, dependent = (bar.y for bar in traces(figures.units(analysis)))
+    assert np.allclose(np.add(np.add(off, on), dependent), 100)
+    first = analysis.open_counts[:16]
+    assert (off[0], on[0]) == (100 * (first == 0).mean(), 100 * (first == 90).mean())
+    assert sum(traces(figures.samples_per_gate(analysis))[0].y) == analysis.dependent.sum()
+    assert sum(traces(figures.gates_per_sample(analysis))[0].y) == 90
+    points = embed(analysis)
+    assert points is not None
+    shown = traces(figures.map_of_samples(analysis, points))
+    assert sum(len(dots.x) for dots in shown) == 80
+    assert {int(place) for dots in shown for place in dots.customdata} == set(analysis.samples.index.tolist())
+    heat = traces(figures.class_map(analysis))[0]
+    column, row = 3, list(heat.y).index("2")
+    assert heat.z[row][column] == pytest.approx(100 * analysis.class_rates[2, heat.customdata[row][column]])
+    measured = traces(figures.information(analysis))[1]
+    assert sum(measured.y) == analysis.dependent.sum()
+
+
+def test_clusters_stand_together():
+    rows = np.array([[0.0, 0], [1, 1], [0, 0.1], [1, 0.9], [0.1, 0]])
+    order = arrange(rows).tolist()
+    assert {frozenset(order[:3]), frozenset(order[-3:])} & {frozenset({0, 2, 4})}
+    assert arrange(rows[:2]).tolist() == [0, 1]
+
+
+def test_shown_gates_tell_most():
+    analysis = analysis_of()
+    chosen, told = shown_gates(analysis, 20), analysis.information()
+    assert np.array_equal(told[chosen], np.sort(told[analysis.dependent])[::-1][:20])
+
+
+def test_a_probe_finds_what_is_there():
+    analysis = analysis_of(samples=90)
+    samples = analysis.samples
+    samples.gates[:, analysis.dependent] = False  # gates that are the class, and nothing else
+    columns = np.flatnonzero(analysis.dependent)[samples.label]
+    samples.gates[np.arange(90), columns] = True
+    found = probe(analysis)
+    assert found is not None
+    assert found.accuracy == 1
+    assert found.images == 45
+    assert found.chance == np.bincount(samples.label[45:]).max() / 45
+    assert found.model == (samples.prediction[45:] == samples.label[45:]).mean()
+
+
+def test_known_sets_have_names():
+    assert class_names("somewhere/cifar10.npz", [str(i) for i in range(10)])[3] == "cat"
+    assert class_names("cifar10.npz", ["a", "b"]) == ["a", "b"]
+    assert class_names("other.npz", ["0", "1"]) == ["0", "1"]
+
+
+# --- In a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium is installed, say Debian's package chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+class Shown:
+    """A page that is open, and what its console said."""
+
+    def __init__(self, browser: Any, path: Path, **options: Any) -> None:
+        self.page = browser.new_context(offline=True, **options).new_page()
+        self.said: list[str] = []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.goto(path.as_uri())
+        self.page.wait_for_selector("html[data-drawn]", state="attached")
+
+    def figures(self) -> set[str]:
+        """Those that are really drawn."""
+        return set(self.page.eval_on_selector_all(".figure:has(svg.main-svg)", "all => all.map(one => one.id)"))
+
+
+EVERY = {"units", "per-sample", "per-gate", "map", "class-map", "information", "gate-classes", "class-costs"}
+FORCED = {"forced-sites", "forced-classes"}
+
+
+@pytest.mark.parametrize("options", [{}, {"color_scheme": "dark"}, {"viewport": {"width": 390, "height": 800}}])
+def test_every_figure_is_drawn_and_nothing_overflows(pages, browser, options):
+    shown = Shown(browser, pages / "index.html", **options)
+    assert shown.figures() == EVERY | FORCED
+    assert shown.said == []
+    width = shown.page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+    assert width[0] <= width[1]
+    assert shown.page.inner_text("h1") == "Gates of <x>"
+    colour = shown.page.evaluate("getComputedStyle(document.querySelector('#units .xtick text')).fill")
+    assert (colour == "rgb(232, 234, 237)") == ("color_scheme" in options)
+
+
+def test_pointing_at_a_sample_shows_its_image(pages, browser):
+    page = Shown(browser, pages / "index.html").page
+    assert page.eval_on_selector("#tip", "tip => getComputedStyle(tip).display") == "none"
+    place = page.evaluate("document.getElementById('map')._fullData[0].customdata[0]")
+    point = page.locator("#map .scatterlayer .trace").first.locator("path").first
+    point.scroll_into_view_if_needed()
+    point.hover(force=True)
+    page.wait_for_function("getComputedStyle(document.getElementById('tip')).display === 'block'")
+    label, _, opened, _ = analysis_of(classes=NAMES).facts[place]
+    text = page.inner_text("#tip").split("\n")
+    assert text[0] == NAMES[label]
+    assert f"{opened} gates open" in text
+    assert page.eval_on_selector("#tip .thumb", "t => getComputedStyle(t).backgroundImage").startswith(
+        'url("data:image'
+    )
+
+
+def test_gates_can_be_chosen(pages, browser):
+    page = Shown(browser, pages / "index.html").page
+    analysis = analysis_of(classes=NAMES)
+    gates = shown_gates(analysis, 60)
+    for step, expected in (("#gate-next", 1), ("#gate-before", 0), ("#gate-before", len(gates) - 1)):
+        page.click(step)
+        assert page.inner_text("#gate-facts").startswith(f"Gate {gates[expected]} of layer")
+    page.select_option("#gate", "2")
+    rates = page.evaluate("document.getElementById('gate-classes').data[0].y")
+    assert rates == pytest.approx((100 * analysis.class_rates[:5, gates[2]]).round(2).tolist())
+    assert page.locator("#gate-surest .thumb").count() == 3
+    assert page.locator("#cheapest .thumb").count() == 12
+
+
+# --- Data that makes figures impossible
+
+
+def collapsed() -> Any:
+    model = make_model()
+    assert isinstance(model.gater, Gater)
+    nn.init.zeros_(model.gater.fc2.weight)
+    return model
+
+
+CASES = {
+    "collapsed": ({"model": collapsed}, {"units", "per-sample", "class-costs"}, "No gate depends on the image"),
+    "no labels": ({"labels": None}, EVERY, "The data has no labels"),
+    "one class": ({"labels": torch.zeros(90, dtype=torch.long)}, EVERY - {"class-map", "information"}, "one class"),
+    "one image": ({"images": IMAGES[:1], "labels": LABELS[:1]}, {"units", "per-sample", "class-costs"}, "one class"),
+    "1,000 classes": ({"model": lambda: make_model(1000)}, EVERY, ""),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pages_of_odd_data(case, tmp_path, browser):
+    options, expected, notice = CASES[case]
+    model = options.get("model", lambda: MODEL)()
+    given = {name: value for name, value in options.items() if name != "model"}
+    if model is not MODEL and case.startswith("1,000"):
+        given["labels"] = torch.arange(90) * 11
+    path = analysis_of(model, **given).save(tmp_path)
+    shown = Shown(browser, path)
+    assert shown.figures() == expected
+    assert shown.said == []
+    assert notice in shown.page.inner_text("body")
+    assert "NaN" not in shown.page.inner_text("body")
+
+
+def test_grey_images(tmp_path):
+    grey = IMAGES[:, :1]
+    sizes = {"preprocessing": type(PIXELS)(16, 16, (0.5,), (0.25,)), "samples": 20}
+    from gaternet import create_model
+
+    model = create_model("resnet20_gated", 7, 1)
+    analysis = analyze(model, [(grey, LABELS)], **sizes)  # pyright: ignore[reportArgumentType]
+    assert analysis.save(tmp_path).exists()
+    assert numbers(analysis)["forced"] is None
+
+
+# --- The command
+
+
+def test_reports_of_runs_and_their_comparison(tmp_path, gaternet_command, browser):
+    train = ["train", "digits_resnet20_gated", "--epochs", "1", "--cpu", "--out", tmp_path / "run"]
+    subprocess.run([*gaternet_command, *train], check=True, stdout=subprocess.DEVNULL)
+    report = [*gaternet_command, "report", tmp_path / "run", "--cpu"]
+    done = subprocess.run([*report, "--samples", "50", "--forced", "30"], check=True, capture_output=True, text=True)
+    page = tmp_path / "run" / "report" / "index.html"
+    assert done.stdout.split() == ["the", "report", "is", str(page)]
+    assert Shown(browser, page).said == []
+    pair = [*report, tmp_path / "run", "--out", tmp_path / "both", "--forced", "0", "--samples", "20", "--json"]
+    done = subprocess.run(pair, check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout)[-1] == str(tmp_path / "both" / "index.html")
+    shown = Shown(browser, tmp_path / "both" / "index.html")
+    assert shown.figures() == {"off", "on", "dependent", "classes"}
+    assert shown.said == []
+    shown.page.click("tbody tr:nth-child(2) a")
+    shown.page.wait_for_selector("html[data-drawn] #units", state="attached")
+    plain = ["train", "digits_resnet20", "--epochs", "1", "--cpu", "--out", tmp_path / "plain"]
+    subprocess.run([*gaternet_command, *plain], check=True, stdout=subprocess.DEVNULL)
+    bad = subprocess.run([*gaternet_command, "report", tmp_path / "plain"], capture_output=True, text=True)
+    assert bad.returncode == 2
+    assert "is a plain network without gates: name a gated run" in " ".join(bad.stderr.split())
