@@ -61,6 +61,7 @@ FLOORS = [
     "report.comparison",
     "report",
     "report.runs",
+    "explore",
     "progress",
     "predict",
     "train",

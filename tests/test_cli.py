@@ -48,7 +48,9 @@ def fail(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *argume
     return stopped.value.code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "sweep", "evaluate", "predict", "report", "recipes", "sites", "bench"])
+@pytest.mark.parametrize(
+    "command", ["train", "sweep", "evaluate", "predict", "report", "explore", "recipes", "sites", "bench"]
+)
 def test_every_command_has_help_with_examples(command):
     text = call(command, "--help")
     assert "Examples:" in text

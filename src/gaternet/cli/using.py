@@ -126,6 +126,32 @@ def report(
 
 
 @app.command()
+def explore(
+    run: RunArgument,
+    which: WhichOption = "last",
+    data: Annotated[str | None, typer.Option(help="another set than it was trained on, see train --data")] = None,
+    data_root: Annotated[str | None, typer.Option(help="where torchvision's data sets lie")] = None,
+    images: Annotated[int, typer.Option(min=1, help="training images to look for similar gates among")] = 2000,
+    host: Annotated[str, typer.Option(help="address to serve; the default is for this machine alone")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="default: the first free one from 7860 on")] = None,
+) -> None:
+    """A local web page: drop an image, see its gates layer by layer, flip them by hand.
+
+    Examples:
+
+      gaternet explore runs/cifar10_resnet20_gated
+
+      gaternet explore runs/cifar10_resnet20_gated --data cifar10.npz --port 8000
+    """
+    from gaternet.explore import Explorer
+    from gaternet.explore import explore as serve
+
+    with console.status("reading images"):
+        explorer = Explorer.of_run(run, which, data, data_root, images)
+    serve(explorer, f"Gates of {run.name}", host, port)
+
+
+@app.command()
 def bench(
     model: Annotated[str, typer.Argument(help="a network of timm's, torchvision's or ours, or a run or saved model")],
     batch_size: Annotated[list[int], typer.Option(min=1, help="images at once; may be repeated")] = [1, 16],  # noqa: B006

@@ -1,0 +1,304 @@
+"""A local web page on which to try a gated model: drop an image, see its gates, flip them by hand.
+
+`Explorer` is what it knows, `build_app` shows it with Gradio (the extra `explore`).
+"""
+
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from numpy.typing import NDArray
+
+from gaternet.checkpoint import load_model
+from gaternet.cost import CostModel
+from gaternet.data import DataError, ImageSet, Preprocessing, load_data, read_image
+from gaternet.evaluate import load_test_set
+from gaternet.graph import read_graph
+from gaternet.method import GaterNet
+from gaternet.report.figures import figure
+from gaternet.report.runs import class_names
+from gaternet.run import find_model
+
+MAX_BYTES, MAX_PIXELS = 10 * 2**20, 40_000_000  # of an image that is uploaded
+_BATCH = 250
+
+Pixels = UInt8[NDArray[np.uint8], "chans h w"]
+Gates = Bool[NDArray[np.bool_], " gates"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says of an image under some gates.
+
+    Attributes:
+        probabilities: of each class, (K,), in [0, 1].
+        macs: of the backbone.
+    """
+
+    probabilities: Float[NDArray[np.float32], " classes"]
+    macs: int
+
+
+class Explorer:
+    """A gated model, and images to compare others with.
+
+    Args:
+        network: on the CPU; it is put into evaluation mode.
+        preprocessing: of its images.
+        classes: their names.
+        shown: images to show at random.
+        known: images among which the nearest by gate pattern are looked for, (M, channels, height, width).
+        labels: classes of these, (M,).
+    """
+
+    def __init__(
+        self,
+        network: GaterNet,
+        preprocessing: Preprocessing,
+        classes: Sequence[str],
+        shown: ImageSet,
+        known: UInt8[torch.Tensor, "m chans h w"],
+        labels: Sequence[int],
+    ) -> None:
+        self.network, self.preprocessing, self.classes = network.eval(), preprocessing, tuple(classes)
+        self.shown, self.known, self.labels = shown, known, list(labels)
+        self.cost = CostModel(read_graph(network.backbone, preprocessing.normalize(known[:1])), network.sites)
+        parts = [preprocessing.normalize(part) for part in known.split(_BATCH)]
+        with torch.no_grad():
+            self._gates = torch.cat([network.gates(part) > 0.5 for part in parts]).numpy()  # (M, C)
+
+    @classmethod
+    def of_run(
+        cls,
+        run: Path,
+        which: Literal["last", "best"] = "last",
+        data: str | None = None,
+        data_root: str | None = None,
+        images: int = 2000,
+    ) -> "Explorer":
+        """Of a run or a saved model, with the first `images` of its training images in random order.
+
+        Raises:
+            ValueError: there is no such gated model, or its data cannot be had.
+        """
+        network, metadata = load_model(find_model(run, which))
+        if not isinstance(network, GaterNet):
+            raise ValueError(f"{run} is a plain network without gates: name a gated run")
+        source = data or metadata.get("trained", {}).get("data")
+        if source is None:
+            raise ValueError(f"{run} does not say what it was trained on: name the data with --data")
+        preprocessing, test = Preprocessing.from_metadata(metadata), load_test_set(source, metadata, data_root)
+        train = load_data(source, None, preprocessing.height, data_root).train
+        order = random.Random(0).sample(range(len(train)), min(images, len(train)))
+        rows = [train[place] for place in order]
+        known = torch.stack([preprocessing.fit(row[0]) for row in rows])
+        names = class_names(source, metadata["classes"])
+        return cls(network, preprocessing, names, test, known, [row[1] for row in rows])
+
+    def open(self, path: str | Path) -> Pixels:
+        """An image file as the model sees it; DataError if it is no image, or too large."""
+        size = os.path.getsize(path)
+        if size > MAX_BYTES:
+            raise DataError(f"this file has {size / 2**20:.0f} MB: choose one of at most {MAX_BYTES // 2**20}")
+        from PIL import Image
+
+        try:
+            with Image.open(path) as image:  # reads the header alone
+                width, height = image.size
+        except Exception as error:
+            raise DataError("this file is no image that can be read: choose a JPEG, PNG or the like") from error
+        if width * height > MAX_PIXELS:
+            raise DataError(f"this image has {width} x {height} pixels: choose one of at most {MAX_PIXELS:,}")
+        try:
+            pixels = read_image(path, self.preprocessing.channels)
+        except Exception as error:
+            raise DataError("this image is damaged: choose another") from error
+        return self.preprocessing.fit(pixels).numpy()
+
+    def at_random(self) -> Pixels:
+        """One of the images to show."""
+        pixels, _ = self.shown[random.randrange(len(self.shown))]
+        return self.preprocessing.fit(torch.as_tensor(pixels)).numpy()
+
+    @torch.no_grad()
+    def gates(self, pixels: Pixels) -> Gates:
+        """What the gater opens."""
+        return (self.network.gates(self._inputs(pixels))[0] > 0.5).numpy()
+
+    @torch.no_grad()
+    def answer(self, pixels: Pixels, gates: Gates) -> Answer:
+        """What the backbone says under given gates."""
+        chosen = torch.from_numpy(gates).float()[None]
+        logits = self.network.forward_gated(self._inputs(pixels), chosen)
+        return Answer(logits[0].softmax(0).numpy(), round(self.cost(chosen).item()))
+
+    def nearest(
+        self, gates: Gates, number: int = 12
+    ) -> tuple[Int[NDArray[np.int64], " n"], Int[NDArray[np.int64], " n"]]:
+        """Places among the known images whose gates differ least, nearest first, and in how many gates they do."""
+        differ = (self._gates != gates).sum(1)
+        places = np.argsort(differ, kind="stable")[:number]
+        return places, differ[places]
+
+    def picture(self, pixels: Pixels) -> UInt8[NDArray[np.uint8], "rows columns 3"]:
+        """Pixels for the eye, of at least 192 on the shorter side."""
+        image = np.repeat(pixels.transpose(1, 2, 0), 3 // len(pixels), 2)
+        times = max(1, -(-192 // min(image.shape[:2])))
+        return image.repeat(times, 0).repeat(times, 1)
+
+    def layers(self, gates: Gates) -> go.Figure:
+        """The gates of each layer, open ones marked."""
+        sites = self.network.sites
+        width = max(site.stop - site.start for site in sites)
+        grid = np.full((len(sites), width), np.nan)
+        for row, site in enumerate(sites):
+            grid[row, : site.stop - site.start] = gates[site.start : site.stop]
+        starts = np.array([[site.start] for site in sites]) + np.arange(width)
+        heat = go.Heatmap(
+            z=grid,
+            y=[site.conv for site in sites],
+            customdata=starts,
+            colorscale=[[0, "#B8B8B8"], [1, "#0072B2"]],
+            zmin=0,
+            zmax=1,
+            showscale=False,
+            xgap=1 if width <= 128 else 0,
+            ygap=1,
+            hovertemplate="%{y}, gate %{customdata}: %{z} (1 is open)<extra></extra>",
+        )
+        drawn = figure([heat], "filter of the layer", height=max(260, min(900, 90 + 14 * len(sites))))
+        drawn.update_yaxes(autorange="reversed", type="category")
+        return drawn
+
+    def _inputs(self, pixels: Pixels) -> torch.Tensor:
+        return self.preprocessing.normalize(torch.from_numpy(np.ascontiguousarray(pixels))[None])
+
+
+def build_app(explorer: Explorer, title: str) -> Any:
+    """The page, a `gradio.Blocks`; ValueError if Gradio is not installed."""
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise ValueError("Gradio is not installed: pip install 'gaternet[explore]'") from error
+    sites = explorer.network.sites
+    names = [site.conv for site in sites]
+
+    def choices(gates: Gates, layer: str) -> list[tuple[str, int]]:
+        site = sites[names.index(layer)]
+        return [(f"{gate} {'open' if gates[gate] else 'shut'}", gate) for gate in range(site.start, site.stop)]
+
+    def show(state: dict[str, Any], layer: str) -> tuple[Any, ...]:
+        pixels, gates, own = state["pixels"], state["gates"], state["own"]
+        answer = explorer.answer(pixels, gates)
+        flipped = int((gates != own).sum())
+        said = f"**{gates.sum():,} of {len(gates):,} gates open**, {answer.macs / 1e6:,.1f} of "
+        said += f"{explorer.cost.dense / 1e6:,.1f} MMACs; " + (
+            f"{flipped} flipped by hand" if flipped else "the gater's choice"
+        )
+        places, differ = explorer.nearest(gates)
+        near = [
+            (
+                explorer.picture(explorer.known[place].numpy()),
+                f"{explorer.classes[explorer.labels[place]]}: {count} differ",
+            )
+            for place, count in zip(places.tolist(), differ.tolist(), strict=True)
+        ]
+        likely = dict(zip(explorer.classes, answer.probabilities.tolist(), strict=True))
+        picker = gr.Dropdown(choices=choices(gates, layer), value=[], multiselect=True)
+        return state, explorer.picture(pixels), likely, said, explorer.layers(gates), near, picker
+
+    def start(pixels: Pixels, layer: str) -> tuple[Any, ...]:
+        own = explorer.gates(pixels)
+        return show({"pixels": pixels, "own": own, "gates": own}, layer)
+
+    def upload(path: str | None, layer: str) -> tuple[Any, ...]:
+        if path is None:
+            raise gr.Error("choose an image file first")
+        try:
+            return start(explorer.open(path), layer)
+        except DataError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def force(state: dict[str, Any], layer: str, chosen: list[int], what: str) -> tuple[Any, ...]:
+        gates, site = state["gates"].copy(), sites[names.index(layer)]
+        if what == "flip":
+            gates[chosen] = ~gates[chosen]
+        elif what == "reset":
+            gates = state["own"]
+        else:
+            gates[site.start : site.stop] = what == "open"
+        return show({**state, "gates": gates}, layer)
+
+    with gr.Blocks(title=title, analytics_enabled=False) as app:
+        gr.Markdown(f"# {title}")
+        state = gr.State()
+        with gr.Row():
+            with gr.Column(scale=1):
+                file = gr.File(label="An image file, at most 10 MB", file_types=["image"], height=150)
+                another = gr.Button("Another test image")
+                picture = gr.Image(label="What the model sees", interactive=False, height=260, buttons=[])
+            with gr.Column(scale=2):
+                prediction = gr.Label(label="Prediction", num_top_classes=5)
+                summary = gr.Markdown()
+        gr.Markdown("## Gates, layer by layer: blue ones are open")
+        layers = gr.Plot(show_label=False)
+        gr.Markdown("## Flip gates by hand")
+        with gr.Row():
+            layer = gr.Dropdown(names, value=names[-1], label="Layer")
+            picker = gr.Dropdown([], multiselect=True, label="Gates")
+        with gr.Row():
+            buttons = {
+                what: gr.Button(text)
+                for what, text in (
+                    ("flip", "Flip these gates"),
+                    ("shut", "Shut the layer"),
+                    ("open", "Open the layer"),
+                    ("reset", "As the gater says"),
+                )
+            }
+        gr.Markdown("## Training images with the most similar gates")
+        near = gr.Gallery(show_label=False, columns=6, height=360, elem_id="near")
+        outputs = [state, picture, prediction, summary, layers, near, picker]
+        file.upload(upload, [file, layer], outputs)
+        another.click(lambda layer: start(explorer.at_random(), layer), [layer], outputs)
+        app.load(lambda layer: start(explorer.at_random(), layer), [layer], outputs)
+        layer.change(show, [state, layer], outputs)
+        for what, button in buttons.items():
+            button.click(partial(force, what=what), [state, layer, picker], outputs)
+    return app
+
+
+def explore(
+    explorer: Explorer, title: str, host: str = "127.0.0.1", port: int | None = None, block: bool = True
+) -> Any:
+    """Serve the page until Ctrl-C; by default for this machine alone.
+
+    Raises:
+        ValueError: Gradio is not installed.
+        OSError: the port is taken.
+    """
+    app = build_app(explorer, title)
+    from gradio.themes import Default
+
+    theme = Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
+    app.launch(
+        server_name=host,
+        server_port=port,
+        max_file_size=MAX_BYTES,
+        theme=theme,
+        quiet=True,
+        prevent_thread_lock=True,
+        footer_links=[],
+    )
+    if block:
+        print(f"open {app.local_url} in a browser; Ctrl-C ends it", flush=True)
+        app.block_thread()
+    return app

@@ -1,0 +1,109 @@
+"""The local page: what it knows, what it refuses, and the page itself in a browser."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_analysis import IMAGES, LABELS, MODEL, PIXELS
+from test_report import browser  # noqa: F401 (a fixture)
+
+import gaternet.explore
+from gaternet.data import DataError, ImageSet
+from gaternet.explore import Explorer, explore
+
+NAMES = ["ape", "bee", "cat", "dog", "eel", "fox", "gnu"]
+
+
+@pytest.fixture(scope="module")
+def explorer() -> Explorer:
+    shown = ImageSet(IMAGES[:10], LABELS[:10].tolist())
+    return Explorer(MODEL, PIXELS, NAMES, shown, IMAGES, LABELS.tolist())
+
+
+@torch.no_grad()
+def test_answers_are_the_models(explorer):
+    pixels = IMAGES[4].numpy()
+    logits, gates = MODEL(PIXELS.normalize(IMAGES[4:5]), return_gates=True)
+    own = explorer.gates(pixels)
+    assert np.array_equal(own, gates[0].bool().numpy())
+    answer = explorer.answer(pixels, own)
+    assert np.allclose(answer.probabilities, logits[0].softmax(0).numpy(), atol=1e-6)
+    every = np.ones_like(own)
+    assert explorer.answer(pixels, every).macs == explorer.cost.dense > answer.macs
+    assert not np.allclose(explorer.answer(pixels, every).probabilities, answer.probabilities)
+
+
+def test_nearest_images_are_those_whose_gates_differ_least(explorer):
+    with torch.no_grad():
+        gates = MODEL.gates(PIXELS.normalize(IMAGES)).bool().numpy()
+    places, differ = explorer.nearest(gates[7], 5)
+    assert places[0] == 7
+    assert differ[0] == 0
+    assert differ.tolist() == sorted((gates != gates[7]).sum(1).tolist())[:5]
+    assert np.array_equal((gates[places] != gates[7]).sum(1), differ)
+
+
+def test_pictures_are_large_and_coloured(explorer):
+    assert explorer.picture(IMAGES[0].numpy()).shape == (192, 192, 3)
+    assert explorer.picture(IMAGES[0, :1].numpy()).shape == (192, 192, 3)
+    grid = explorer.layers(explorer.gates(IMAGES[0].numpy())).data[0]
+    assert np.asarray(grid.z).shape == (9, 64)
+    assert np.isnan(np.asarray(grid.z)[0, 16:]).all()
+
+
+def test_images_are_fitted_and_others_refused(explorer, tmp_path, monkeypatch):
+    good = tmp_path / "good.png"
+    Image.new("RGB", (40, 30), (255, 0, 0)).save(good)
+    assert explorer.open(good).shape == (3, 16, 16)
+    (tmp_path / "text.png").write_text("this is no image")
+    with pytest.raises(DataError, match="no image that can be read: choose a JPEG"):
+        explorer.open(tmp_path / "text.png")
+    noise = tmp_path / "noise.png"
+    Image.fromarray(IMAGES[0].permute(1, 2, 0).numpy()).save(noise)
+    (tmp_path / "cut.png").write_bytes(noise.read_bytes()[:-200])
+    with pytest.raises(DataError, match="this image is damaged: choose another"):
+        explorer.open(tmp_path / "cut.png")
+    monkeypatch.setattr(gaternet.explore, "MAX_PIXELS", 1000)
+    with pytest.raises(DataError, match="40 x 30 pixels: choose one of at most 1,000"):
+        explorer.open(good)
+    monkeypatch.setattr(gaternet.explore, "MAX_BYTES", 10)
+    with pytest.raises(DataError, match="0 MB: choose one of at most"):
+        explorer.open(good)
+
+
+@pytest.mark.filterwarnings("ignore")  # of Gradio's own parts
+def test_the_page(explorer, browser: Any, tmp_path: Path):  # noqa: F811
+    app = explore(explorer, "Gates of a test", block=False)
+    try:
+        assert app.local_url.startswith("http://127.0.0.1:")
+        page = browser.new_context().new_page()
+        strangers: list[str] = []
+        ours = (app.local_url, "data:", "blob:")
+        page.on("request", lambda request: None if request.url.startswith(ours) else strangers.append(request.url))
+        page.goto(app.local_url)
+        page.wait_for_selector("text=the gater's choice", timeout=60_000)
+        assert page.locator("#near img").count() == 12
+        page.click("text=Shut the layer")
+        page.wait_for_selector("text=flipped by hand")
+        page.click("text=As the gater says")
+        page.wait_for_selector("text=the gater's choice")
+        (tmp_path / "bad.png").write_text("this is no image")
+        page.set_input_files("input[type=file]", tmp_path / "bad.png")
+        page.wait_for_selector("text=this file is no image that can be read")
+        Image.fromarray(IMAGES[3].permute(1, 2, 0).numpy()).save(tmp_path / "good.png")
+        page.click("[aria-label='Clear']")
+        page.set_input_files("input[type=file]", tmp_path / "good.png")
+        opened = int(explorer.gates(IMAGES[3].numpy()).sum())
+        page.wait_for_selector(f"text={opened} of 336 gates open")
+        assert not strangers
+    finally:
+        app.close()
+
+
+def test_gradio_is_an_extra(explorer, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    with pytest.raises(ValueError, match=r"Gradio is not installed: pip install 'gaternet\[explore\]'"):
+        explore(explorer, "none")
