@@ -49,7 +49,7 @@ def fail(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *argume
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "sweep", "evaluate", "predict", "report", "explore", "recipes", "sites", "bench"]
+    "command", ["train", "sweep", "evaluate", "predict", "export", "report", "explore", "recipes", "sites", "bench"]
 )
 def test_every_command_has_help_with_examples(command):
     text = call(command, "--help")
@@ -98,6 +98,41 @@ def test_predict_names_classes_and_counts_open_filters(run, tmp_path):
         assert sum(shares) <= 1
         assert 0 < item["open_filters"] < item["gated_filters"] == 336
     assert "of 336" in call("predict", run, paths[0])
+
+
+def test_an_exported_file_predicts_what_the_run_does(run, tmp_path, capsys, monkeypatch):
+    test = load_data("digits").test
+    for i in range(3):
+        Image.fromarray(test[i][0][0].numpy()).save(tmp_path / f"{i}.png")
+    images = [tmp_path / f"{i}.png" for i in range(3)]
+    wanted = json.loads(call("predict", run, *images, "--json"))
+    for options in ([], ["--form", "skipping"]):
+        report = json.loads(call("export", run, *options, "--json"))
+        assert report["on"] == "test images"
+        assert report["compared"]["images"] == 64
+        assert report["compared"]["patterns"] > 1
+        found = json.loads(call("predict", report["file"], *images, "--json"))
+        for item, other in zip(found, wanted, strict=True):
+            assert [name for name, _ in item.pop("classes")] == [name for name, _ in other["classes"]]
+            assert item == {name: other[name] for name in item}  # also the number of open filters
+    assert {path.name for path in run.glob("*.onnx")} == {"model.onnx", "model-skipping.onnx"}
+    text = call("export", run, "--no-gates", "--int8", "backbone", "--images", 100)
+    assert "8 bits: accuracy" in text
+    assert "0.00 of 336 gates of an image differ" in text
+    assert "not known" in call("predict", run / "model-int8.onnx", images[0])
+    assert "equal to the model on 64 test images" in call("export", run, "--format", "pt2", "--out", tmp_path / "m.pt2")
+    for arguments, message in {
+        ("predict", tmp_path / "m.pt2", images[0]): "may hold pickled objects",
+        ("predict", images[0], images[0]): "ONNX Runtime cannot run",
+        ("export", run, "--int8", "all", "--format", "pt2"): "int8 is for ONNX files of the masked form",
+        ("export", run, "--form", "skipping", "--format", "pt2"): "the skipping form is for ONNX files",
+        ("export", run, "--data", tmp_path / "none.npz"): "check --data",
+        ("export", run, "--out", images[0] / "m.onnx"): "cannot write",
+    }.items():
+        code, error = fail(capsys, monkeypatch, *arguments)
+        assert code == (1 if message == "cannot write" else 2), arguments
+        assert message in error
+        assert error.count("\n") == 1, error
 
 
 def test_recipes_lists_all():

@@ -35,7 +35,7 @@ def test_python_example_runs(capsys):
     assert isinstance(names["logits"], torch.Tensor)
 
 
-def test_gating_skipping_and_analyzing_examples_run(capsys, monkeypatch, tmp_path):
+def test_the_longer_python_examples_run(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(blocks("python")[1], names)
@@ -47,6 +47,10 @@ def test_gating_skipping_and_analyzing_examples_run(capsys, monkeypatch, tmp_pat
     exec(blocks("python")[3], names)
     assert names["found"].images == 2
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"index.html", "gates.json"}
+    exec(blocks("python")[4], names)
+    assert "gate patterns" in capsys.readouterr().out
+    assert torch.equal(names["gates"], names["model"].gates(names["images"]))
+    assert {path.name for path in tmp_path.iterdir()} >= {"model.onnx", "open.onnx", "model.pt2"}
 
 
 @pytest.mark.parametrize("line", [line for block in blocks("sh") for line in block.splitlines() if "gaternet " in line])

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from gaternet.analysis import GateAnalysis, analyze
     from gaternet.checkpoint import load_official_checkpoint, load_pretrained
     from gaternet.cost import count_macs
+    from gaternet.export import ExportedModel, export_onnx, export_pt2, quantize_onnx
     from gaternet.gating import gate
     from gaternet.method import Gater, GaterNet, GateSite, gate_sparsity, improved_semhash
     from gaternet.models import create_model, model_names
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 # Public name -> its module, imported on first use: PyTorch takes seconds, `gaternet --help` must not.
 _HOMES = {
+    "ExportedModel": "gaternet.export",
     "GateAnalysis": "gaternet.analysis",
     "Gater": "gaternet.method",
     "GateSite": "gaternet.method",
@@ -25,6 +27,8 @@ _HOMES = {
     "analyze": "gaternet.analysis",
     "count_macs": "gaternet.cost",
     "create_model": "gaternet.models",
+    "export_onnx": "gaternet.export",
+    "export_pt2": "gaternet.export",
     "find_sites": "gaternet.sites",
     "gate": "gaternet.gating",
     "gate_sparsity": "gaternet.method",
@@ -32,10 +36,12 @@ _HOMES = {
     "load_official_checkpoint": "gaternet.checkpoint",
     "load_pretrained": "gaternet.checkpoint",
     "model_names": "gaternet.models",
+    "quantize_onnx": "gaternet.export",
     "skip": "gaternet.skipping",
 }
 
 __all__ = [
+    "ExportedModel",
     "GateAnalysis",
     "GateSite",
     "Gater",
@@ -44,6 +50,8 @@ __all__ = [
     "analyze",
     "count_macs",
     "create_model",
+    "export_onnx",
+    "export_pt2",
     "find_sites",
     "gate",
     "gate_sparsity",
@@ -51,6 +59,7 @@ __all__ = [
     "load_official_checkpoint",
     "load_pretrained",
     "model_names",
+    "quantize_onnx",
     "skip",
 ]
 

@@ -144,7 +144,14 @@ def evaluate_saved(
 
 
 def load_test_set(source: str, metadata: dict[str, Any], data_root: str | None = None) -> ImageSet:
-    """The test images of `source`, with the sizes, channels and class numbers that the model of `metadata` knows.
+    """The test images of `source`, as `load_sets` gives them."""
+    return load_sets(source, metadata, data_root)[1]
+
+
+def load_sets(source: str, metadata: dict[str, Any], data_root: str | None = None) -> tuple[ImageSet, ImageSet]:
+    """Training and test images of `source`, without augmentation, as the model of `metadata` knows them.
+
+    They have the sizes, channels and class numbers that it was trained on.
 
     Raises:
         DataError: there are none, or they do not go with the model.
@@ -159,6 +166,7 @@ def load_test_set(source: str, metadata: dict[str, Any], data_root: str | None =
         )
     if list(data.classes) != known:
         raise DataError(f"{source} has {len(data.classes)} classes, not those that the model knows: {', '.join(known)}")
-    if not isinstance(data.test.images, Tensor):
-        data.test.transform = preprocessing.fit
-    return data.test
+    for images in (data.train, data.test):
+        if not isinstance(images.images, Tensor):
+            images.transform = preprocessing.fit
+    return data.train, data.test

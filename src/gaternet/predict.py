@@ -3,13 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from gaternet.checkpoint import load_model
 from gaternet.data import Preprocessing
+from gaternet.export.exported import ExportedModel
 from gaternet.method import GaterNet
+from gaternet.run import find_model
 
 _BATCH = 64
 
@@ -21,7 +24,8 @@ class Prediction:
     Attributes:
         image: the file.
         classes: names of the likeliest classes, with their probabilities in [0, 1], likeliest first.
-        open_filters, gated_filters: how many of the gated filters the image opened; None for a plain network.
+        open_filters, gated_filters: how many of the gated filters the image opened; None for a plain network, and for
+            an exported one that does not give its gates out.
     """
 
     image: str
@@ -30,15 +34,34 @@ class Prediction:
     gated_filters: int | None
 
 
+def load(path: Path, which: Literal["last", "best"] = "last") -> tuple[nn.Module | ExportedModel, dict[str, Any]]:
+    """What `predict` takes: the model of a run, a saved model, or an exported one, and its metadata.
+
+    Raises:
+        ValueError: there is no such thing, or it does not say how images become its input.
+    """
+    if path.suffix == ".pt2":
+        raise ValueError(
+            f"{path} may hold pickled objects, which could run code: predict with the .onnx file, or load it yourself "
+            "with torch.export.load if you trust its author"
+        )
+    if not path.is_file():
+        return load_model(find_model(path, which))
+    exported = ExportedModel(path)
+    if missing := {"classes", "preprocessing"} - exported.metadata.keys():
+        raise ValueError(f"{path} was exported without its {min(missing)}: export it again with metadata=...")
+    return exported, exported.metadata
+
+
 @torch.no_grad()
 def predict(
-    network: nn.Module, metadata: Mapping[str, Any], images: Sequence[str | Path], top: int = 5
+    network: nn.Module | ExportedModel, metadata: Mapping[str, Any], images: Sequence[str | Path], top: int = 5
 ) -> list[Prediction]:
     """Classify image files.
 
     Args:
-        network: in evaluation mode.
-        metadata: what was saved with it: its classes, and its preprocessing.
+        network: a model in evaluation mode, or an exported one.
+        metadata: what was saved with it, or its own: its classes, and its preprocessing.
         images: files that Pillow reads.
         top: number of classes to report, at least 1; never more than there are.
 
@@ -48,17 +71,12 @@ def predict(
     if top < 1:
         raise ValueError(f"top must be at least 1, but is {top}")
     preprocessing, classes = Preprocessing.from_metadata(metadata), metadata["classes"]
-    device = next(network.parameters()).device
+    batch = 1 if isinstance(network, ExportedModel) and network.takes_one else _BATCH
     predictions = []
-    for start in range(0, len(images), _BATCH):
-        paths = images[start : start + _BATCH]
-        pixels = torch.stack([preprocessing.open(path) for path in paths]).to(device)  # (B, C, H, W)
-        inputs = preprocessing.normalize(pixels)
-        gates = None
-        if isinstance(network, GaterNet):
-            logits, gates = network(inputs, return_gates=True)
-        else:
-            logits = network(inputs)
+    for start in range(0, len(images), batch):
+        paths = images[start : start + batch]
+        pixels = torch.stack([preprocessing.open(path) for path in paths])  # (B, C, H, W)
+        logits, gates = _run(network, preprocessing, pixels)
         likeliest = logits.float().softmax(1).topk(min(top, len(classes)))
         for row, path in enumerate(paths):
             pairs = zip(likeliest.indices[row].tolist(), likeliest.values[row].tolist(), strict=True)
@@ -66,3 +84,11 @@ def predict(
             opened = (None, None) if gates is None else (int(gates[row].sum()), gates.shape[1])
             predictions.append(Prediction(str(path), named, *opened))
     return predictions
+
+
+def _run(network: nn.Module | ExportedModel, preprocessing: Preprocessing, pixels: Tensor) -> tuple[Tensor, Any]:
+    """Logits (B, K), and the gates (B, C) if they are to be had."""
+    if isinstance(network, ExportedModel):
+        return network.run(pixels if network.takes_pixels else preprocessing.normalize(pixels))
+    inputs = preprocessing.normalize(pixels.to(next(network.parameters()).device))
+    return network(inputs, return_gates=True) if isinstance(network, GaterNet) else (network(inputs), None)

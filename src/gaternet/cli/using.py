@@ -60,7 +60,7 @@ _GATE_SHARES = {"always_on": "always open", "always_off": "always closed", "depe
 
 @app.command()
 def predict(
-    run: RunArgument,
+    run: Annotated[Path, typer.Argument(help="a run directory, a saved model, or an exported .onnx file")],
     images: Annotated[list[Path], typer.Argument(help="image files")],
     which: WhichOption = "last",
     top: Annotated[int, typer.Option(min=1, help="classes to show")] = 5,
@@ -73,20 +73,26 @@ def predict(
       gaternet predict runs/cifar10_resnet20_gated cat.jpg dog.png
 
       gaternet predict runs/cifar10_resnet20_gated *.jpg --top 1 --json
-    """
-    from gaternet.checkpoint import load_model
-    from gaternet.predict import predict as run_predict
-    from gaternet.run import find_model
 
-    network, metadata = load_model(find_model(run, which))
-    predictions = run_predict(network, metadata, images, top)
+      gaternet predict model.onnx cat.jpg
+    """
+    from gaternet.predict import load
+    from gaternet.predict import predict as run_predict
+
+    predictions = run_predict(*load(run, which), images, top)
     if as_json:
         print(json.dumps([dataclasses.asdict(prediction) for prediction in predictions]))
         return
     table = Table("image", "classes", "open filters")
     for prediction in predictions:
         classes = "  ".join(f"{escaped(name)} {100 * share:.1f} %" for name, share in prediction.classes)
-        opened = f"{prediction.open_filters} of {prediction.gated_filters}" if prediction.gated_filters else "all"
+        opened = (
+            f"{prediction.open_filters} of {prediction.gated_filters}"
+            if prediction.gated_filters
+            else "not known"
+            if run.is_file()
+            else "all"
+        )
         table.add_row(escaped(prediction.image), classes, opened)
     console.print(table)
 

@@ -1,0 +1,105 @@
+"""Running an exported ONNX file: no model, no PyTorch code of its own, its preprocessing beside its weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+METADATA = "gaternet"  # the key of ours in an ONNX file's metadata
+
+
+class NotRunnableError(ValueError):
+    """What a file holds is no ONNX model that ONNX Runtime can run."""
+
+
+class ExportedModel:
+    """An ONNX file that `export_onnx` wrote, run by ONNX Runtime on the CPU with as many threads as PyTorch has.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        metadata: what was exported with it: classes, preprocessing, sites and so on, as plain data; see `export_onnx`.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is something else, or ONNX Runtime is not installed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        session = start_session(self.path)
+        text = session.get_modelmeta().custom_metadata_map.get(METADATA)
+        if text is None:
+            raise ValueError(f"{path} was not exported by gaternet: make one with gaternet export")
+        self.metadata: dict[str, Any] = json.loads(text)
+        self._session = session
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of images (B, channels, H, W); `run` also gives the gates."""
+        return self.run(images)[0]
+
+    def run(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, K), and the gates (B, C) if the file gives them out, else None.
+
+        Args:
+            images: (B, channels, H, W) of the size it was exported for; pixels, uint8, where `takes_pixels`, else
+                float32, normalised.
+
+        Raises:
+            ValueError: they are of another size or kind.
+        """
+        wanted = self._session.get_inputs()[0]
+        dtype = torch.uint8 if self.takes_pixels else torch.float32
+        sizes = [size if isinstance(size, int) else None for size in wanted.shape]  # None where any will do
+        fits = images.ndim == len(sizes) and all(
+            size in (None, given) for size, given in zip(sizes, images.shape, strict=True)
+        )
+        if not fits or images.dtype != dtype:
+            names = ("B", "channels", "H", "W")
+            shape = ", ".join(name if size is None else str(size) for name, size in zip(names, sizes, strict=True))
+            raise ValueError(
+                f"{self.path.name} takes images ({shape}) of {dtype}, but these are {tuple(images.shape)} of "
+                f"{images.dtype}: resize them, or export the model for theirs"
+            )
+        outputs = self._session.run(None, {wanted.name: images.numpy()})
+        return torch.from_numpy(outputs[0]), torch.from_numpy(outputs[1]) if len(outputs) > 1 else None
+
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether it takes pixels, uint8, and normalises them itself."""
+        return self.metadata["input"] == "pixels"
+
+    @property
+    def takes_one(self) -> bool:
+        """Whether it takes one image at a time: the skipping form."""
+        return self.metadata["form"] == "skipping"
+
+
+def start_session(model: Path | bytes) -> Any:
+    """An `onnxruntime.InferenceSession` on the CPU, of a file or of a serialized model.
+
+    Raises:
+        OSError: there is no such file.
+        NotRunnableError: it is no ONNX model, or a broken one.
+        ValueError: ONNX Runtime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ValueError("ONNX Runtime is not installed: pip install 'gaternet[export]'") from error
+    if isinstance(model, Path) and not model.is_file():
+        raise FileNotFoundError(f"there is no file {model}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    source = str(model) if isinstance(model, Path) else model
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has its own, which share no base but this one
+        reason = str(error).strip().splitlines()[0]
+        raise NotRunnableError(
+            f"ONNX Runtime cannot run {'the model' if source is model else model} ({reason})"
+        ) from error

@@ -1,0 +1,108 @@
+"""Exporting a run's model with what was saved beside it, compared on its own test images."""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gaternet.checkpoint import load_model
+from gaternet.data import DataError, ImageSet, Preprocessing
+from gaternet.evaluate import load_sets
+from gaternet.export import compare_int8, export_onnx, export_pt2, quantize_onnx
+from gaternet.export.source import Form
+from gaternet.method import GaterNet
+from gaternet.run import find_model
+
+FileFormat = Literal["onnx", "pt2"]
+Int8 = Literal["backbone", "all"]
+_HELD_OUT, _CALIBRATION, _BATCH = 64, 512, 64
+
+
+def export_saved(
+    path: Path,
+    which: Literal["last", "best"] = "last",
+    out: Path | None = None,
+    *,
+    file_format: FileFormat = "onnx",
+    form: Form = "masked",
+    gates: bool = True,
+    dynamic_size: bool = False,
+    int8: Int8 | None = None,
+    data: str | None = None,
+    data_root: str | None = None,
+    images: int = 2000,
+) -> dict[str, Any]:
+    """Write the model of a run, or a saved one, to a file that takes pixels and normalises them itself.
+
+    Args:
+        path, which: the model.
+        out: the file; default: beside the model, "model.onnx" and the like.
+        file_format: ONNX, or a program of `torch.export`.
+        form, gates, dynamic_size: see `export_onnx`; a plain network has no gates.
+        int8: what to quantise, "backbone" or "all"; the gater stays exact with "backbone". Needs the data.
+        data, data_root: images to compare on, and to calibrate with; default: the set it was trained on. Where there
+            are none, the comparison takes noise.
+        images: test images on which to measure what "int8" changes.
+
+    Returns:
+        "file"; "compared", the fields of `Parity`; "on", "test images" or "images of noise"; with `int8` also "int8",
+        the fields of `Int8Effect`.
+
+    Raises:
+        ValueError: options do not go together, or there is no such model or no data.
+        ExportError: the model cannot be exported, or the file is not equal to it.
+        OSError: the file cannot be written.
+    """
+    if int8 and (file_format != "onnx" or form != "masked"):
+        raise ValueError("int8 is for ONNX files of the masked form: leave the other format or form out")
+    if file_format == "pt2" and form != "masked":
+        raise ValueError("the skipping form is for ONNX files: leave the other format out")
+    model, metadata = load_model(find_model(path, which))
+    gated = isinstance(model, GaterNet)
+    source = data or metadata.get("trained", {}).get("data")
+    sets: tuple[ImageSet, ImageSet] | None = None
+    try:
+        sets = load_sets(source, metadata, data_root) if source else None
+    except DataError:
+        if data or int8:
+            raise
+    if int8 and sets is None:
+        raise ValueError(f"{path} does not say what it was trained on: name images to calibrate with, --data")
+    preprocessing = Preprocessing.from_metadata(metadata)
+    example = torch.zeros(1, preprocessing.channels, preprocessing.height, preprocessing.width, dtype=torch.uint8)
+    held_out = None if sets is None else _stack(sets[1], range(min(_HELD_OUT, len(sets[1]))))
+    if out is None:
+        name = "-".join(["model", *(["skipping"] if form == "skipping" else []), *(["int8"] if int8 else [])])
+        out = path / f"{name}.{file_format}"
+    options: dict[str, Any] = {"gates": gates and gated, "dynamic_size": dynamic_size, "metadata": metadata}
+    options["held_out"] = held_out
+    report: dict[str, Any] = {"file": str(out), "on": "images of noise" if held_out is None else "test images"}
+    if file_format == "pt2":
+        return report | {"compared": asdict(export_pt2(model, example, out, **options))}
+    if int8 is None or sets is None:
+        return report | {"compared": asdict(export_onnx(model, example, out, form=form, **options))}
+    train, test = sets
+    with tempfile.TemporaryDirectory() as directory:
+        exact = Path(directory) / "model.onnx"
+        report["compared"] = asdict(export_onnx(model, example, exact, **options))
+        step = max(1, len(train) // _CALIBRATION)
+        calibration = [_stack(train, part) for part in _parts(range(0, len(train), step))]
+        quantize_onnx(exact, out, calibration, gater=int8 == "all")
+        batches = ((_stack(test, part), _labels(test, part)) for part in _parts(range(min(images, len(test)))))
+        return report | {"int8": asdict(compare_int8(exact, out, batches))}
+
+
+def _parts(indices: range) -> Iterator[range]:
+    return (indices[start : start + _BATCH] for start in range(0, len(indices), _BATCH))
+
+
+def _stack(images: ImageSet, indices: range) -> Tensor:
+    return torch.stack([torch.as_tensor(images[i][0]) for i in indices])
+
+
+def _labels(images: ImageSet, indices: range) -> Tensor:
+    return torch.tensor([int(images.labels[i]) for i in indices])

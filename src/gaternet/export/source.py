@@ -1,0 +1,159 @@
+"""What is exported: a model with its preprocessing, as exporters trace it."""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn import functional as F
+
+from gaternet.data import Preprocessing
+from gaternet.export.gathered import OpenFilters
+from gaternet.export.parity import ExportError, Parity, Run, RunGated, compare, make_images
+from gaternet.method import GaterNet
+
+Form = Literal["masked", "skipping"]
+_HELD_OUT = 16
+
+
+class Source:
+    """A copy of a model on the CPU in evaluation mode and float32, and what is known of its images.
+
+    The arguments, and the errors that they raise, are those of `export_onnx`.
+
+    Attributes:
+        gated: whether it is a GaterNet.
+        example: one image (1, channels, H, W) as the file is to take it.
+        preprocessing: how the file normalises pixels; None where it takes images as the model does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: Tensor,
+        *,
+        form: Form = "masked",
+        dynamic_size: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.gated = isinstance(model, GaterNet)
+        if form == "skipping" and (dynamic_size or not self.gated):
+            raise ValueError("the skipping form is for a GaterNet and images of one size: export the masked form")
+        if example_input.ndim != 4 or not len(example_input):
+            raise ValueError(f"example_input must be images (B, channels, H, W), but is {tuple(example_input.shape)}")
+        self.form, self.dynamic_size = form, dynamic_size
+        self.model: Any = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+        self.example = example_input[:1].detach().cpu()
+        own: Any = getattr(model, "metadata", None)
+        self._metadata: Mapping[str, Any] = metadata if metadata is not None else own or {}
+        self.preprocessing = None
+        if self.example.dtype != torch.uint8:
+            self.example = self.example.float()
+        elif "preprocessing" in self._metadata:
+            self.preprocessing = Preprocessing.from_metadata(self._metadata)
+        else:
+            raise ValueError("pixels need metadata with their preprocessing: pass it, or images that are normalised")
+
+    def network(self, gates: bool) -> nn.Module:
+        """What is traced: from images to logits, and to the gates with `gates`."""
+        model, preprocessing = self.model, self.preprocessing
+        backbone = OpenFilters(model, self.inputs(self.example)) if self.form == "skipping" else None
+        return _Exportable(model, preprocessing, backbone, gates and self.gated).eval()
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """What the model sees of images that the file takes."""
+        return images if self.preprocessing is None else self.preprocessing.normalize(images)
+
+    @property
+    def batch(self) -> Tensor:
+        """Images to trace with."""
+        return self.example if self.form == "skipping" else self.example.repeat(2, 1, 1, 1)
+
+    @property
+    def dynamic_shapes(self) -> tuple[dict[int, Any]] | None:
+        """Which of the images' sizes are open, as `torch.export` wants it."""
+        if self.form == "skipping":
+            return None
+        return ({0: Dim("batch"), **({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if self.dynamic_size else {})},)
+
+    def metadata(self) -> dict[str, Any]:
+        """What is kept in the file."""
+        return {
+            "gaternet": version("gaternet"),
+            "form": self.form,
+            "input": "images" if self.preprocessing is None else "pixels",
+            "num_gates": self.model.num_gates if self.gated else 0,
+            "sites": [asdict(site) for site in self.model.sites] if self.gated else [],
+            **{key: self._metadata[key] for key in ("classes", "preprocessing", "trained") if key in self._metadata},
+        }
+
+    def held_out(self, images: Tensor | None) -> Tensor:
+        """Images to compare on: those given, or some made of noise."""
+        if images is None:
+            return make_images(self.example, _HELD_OUT)
+        if images.dtype != self.example.dtype or images.shape[1:] != self.example.shape[1:] or not len(images):
+            raise ValueError(
+                f"held_out must be images like the example, (B, {', '.join(map(str, self.example.shape[1:]))}) of "
+                f"{self.example.dtype}, but is {tuple(images.shape)} of {images.dtype}"
+            )
+        return images.detach().cpu()
+
+    def compare(self, images: Tensor, run: Run, run_gated: RunGated | None) -> Parity:
+        """Compare a file with the model, on images of another size too where it takes them; see `parity.compare`."""
+        parity = compare(self.model, self.inputs, images, run, run_gated)
+        if self.dynamic_size:
+            larger = [side + min(32, side & -side) for side in images.shape[2:]]
+            compare(self.model, self.inputs, F.interpolate(images, larger), run, run_gated)
+        return parity
+
+    @contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Quiet, without gradients; what a network's own code raises becomes one sentence."""
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)  # exporters print whole graphs where they fail
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what they work around
+                yield
+        except Exception as error:
+            lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+            reason = lines[0] if lines else type(error).__name__
+            mend = "leave dynamic_size out" if self.dynamic_size else "mend what that names"
+            mend += ", or export the masked form" if self.form == "skipping" else ""
+            name = type(self.model.backbone if self.gated else self.model).__name__
+            raise ExportError(
+                f"{name} cannot be exported with images {tuple(self.example.shape)} ({reason}): {mend}"
+            ) from error
+        finally:
+            logging.disable(before)
+
+
+class _Exportable(nn.Module):
+    """What a file holds: normalisation if it takes pixels, the gater and the backbone."""
+
+    def __init__(
+        self, model: nn.Module, preprocessing: Preprocessing | None, backbone: OpenFilters | None, gates: bool
+    ) -> None:
+        super().__init__()
+        self.model, self.preprocessing, self.backbone, self.gates = model, preprocessing, backbone, gates
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        inputs = images if self.preprocessing is None else _normalize(images, self.preprocessing)
+        if not isinstance(self.model, GaterNet):
+            return self.model(inputs)
+        gates = self.model.gates(inputs)
+        logits = (self.backbone or self.model.forward_gated)(inputs, gates)
+        return (logits, gates) if self.gates else logits
+
+
+def _normalize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """`Preprocessing.normalize` in operations that every exporter knows."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    return (pixels.float() / 255 - mean) / std

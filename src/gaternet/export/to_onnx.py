@@ -1,0 +1,130 @@
+"""Writing a model as an ONNX file that is equal to it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gaternet.checkpoint import write_atomically
+from gaternet.export.exported import METADATA, NotRunnableError, start_session
+from gaternet.export.parity import ExportError, Parity
+from gaternet.export.source import Form, Source
+
+OPSET = 18
+
+
+def export_onnx(
+    model: nn.Module,
+    example_input: Tensor,
+    path: str | Path,
+    *,
+    gates: bool = False,
+    form: Form = "masked",
+    dynamic_size: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    held_out: Tensor | None = None,
+) -> Parity:
+    """Write a model as one ONNX graph, opset 18, gater and backbone together, and compare it with the model.
+
+    The file is run in ONNX Runtime on `held_out` and under gates drawn at random in the place of the gater's: gates
+    must be equal, but where a logit is so near the threshold that rounding decides, and logits must agree within 1e-4.
+
+    Args:
+        model: a GaterNet, or a plain network. It is exported in evaluation mode, in float32, and left as it was.
+        example_input: images (B, channels, H, W), float, as the model takes them; or pixels, uint8, which the graph
+            then normalises itself as `metadata` says.
+        path: of the file. It appears once it has been found equal, and replaces one of that name.
+        gates: whether the graph gives out the gates (B, C) beside the logits (B, K).
+        form: "masked" computes all filters, for any number of images at once; "skipping" computes the open ones, for
+            one image at a time: faster where most are closed, slower where most are open.
+        dynamic_size: whether the graph takes images of any height and width, as far as the network does.
+        metadata: plain data to keep in the file, as `gaternet.checkpoint.load_model` gives it: "classes",
+            "preprocessing", "trained". Default: the model's own. `ExportedModel` reads it.
+        held_out: images like the example to compare on. Default: 16 made of noise, from flat to busy.
+
+    Raises:
+        ExportError: the model cannot be exported so, or the file is not equal to it. None is left behind, and one that
+            was there is as it was.
+        ValueError: options do not go together, or ONNX is not installed.
+        OSError: the file cannot be written.
+    """
+    source = Source(model, example_input, form=form, dynamic_size=dynamic_size, metadata=metadata)
+    if gates and not source.gated:
+        raise ValueError(f"a {type(model).__name__} has no gates to give out: leave gates out")
+    images = source.held_out(held_out)
+    onnx = import_onnx()
+    with source.tracing():
+        program = torch.onnx.export(
+            source.network(gates=True),
+            (source.batch,),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["logits", "gates"] if source.gated else ["logits"],
+            dynamic_shapes=source.dynamic_shapes,
+        )
+    assert program is not None
+    proto: Any = program.model_proto
+    if source.gated and not gates:  # they stay inside, by this name, for the comparison
+        del proto.graph.output[1]
+    onnx.helper.set_model_props(proto, {METADATA: json.dumps(source.metadata())})
+    found: list[Parity] = []
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(proto.SerializeToString())
+        try:
+            found.append(_compare(source, temporary, images))
+        except NotRunnableError as error:
+            raise ExportError(f"the exported model is no valid one: nothing was written ({error})") from error
+
+    write_atomically(Path(path), write)
+    return found[0]
+
+
+def import_onnx() -> Any:
+    """The `onnx` package; ValueError where it, or what goes with it, is not installed."""
+    try:
+        import onnx
+        import onnx.utils
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError("ONNX is not installed: pip install 'gaternet[export]'") from error
+    return onnx
+
+
+def load_with_gates(path: Path, num_gates: int) -> Any:
+    """The ONNX model in a file of ours, made to give its gates out, if it has any."""
+    onnx = import_onnx()
+    proto = onnx.load(path)
+    if num_gates and len(proto.graph.output) == 1:
+        info = onnx.helper.make_tensor_value_info("gates", onnx.TensorProto.FLOAT, ["batch", num_gates])
+        proto.graph.output.append(info)
+    return proto
+
+
+def run_session(session: Any, output: str, **inputs: Tensor) -> Tensor:
+    """One output of an ONNX Runtime session, for those of the inputs that it wants."""
+    given = {wanted.name: inputs[wanted.name].numpy() for wanted in session.get_inputs()}
+    return torch.from_numpy(session.run([output], given)[0])
+
+
+def _compare(source: Source, path: Path, images: Tensor) -> Parity:
+    """Run the file, the same with its gates given out, and what stands behind them."""
+    file = start_session(path)
+    if not source.gated:
+        return source.compare(images, lambda batch: (run_session(file, "logits", images=batch), None), None)
+    proto = load_with_gates(path, source.model.num_gates)
+    cut = import_onnx().utils.Extractor(proto).extract_model(["images", "gates"], ["logits"])
+    whole, behind = (start_session(part.SerializeToString()) for part in (proto, cut))
+
+    def run(batch: Tensor) -> tuple[Tensor, Tensor]:
+        parts = batch.split(1 if source.form == "skipping" else len(batch))
+        logits = torch.cat([run_session(file, "logits", images=part) for part in parts])
+        return logits, torch.cat([run_session(whole, "gates", images=part) for part in parts])
+
+    return source.compare(images, run, lambda batch, gates: run_session(behind, "logits", images=batch, gates=gates))
