@@ -232,6 +232,37 @@ def timing_table(timings: list[dict[str, Any]], targets: dict[tuple[int, float],
     return table([*titles, *(["target"] if targets else [])], rows)
 
 
+def exported() -> str:
+    """How fast exported models are, and what 8 bits change."""
+    path = DOCS / "results" / "export_speed.json"
+    if not path.exists():
+        return "Not measured.\n"
+    found = read_json(path)
+    titles = ["file", "batch", "open", "ms", "p10 to p90", "images/s", "x plain", "MB"]
+
+    def rows(timings: list[dict[str, Any]]) -> list[list[str]]:
+        made = []
+        for row in timings:
+            density = "" if row["density"] is None else f"{100 * row['density']:.0f} %"
+            cells = [row["name"], str(row["batch"]), density, f"{row['median']:.2f}"]
+            cells += [f"{row['p10']:.2f} to {row['p90']:.2f}", f"{1000 * row['batch'] / row['median']:,.0f}"]
+            made.append([*cells, f"{row['over_plain']:.2f}", f"{row['bytes'] / 1e6:.1f}"])
+        return made
+
+    text = f"`{found['command']}`, {machine_of(found)}, all in ONNX Runtime, gater included, medians of "
+    text += f"{found['rounds']} turns; x plain: over the backbone's file without gates. [export.md](export.md) has "
+    text += "which networks can be exported.\n\n### ResNet-50 at 224 pixels, gates at all sites, a fresh gater\n\n"
+    text += table(titles, rows(found["resnet50"]))
+    for name, each in found["trained"].items():
+        text += f"\n### {name}, trained, under its own gates\n\n{table(titles, rows(each['timings']))}\n"
+        effects = []
+        for kind, effect in each["int8"].items():
+            shares = (f"{100 * effect[key]:.2f} %" for key in ("accuracy", "int8_accuracy", "same_class"))
+            effects.append([kind, f"{effect['images']:,}", *shares, f"{effect['flips']:.2f} of {effect['gates']:,}"])
+        text += table(["file", "test images", "accuracy", "in 8 bits", "same class", "gates that flip"], effects)
+    return text
+
+
 def speed() -> str:
     """The benchmarks' figures."""
     text = ""
@@ -292,6 +323,7 @@ def main() -> None:
         f"{finetuned()}\n"
         f"## Generalisation\n\n{generalisation()}\n"
         f"## Skipping\n\n{skipping()}\n"
+        f"## Exported files\n\n{exported()}\n"
         f"## Speed\n\n{speed()}"
     )
     (DOCS / "results.md").write_text(page)

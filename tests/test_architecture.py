@@ -24,6 +24,7 @@ FLOORS = [
     "models.create",
     "models",
     "gating",
+    "card",
     "checkpoint",
     "skipping.plan",
     "skipping.stacking",

@@ -318,21 +318,30 @@ class GaterNet(
     # the method stands on nothing of ours.
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Write config.json, model.safetensors and README.md; files of that name are replaced once all is written.
+        """Write config.json, model.safetensors and README.md, a model card; they replace files of that name at the end.
+
+        A README.md that you wrote stays.
 
         Further arguments are those of huggingface_hub's `ModelHubMixin.save_pretrained`. Raises OSError, with the
         folder as it was, where the files cannot be written.
         """
-        from gaternet import checkpoint
+        from gaternet import card, checkpoint
 
         kwargs.setdefault("repo_id", Path(save_directory).name)
-        with checkpoint.staged(Path(save_directory), keep=("README.md",)) as staging:
+        keep = () if card.is_ours(Path(save_directory) / "README.md") else ("README.md",)
+        with checkpoint.staged(Path(save_directory), keep) as staging:
             return super().save_pretrained(staging, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         from gaternet import checkpoint
 
         checkpoint.save_model(self, save_directory)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
+        """What `save_pretrained` and `push_to_hub` write as README.md."""
+        from gaternet import card
+
+        return card.make_card(self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_options: Any) -> "GaterNet":

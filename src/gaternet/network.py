@@ -126,12 +126,15 @@ def make_density(network: GaterNet, gating: Gating, images: Tensor) -> Callable[
     return lambda gates: gates.mean()[None]
 
 
-def model_metadata(recipe: Recipe, network: nn.Module, data: ImageData, seed: int, accuracy: float) -> dict[str, Any]:
+def model_metadata(
+    recipe: Recipe, network: nn.Module, data: ImageData, seed: int, epochs: int, tested: Mapping[str, Any]
+) -> dict[str, Any]:
     """What is saved beside the weights: how to rebuild and use the model, and how it was trained."""
     source: Mapping[str, Any] | None = network.metadata if isinstance(network, GaterNet) else None
     if source is None:
         source = {"backbone": getattr(network, "gaternet_source", None)}
-    trained = {"recipe": recipe.name, "data": recipe.data, "seed": seed, "test_accuracy": accuracy}
+    trained = {"recipe": recipe.name, "data": recipe.data, "seed": seed, "epochs": epochs}
+    trained |= {"test_accuracy": tested["accuracy"]} | {name: tested[name] for name in ("density",) if name in tested}
     return {**source, **data.metadata(), "trained": trained}
 
 

@@ -178,7 +178,7 @@ def train(
             is_best = progress.end_epoch(tested["accuracy"])
             if main:
                 run.log(record)
-                metadata = model_metadata(recipe, network, data, seed, tested["accuracy"])
+                metadata = model_metadata(recipe, network, data, seed, epoch + 1, tested)
                 for name in ("best", "last") if is_best else ("last",):
                     checkpoint.save_model(judged, run.path / name, metadata)
                 if board is not None:

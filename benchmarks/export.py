@@ -1,0 +1,140 @@
+"""How fast are exported models? Writes docs/results/export_speed.json; benchmarks/results.py makes the page.
+
+python benchmarks/export.py                            # ResNet-50 at 224 pixels; minutes
+python benchmarks/export.py --trained NAME=RUN=DATA    # and a trained model under its own gates; may be repeated
+
+All run in ONNX Runtime, in turns: the backbone exported without gates, the gated model masked and in its skipping form,
+both with the gater's time, and the plain and the masked one in 8 bits. ResNet-50 has gates at all sites and a fresh
+gater, whose bias is set so that images open the share of gates asked for.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+import gaternet
+from gaternet.checkpoint import load_model
+from gaternet.data import Preprocessing
+from gaternet.evaluate import load_sets
+from gaternet.export import ExportedModel, compare_int8, export_onnx, quantize_onnx
+from gaternet.method import Gater, GaterNet
+from gaternet.run import describe_machine, find_model
+from gaternet.skipping.bench import time_interleaved
+
+RESULT = Path(__file__).parents[1] / "docs" / "results" / "export_speed.json"
+DENSITIES = (0.75, 0.5, 0.25)
+
+
+@torch.no_grad()
+def open_share_(model: GaterNet, images: Tensor, share: float) -> None:
+    """Set the gater's bias so that the images open that share of all gates."""
+    gater = model.gater
+    assert isinstance(gater, Gater)
+    gater.fc2.bias.zero_()
+    gater.fc2.bias.fill_(-float(gater.logits(images).quantile(1 - share)))
+
+
+def time_files(files: dict[str, Path], images: Tensor, rounds: int) -> list[dict[str, Any]]:
+    """A row for each file: milliseconds of a batch, and the time over that of the file "plain"."""
+    models = {name: ExportedModel(path) for name, path in files.items()}
+    runs = {name: lambda m=model: m.run(images) for name, model in models.items()}
+    times = time_interleaved(runs, rounds, 0.5)
+    rows = []
+    for name, turns in times.items():
+        found = [1000 * seconds for turn in turns for seconds in turn]
+        tenths = statistics.quantiles(found, n=10, method="inclusive")
+        over = [statistics.median(a) / statistics.median(b) for a, b in zip(turns, times["plain"], strict=True)]
+        gates = models[name].run(images)[1]
+        spread = {"median": statistics.median(found), "p10": tenths[0], "p90": tenths[-1]}
+        row = {"name": name, "batch": len(images), "density": None if gates is None else gates.mean().item()}
+        rows.append(row | spread | {"over_plain": statistics.median(over), "bytes": files[name].stat().st_size})
+    return rows
+
+
+def resnet50(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    """timm's, with fresh weights."""
+    torch.manual_seed(0)
+    images = torch.randn(16, 3, 224, 224)
+    model = gaternet.gate(timm.create_model("resnet50").eval(), images[:2], sites="all").eval()
+    files = {"plain": folder / "plain.onnx"}
+    export_onnx(model.backbone, images, files["plain"], held_out=images[:2])
+    for share in DENSITIES:
+        open_share_(model, images, share)
+        for form in ("masked", "skipping"):
+            name = f"{form} {share:g}"
+            if name != "masked 0.75" and name != "masked 0.25":  # it takes the same time
+                files[name] = folder / f"{name}.onnx"
+                export_onnx(model, images, files[name], form=form, gates=True, held_out=images[:2])
+    for name in ("plain", "masked 0.5"):
+        files[f"{name}, 8 bits"] = folder / f"{name}-int8.onnx"
+        quantize_onnx(files[name], files[f"{name}, 8 bits"], [images])
+    batched = {name: path for name, path in files.items() if "skipping" not in name}
+    return time_files(files, images[:1], rounds) + time_files(batched, images, rounds)
+
+
+def trained(path: Path, source: str, folder: Path, rounds: int) -> dict[str, Any]:
+    """A run's model on its test images, with the accuracy in 8 bits."""
+    model, metadata = load_model(find_model(path))
+    assert isinstance(model, GaterNet)
+    train, test = load_sets(source, metadata)
+    pixels = torch.stack([torch.as_tensor(test[i][0]) for i in range(16)])
+    files = {"plain": folder / "plain.onnx", "masked": folder / "masked.onnx", "skipping": folder / "skipping.onnx"}
+    export_onnx(model.backbone, pixels, files["plain"], metadata=metadata)
+    export_onnx(model, pixels, files["masked"], metadata=metadata, gates=True)
+    export_onnx(model, pixels, files["skipping"], metadata=metadata, gates=True, form="skipping")
+    step = max(1, len(train) // 512)
+    calibration = torch.stack([torch.as_tensor(train[i][0]) for i in range(0, len(train), step)]).split(64)
+    effects = {}
+    for name, original, gater in (
+        ("plain, 8 bits", "plain", False),
+        ("masked, 8 bits", "masked", False),
+        ("masked, gater too in 8 bits", "masked", True),
+    ):
+        files[name] = folder / f"{name}.onnx"
+        quantize_onnx(files[original], files[name], calibration, gater=gater)
+        parts = torch.arange(len(test)).split(100)
+        batches = (
+            (torch.stack([torch.as_tensor(test[int(i)][0]) for i in part]), torch.as_tensor(test.labels[part.numpy()]))
+            for part in parts
+        )
+        if original != "plain":  # without its gates, the backbone says nothing of use
+            effects[name] = asdict(compare_int8(files[original], files[name], batches))
+    assert Preprocessing.from_metadata(metadata).height == pixels.shape[2]
+    batched = {name: file for name, file in files.items() if name != "skipping"}
+    timings = time_files(files, pixels[:1], rounds) + time_files(batched, pixels, rounds)
+    return {"timings": timings, "int8": effects}
+
+
+def main() -> None:
+    """Time, and keep what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trained", action="append", default=[], metavar="NAME=RUN=DATA")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    found = describe_machine() | {"rounds": args.rounds, "trained": {}}
+    names = [f"{name}={Path(run).parent.name}={Path(data).name}" for name, run, data in map(_split, args.trained)]
+    found["command"] = " ".join(["python benchmarks/export.py", *chain(*(("--trained", name) for name in names))])
+    with tempfile.TemporaryDirectory() as directory:
+        found["resnet50"] = resnet50(Path(directory), args.rounds)
+    for name, run, data in map(_split, args.trained):
+        with tempfile.TemporaryDirectory() as directory:
+            found["trained"][name] = trained(Path(run), data, Path(directory), args.rounds)
+    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+def _split(text: str) -> list[str]:
+    return text.split("=")
+
+
+if __name__ == "__main__":
+    main()

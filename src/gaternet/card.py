@@ -1,0 +1,122 @@
+"""The model card that `save_pretrained` writes: what a stranger must know of a model, from what was saved with it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import Tensor
+
+from gaternet.cost import count_dense_macs
+from gaternet.method import GaterNet
+
+MARK = "<!-- Written by gaternet's save_pretrained, which writes it anew as long as this line is here. -->"
+UNKNOWN = "not recorded"
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a card was written by `make_card` and may be replaced."""
+    return path.is_file() and MARK in path.read_text(errors="replace")
+
+
+def make_card(model: GaterNet) -> ModelCard:
+    """A Hugging Face model card: data, recipe, accuracy, gates, cost, use and limits. What is not known says so."""
+    metadata = model.metadata or {}
+    trained: Mapping[str, Any] = metadata.get("trained") or {}
+    classes, data, accuracy = metadata.get("classes"), trained.get("data"), trained.get("test_accuracy")
+    backbone = (metadata.get("backbone") or {}).get("name", type(model.backbone).__name__)
+    extractor = getattr(model.gater, "extractor", model.gater)
+    extractor = (metadata.get("extractor") or {}).get("name", type(extractor).__name__)
+    name = f"{backbone.removeprefix('timm:').removeprefix('torchvision:')}-gated"
+    results = None
+    if data and accuracy is not None:
+        shown = Path(data).stem
+        results = [
+            EvalResult("image-classification", shown, shown, "accuracy", accuracy, dataset_split="test", verified=False)
+        ]
+    header = ModelCardData(
+        library_name="gaternet",
+        pipeline_tag="image-classification",
+        tags=["gaternet", "conditional-computation", "image-classification"],
+        model_name=name,
+        eval_results=results,
+        ignore_metadata_errors=True,
+    )
+    backbone_macs, gater_macs = _macs(model)
+    density = trained.get("density")
+    rows = {
+        "trained on": Path(data).name if data else UNKNOWN,
+        "recipe": f"`{trained['recipe']}`" if "recipe" in trained else UNKNOWN,
+        "epochs, seed": f"{trained['epochs']}, {trained['seed']}" if "epochs" in trained else UNKNOWN,
+        "accuracy": UNKNOWN if accuracy is None else f"{100 * accuracy:.2f} % on its test images, after the last epoch",
+        "open gates": UNKNOWN if density is None else f"{100 * density:.1f} % in the mean over these images",
+        "classes": UNKNOWN if classes is None else f"{len(classes):,}: {_some(classes)}",
+        "images": _images(metadata),
+        "backbone": f"{backbone}, {model.num_gates:,} gates at {len(model.sites)} sites",
+        "gater": f"{extractor}, without its classifier, and two linear layers",
+        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+        "MACs an image": f"{backbone_macs} in the backbone with all gates open, {gater_macs} in the gater",
+    }
+    table = "\n".join(f"| {title} | {value} |" for title, value in rows.items())
+    text = f"""
+{MARK}
+
+# {name}
+
+A [GaterNet](https://arxiv.org/abs/1811.11205): a gater looks at an image first and decides which filters of its
+backbone run.
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+```python
+import gaternet
+
+model = gaternet.GaterNet.from_pretrained("this repository, or this folder")
+logits, gates = model(images, return_gates=True)  # images (B, channels, H, W), normalised as above
+fast = gaternet.skip(model, images)  # the same logits; closed filters are not computed
+```
+
+## Limits
+
+- The accuracy is that of one run on the test images of the data set above; of other images it says nothing.
+- The model always names one of its classes, whatever the image shows.
+- Called as it is, it computes all filters and multiplies with the gates; `gaternet.skip` leaves the closed ones out.
+- The MACs above are counted, not timed, and closed gates lower them by what the image at hand allows.
+"""
+    return ModelCard(f"---\n{header.to_yaml()}\n---\n{text}", ignore_metadata_errors=True)
+
+
+def _some(classes: list[str]) -> str:
+    return ", ".join(classes[:10]).replace("|", "\\|") + (" ..." if len(classes) > 10 else "")
+
+
+def _images(metadata: Mapping[str, Any]) -> str:
+    made = metadata.get("preprocessing")
+    if made is None:
+        return UNKNOWN
+    mean, std = (" ".join(f"{value:.4g}" for value in made[name]) for name in ("mean", "std"))
+    return f"{made['height']} x {made['width']} pixels of {len(made['mean'])} channels, mean {mean}, deviation {std}"
+
+
+def _macs(model: GaterNet) -> tuple[str, str]:
+    """Of backbone and gater for an image; unknown where its size is, or where they do not run on it."""
+    made = (model.metadata or {}).get("preprocessing")
+    if made is None:
+        return UNKNOWN, UNKNOWN
+    parameter = next(model.parameters())
+    image: Tensor = torch.zeros(
+        1, len(made["mean"]), made["height"], made["width"], device=parameter.device, dtype=parameter.dtype
+    )
+    counts = []
+    for part in (model.backbone, model.gater):
+        try:
+            with torch.no_grad():
+                counts.append(f"{count_dense_macs(part, image) / 1e6:,.1f}M")
+        except (RuntimeError, ValueError):
+            counts.append(UNKNOWN)
+    return counts[0], counts[1]

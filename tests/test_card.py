@@ -1,0 +1,98 @@
+"""The model card says what was saved with the model, and nothing else."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, metadata_load
+
+import gaternet
+from gaternet.card import UNKNOWN, make_card
+from gaternet.cost import count_dense_macs
+from gaternet.data import Preprocessing
+from gaternet.method import GaterNet
+
+TRAINED = {"recipe": "short_resnet8_gated", "data": "/home/somebody/cifar10.npz", "seed": 3, "epochs": 16}
+METADATA = {
+    "backbone": {"name": "resnet8", "num_classes": 3, "in_chans": 3},
+    "extractor": {"name": "resnet20", "in_chans": 3},
+    "classes": ["cat", "dog", "a|b"],
+    "preprocessing": {"height": 32, "width": 32, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "crop": 1.0},
+    "trained": TRAINED | {"test_accuracy": 0.875, "density": 0.55},
+}
+
+
+@pytest.fixture
+def model() -> GaterNet:
+    torch.manual_seed(0)
+    model = gaternet.create_model("resnet8_gated", 3).eval()
+    assert isinstance(model, GaterNet)
+    model.metadata = METADATA
+    return model
+
+
+def cells(path: Path) -> dict[str, str]:
+    lines = [line.strip("| ").split(" | ", 1) for line in path.read_text().splitlines() if line.startswith("| ")]
+    return dict(line for line in lines if len(line) == 2)
+
+
+def test_the_card_has_data_recipe_accuracy_density_cost_and_limits(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    found = cells(tmp_path / "README.md")
+    assert found["trained on"] == "cifar10.npz"  # without the folders of somebody's machine
+    assert found["recipe"] == "`short_resnet8_gated`"
+    assert found["epochs, seed"] == "16, 3"
+    assert found["accuracy"].startswith("87.50 %")
+    assert found["open gates"].startswith("55.0 %")
+    assert found["classes"] == "3: cat, dog, a\\|b"
+    assert found["parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"
+    images = torch.zeros(1, 3, 32, 32)
+    macs = [f"{count_dense_macs(part, images) / 1e6:,.1f}M in the" for part in (model.backbone, model.gater)]
+    assert all(text in found["MACs an image"] for text in macs)
+    assert UNKNOWN not in (tmp_path / "README.md").read_text()
+    assert "## Limits" in (tmp_path / "README.md").read_text()
+    assert "somebody" not in (tmp_path / "README.md").read_text()
+    index = metadata_load(tmp_path / "README.md")
+    assert index is not None
+    assert index["library_name"] == "gaternet"
+    assert index["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.875
+    assert str(ModelCard.load(tmp_path / "README.md")) == str(make_card(model))
+
+
+def test_a_model_that_nobody_trained_says_so(tmp_path):
+    gaternet.create_model("resnet8_gated", 3).save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    found = cells(tmp_path / "README.md")
+    for name in ("trained on", "recipe", "epochs, seed", "accuracy", "open gates", "classes", "images"):
+        assert found[name] == UNKNOWN
+    assert "model-index" not in (metadata_load(tmp_path / "README.md") or {})
+
+
+def test_a_card_of_ours_is_written_anew_and_one_of_yours_stays(model, tmp_path):
+    card = tmp_path / "README.md"
+    model.save_pretrained(tmp_path)
+    model.metadata = METADATA | {"trained": METADATA["trained"] | {"test_accuracy": 0.9}}
+    model.save_pretrained(tmp_path)
+    assert cells(card)["accuracy"].startswith("90.00 %")
+    card.write_text("mine")
+    model.save_pretrained(tmp_path)
+    assert card.read_text() == "mine"
+
+
+def test_the_code_on_the_card_runs(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0].replace("this repository, or this folder", str(tmp_path))
+    images = Preprocessing.from_metadata(METADATA).normalize(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    names: dict = {"images": images}
+    exec(code, names)
+    torch.testing.assert_close(names["fast"](images), names["logits"])
+    assert names["gates"].shape == (2, model.num_gates)
+
+
+def test_a_part_that_does_not_run_on_such_images_costs_an_unknown_number(model):
+    class Particular(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("only on Sundays")
+
+    other = GaterNet(model.ungate(), Particular(), model.sites, METADATA)
+    assert f"open, {UNKNOWN} in the gater" in str(make_card(other))
