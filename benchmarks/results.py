@@ -10,13 +10,16 @@ measured only by runs of its recipe with no option changed; all others are liste
 
 import argparse
 import json
+import shlex
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import open_points
+
 from gaternet.checkpoint import read_json
-from gaternet.ledger import add_run, read_ledger, train_flags
+from gaternet.ledger import add_run, changed_options, read_ledger, train_flags
 from gaternet.recipes import RECIPES
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -62,32 +65,72 @@ def paper_rows(ledger: list[dict[str, Any]]) -> str:
     return table(["recipe", "size", "paper's error %", "ours", "difference"], rows)
 
 
-def other_runs(ledger: list[dict[str, Any]]) -> str:
-    """Runs of our own recipes, and of any with options changed; those that differ only in their seed on one line."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+def by_options(ledger: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """Runs that differ only in their seed together: (recipe, options as flags, machine) -> their lines."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for line in ledger:
-        if not line["as_published"]:
-            command = line["command"].rsplit(" --seed ", 1)[0]
-            groups.setdefault((command, machine_of(line)), []).append(line)
-    rows = []
-    for (command, machine), lines in sorted(groups.items()):
+        key = line["recipe"], shlex.join(train_flags(line["options"])), machine_of(line)
+        groups.setdefault(key, []).append(line)
+    return groups
 
-        def mean(get: Callable[[dict[str, Any]], float], lines: list[dict[str, Any]] = lines) -> float:
-            return statistics.mean(map(get, lines))
 
-        opened = dependent = "-"
-        macs = mean(lambda line: line["backbone_macs"])
-        if lines[0]["gates"]:
-            macs = mean(lambda line: line["gated_macs"] + line["gater_macs"])
-            opened = f"{100 * mean(lambda line: line['gates']['density']):.1f} %"
-            dependent = f"{100 * mean(lambda line: line['gates']['dependent']):.1f} %"
-        size = f"{mean(lambda line: line['parameters']) / 1e6:.2f}M"
-        minutes = f"{mean(lambda line: line['seconds']) / 60:.0f}"
-        train_loss = f"{mean(lambda line: line['train_loss']):.3f}"
-        cells = [f"`{command}`", size, f"{macs / 1e6:.1f}M", error_of(lines), train_loss]
-        rows.append([*cells, opened, dependent, minutes, machine])
-    titles = ["command", "size", "MACs", "test error %", "train loss", "open", "dependent", "minutes", "machine"]
-    return table(titles, rows)
+TITLES = ["size", "MACs", "test error %", "train loss", "open", "dependent", "minutes"]
+
+
+def figures(lines: list[dict[str, Any]]) -> list[str]:
+    """What `TITLES` names, in the mean over runs."""
+
+    def mean(get: Callable[[dict[str, Any]], float]) -> float:
+        return statistics.mean(map(get, lines))
+
+    opened = dependent = "-"
+    macs = mean(lambda line: line["backbone_macs"])
+    if lines[0]["gates"]:
+        macs = mean(lambda line: line["gated_macs"] + line["gater_macs"])
+        opened = f"{100 * mean(lambda line: line['gates']['density']):.1f} %"
+        dependent = f"{100 * mean(lambda line: line['gates']['dependent']):.1f} %"
+    size = f"{mean(lambda line: line['parameters']) / 1e6:.2f}M"
+    train_loss = f"{mean(lambda line: line['train_loss']):.3f}"
+    minutes = f"{mean(lambda line: line['seconds']) / 60:.0f}"
+    return [size, f"{macs / 1e6:.1f}M", error_of(lines), train_loss, opened, dependent, minutes]
+
+
+def other_runs(ledger: list[dict[str, Any]]) -> str:
+    """Runs of our own recipes, and of any with options changed."""
+    groups = by_options([line for line in ledger if not line["as_published"] and not is_open_point(line)])
+    rows = [
+        [f"`{' '.join(filter(None, ['gaternet train', recipe, flags]))}`", *figures(lines), machine]
+        for (recipe, flags, machine), lines in sorted(groups.items())
+    ]
+    return table(["command", *TITLES, "machine"], rows) if rows else "None.\n"
+
+
+def is_open_point(line: dict[str, Any]) -> bool:
+    """Whether a run is one of benchmarks/open_points.py."""
+    return line["recipe"] in (open_points.PLAIN, open_points.WIDER, open_points.GATED)
+
+
+def silent_points(ledger: list[dict[str, Any]]) -> str:
+    """One question after the other, each with the network that has no option changed above."""
+    groups = {
+        (recipe, flags): lines for (recipe, flags, _), lines in by_options(list(filter(is_open_point, ledger))).items()
+    }
+    if (open_points.GATED, "") not in groups:
+        return "Not measured.\n"
+    data, out = open_points.DATA, Path("runs")
+    rows, planned = [], [("", recipe) for recipe in open_points.networks(data)]
+    planned += [(question, r) for question, rs in open_points.variants(data, out).items() for r in rs]
+    asked = ""
+    for question, recipe in planned:
+        flags = shlex.join(train_flags(changed_options(recipe)))
+        lines = groups.get((recipe.name, flags))
+        cells = figures(lines) if lines else ["", "", "not measured", "", "", "", ""]
+        rows.append([question if question != asked else "", f"`{flags or recipe.name}`", *cells])
+        asked = question
+    text = "`python benchmarks/open_points.py`, ResNet-8 on CIFAR-10, 8 epochs"
+    text += f" ({machine_of(groups[open_points.GATED, ''][0])}). One option at a time is changed in "
+    text += f"`{open_points.GATED}`; its defaults are the paper's where that is known.\n\n"
+    return text + table(["question", "recipe, or its change", *TITLES], rows)
 
 
 def read_finetuned() -> list[dict[str, Any]]:
@@ -294,17 +337,10 @@ def speed() -> str:
     return text or "Not measured.\n"
 
 
-def main() -> None:
-    """Add runs to the ledger, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command")
-    commands.add_parser("add").add_argument("runs", type=Path, nargs="+")
-    args = parser.parse_args()
-    if args.command == "add":
-        for run in args.runs:
-            add_run(LEDGER, run)
+def page() -> str:
+    """docs/results.md."""
     ledger = read_ledger(LEDGER)
-    page = (
+    return (
         "# Results\n\n"
         "Written by `python benchmarks/results.py` from `docs/results/`; nothing here is typed by hand. Errors are on "
         "the test set after the last epoch, never the best one. n is the number of runs (seeds).\n\n"
@@ -315,7 +351,8 @@ def main() -> None:
         "MACs of an image: those of the open filters and of the gater, in the mean over the test images. A gate is "
         "dependent if it is open for some of them and closed for others. The short recipes are 16 epochs on a CPU: "
         "they compare networks with each other, and are no evidence for or against the paper's figures.\n\n"
-        f"{other_runs(ledger) if any(not line['as_published'] for line in ledger) else 'None.'}\n"
+        f"{other_runs(ledger)}\n"
+        f"## What the paper leaves open\n\n{silent_points(ledger)}\n"
         "## Networks trained by others\n\n"
         'Y. Idelbayev\'s CIFAR-10 ResNets, gated by `gaternet.gate(..., sites="all", open=True)`, then fine-tuned to '
         "half of their filters, a few epochs on a CPU. MACs are means over the test images, relative to the plain "
@@ -326,7 +363,18 @@ def main() -> None:
         f"## Exported files\n\n{exported()}\n"
         f"## Speed\n\n{speed()}"
     )
-    (DOCS / "results.md").write_text(page)
+
+
+def main() -> None:
+    """Add runs to the ledger, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("add").add_argument("runs", type=Path, nargs="+")
+    args = parser.parse_args()
+    if args.command == "add":
+        for run in args.runs:
+            add_run(LEDGER, run)
+    (DOCS / "results.md").write_text(page())
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ def test_options_are_those_that_differ_from_the_recipe():
     assert changed_options(override(cifar, {"data": "somewhere/cifar10.npz"})) == {}
     assert changed_options(override(cifar, {"data": "cifar100"})) == {"data": "cifar100"}
     assert changed_options(Recipe("mine", epochs=2)) == {"epochs": 2}
+    other = {"backbone": "resnet8", "sites": "all"}  # "model" is None now, which no flag can say and none needs to
+    assert changed_options(override(GATED, other)) == other
 
 
 def test_flags_are_what_the_command_line_reads():

@@ -28,6 +28,8 @@ def changed_options(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
     ignored = set(named["gating"]) if named["model"] and not named["model"].endswith("_gated") else set()
     if Path(named["data"]).stem == base["data"]:
         ignored.add("data")
+    if named["name"] in RECIPES:  # a model takes the place of the backbone, or the other way round
+        ignored.update(name for name in ("model", "backbone") if named[name] is None)
     before = _flat(base)
     return {name: value for name, value in _flat(named).items() if name not in ignored and value != before.get(name)}
 

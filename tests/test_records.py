@@ -1,0 +1,61 @@
+"""The pages in docs/ say what was recorded, and no more: each is what its script writes from docs/results/."""
+
+from pathlib import Path
+
+import export_families
+import open_points
+import results
+
+from gaternet.ledger import changed_options, train_flags
+
+
+def test_pages_are_those_of_the_recorded_figures():
+    assert (results.DOCS / "results.md").read_text() == results.page()
+    assert export_families.PAGE.read_text() == export_families.page()
+
+
+def test_a_row_without_a_run_is_not_measured():
+    rows = results.paper_rows([]).splitlines()[2:]
+    assert len(rows) == 48
+    assert all(row.endswith("| not measured |  |") for row in rows)
+    assert results.silent_points([]) == "Not measured.\n"
+
+
+def _line(recipe: str, seed: int, error: float, **options: object) -> dict[str, object]:
+    gates = {"density": 0.5, "dependent": 0.25}
+    return {
+        "recipe": recipe,
+        "options": options,
+        "seed": seed,
+        "as_published": not options and recipe.startswith("cifar"),
+        "parameters": 78_042,
+        "backbone_macs": 3e6,
+        "gater_macs": 1e6,
+        "gated_macs": 2e6,
+        "test_error": error,
+        "train_loss": 0.5,
+        "gates": gates,
+        "seconds": 60.0,
+        "machine": {"gpus": [], "processor": "P", "cores": 2},
+    }
+
+
+def test_seeds_share_a_row_and_options_have_their_own():
+    ledger = [_line("cifar10_resnet20_gated", seed, error) for seed, error in enumerate((7.0, 8.0))]
+    ledger += [_line("cifar10_resnet20_gated", 0, 30.0, epochs=2), _line(open_points.GATED, 0, 20.0)]
+    ledger += [_line(open_points.GATED, 0, 21.0, bottleneck=4)]
+    (row,) = [row for row in results.paper_rows(ledger).splitlines() if "`cifar10_resnet20_gated`" in row]
+    assert "| 7.50 ± 0.71 (n = 2) | +0.62 |" in row  # 6.88 in the paper
+    (other,) = results.other_runs(ledger).splitlines()[2:]
+    cells = "0.08M | 3.0M | 30.00 (n = 1) | 0.500 | 50.0 % | 25.0 % | 1 | P, 2 cores"
+    assert other == f"| `gaternet train cifar10_resnet20_gated --epochs 2` | {cells} |"
+    found = results.silent_points(ledger)
+    assert "| width b | `--bottleneck 4` | 0.08M | 3.0M | 21.00 (n = 1) |" in found
+    assert "|  | `--bottleneck 32` |  |  | not measured |" in found
+
+
+def test_each_open_point_is_a_recipe_of_its_own():
+    variants = open_points.variants(open_points.DATA, Path("runs"))
+    flags = [train_flags(changed_options(recipe)) for recipes in variants.values() for recipe in recipes]
+    assert len({tuple(words) for words in flags}) == len(flags)
+    assert all(flags)
