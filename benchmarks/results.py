@@ -306,6 +306,23 @@ def exported() -> str:
     return text
 
 
+def reports() -> str:
+    """What an analysis takes, and its page."""
+    path = DOCS / "results" / "report.json"
+    if not path.exists():
+        return "Not measured.\n"
+    found = read_json(path)
+    seconds = found["seconds"]
+    return (
+        f"`{found['command']}`, {machine_of(found)}, medians of {found['rounds']} turns: {found['images']:,} images, "
+        f"{found['gates']:,} gates, {100 * found['dependent']:.0f} % of them dependent on the image.\n\n"
+        f"`evaluate` takes {seconds['evaluate']:.0f} s, `analyze` {seconds['analyze']:.0f} s: {found['ratio']:.2f} "
+        "times as long (target: below 1.2).\n"
+        f"The page is written in {found['writing_seconds']:.0f} s, has {found['page_bytes'] / 1e6:.1f} MB (target: "
+        f"below 15) and is drawn {found['opening_seconds']:.1f} s after it was asked for (target: below 3).\n"
+    )
+
+
 def speed() -> str:
     """The benchmarks' figures."""
     text = ""
@@ -361,6 +378,7 @@ def page() -> str:
         f"## Generalisation\n\n{generalisation()}\n"
         f"## Skipping\n\n{skipping()}\n"
         f"## Exported files\n\n{exported()}\n"
+        f"## Reports\n\n{reports()}\n"
         f"## Speed\n\n{speed()}"
     )
 

@@ -303,6 +303,14 @@ def test_a_file_that_cannot_be_written(tmp_path):
         export_onnx(residual(), IMAGES, tmp_path / "file" / "model.onnx")
 
 
+def test_a_model_that_is_too_large_for_onnx(tmp_path, monkeypatch):
+    monkeypatch.setattr("gaternet.export.to_onnx.LARGEST", 1000)
+    with pytest.raises(ExportError, match=r"GiB of weights, and an ONNX file holds less than 2: export it to \.pt2"):
+        export_onnx(residual(), IMAGES, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of the exporter that torch 2.11 has
 def test_files_and_images_that_do_not_fit(tmp_path, monkeypatch):
     path = tmp_path / "model.onnx"
     with pytest.raises(FileNotFoundError, match="there is no file"):

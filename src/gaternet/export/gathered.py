@@ -1,7 +1,7 @@
 """The skipping form: a backbone that gathers its open filters, in operations that exporters know, one image at a time.
 
 It carries out the plan that `gaternet.skip` makes. How many filters are open is known only when it runs: the tensors'
-sizes are symbols when it is traced, each at least one.
+sizes are symbols when it is traced, each at least two.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ class LiveOfOne(Live):
     """Which channels of each pattern are open, for one image.
 
     Attributes:
-        indices: their numbers, (open,), for each pattern. Where none is open, the number of channels: there, weights
-            have a row and a column of zeros, and compact tensors a channel of zeros.
+        indices: their numbers, for each pattern. Fewer than two are filled up with the number of channels: there,
+            weights have a row and a column of zeros, and compact tensors a channel of zeros.
     """
 
     indices: list[Tensor]
@@ -54,10 +54,11 @@ class TraceableKernels(Kernels):
                 indices.append((pattern != NEVER).nonzero()[:, 0])
                 continue
             alive = extended[pattern] > 0
-            index = torch.cat([alive, ~alive.any()[None]]).nonzero()[:, 0]
-            torch._check(index.shape[0] >= 1)
-            torch._check(index.shape[0] <= len(pattern))
-            indices.append(index)
+            filler = alive.sum() < torch.tensor([1, 2])  # torch 2.11 traces convolutions of two filters and more
+            index = torch.cat([alive, filler]).nonzero()[:, 0]
+            torch._check(index.shape[0] >= 2)
+            torch._check(index.shape[0] <= max(2, len(pattern)))
+            indices.append(index.clamp(max=len(pattern)))
         return LiveOfOne(gates, gates, [], indices)
 
     def conv(self, step: Step, x: Tensor, reads: int, live: Live, relu: bool) -> Tensor:

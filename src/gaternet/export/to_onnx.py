@@ -14,6 +14,7 @@ from gaternet.export.parity import ExportError, Parity
 from gaternet.export.source import Form, Source
 
 OPSET = 18
+LARGEST = 2**31 - 2**20  # bytes of weights: an ONNX file is one message of Protocol Buffers, which 2 GiB limit
 
 
 def export_onnx(
@@ -55,6 +56,11 @@ def export_onnx(
     if gates and not source.gated:
         raise ValueError(f"a {type(model).__name__} has no gates to give out: leave gates out")
     images = source.held_out(held_out)
+    size = sum(tensor.nbytes for tensor in source.model.state_dict().values())
+    if size > LARGEST:
+        raise ExportError(
+            f"the model has {size / 2**30:.1f} GiB of weights, and an ONNX file holds less than 2: export it to .pt2"
+        )
     onnx = import_onnx()
     with source.tracing():
         program = torch.onnx.export(

@@ -55,7 +55,8 @@ def export_pt2(
 
 def _compare(source: Source, path: Path, images: Tensor) -> Parity:
     """Run the file as it is, and with given gates in the place of what its gater gives out."""
-    module: Any = torch.export.load(io.BytesIO(path.read_bytes())).module()
+    with source.tracing():
+        module: Any = torch.export.load(io.BytesIO(path.read_bytes())).module()
     if not source.gated:
         return source.compare(images, lambda batch: (module(batch), None), None)
     exit_ = next(node for node in module.graph.nodes if _leaves_gater(node))
