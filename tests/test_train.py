@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -200,11 +201,23 @@ def test_full_disk_is_an_error_and_leaves_the_last_checkpoint_whole(finished, tm
     assert not (run / "last" / "model.safetensors").exists()  # never half a file
 
 
-def test_two_processes_give_the_loss_curve_of_one(tmp_path):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def test_two_machines_give_the_loss_curve_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port"]
+        meet.append(str(free.getsockname()[1]))
     script = Path(__file__).parent / "train_without_batchnorm.py"
-    for name, command in (("one", []), ("two", launch)):
-        subprocess.run([sys.executable, *command, script, tmp_path / name], check=True)
+    launches = [["-m", "torch.distributed.run", "--node-rank", str(rank), *meet] for rank in range(2)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen([sys.executable, *launch, script, tmp_path / name], env=environment)
+        for name, launch in (("one", []), ("two", launches[0]), ("two", launches[1]))
+    ]
+    try:
+        assert [process.wait(120) for process in running] == [0, 0, 0]
+    finally:
+        for process in running:
+            process.kill()
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two")]
     assert [config["processes"] for config in configs] == [1, 2]
     one, two = ([line["loss"] for line in records(tmp_path / name, "step")] for name in ("one", "two"))

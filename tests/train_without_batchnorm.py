@@ -1,4 +1,4 @@
-"""Run by test_train.py, as one process and as two: a run whose gradient depends on the global batch alone.
+"""Run by test_train.py, on one machine and on two: a run whose gradient depends on the global batch alone.
 
 BatchNorm keeps its first statistics, for each process normalises with its own images; the gates' noise is off, for each
 draws its own.
@@ -30,4 +30,4 @@ def build_with_fixed_norms(*args):
 gaternet.train.build_network = build_with_fixed_norms
 torch.set_num_threads(1)
 recipe = small(batch_norm=False, noise_std=0.0, hard_probability=0.0, sparsity_start=0.0, sparsity_ramp=1.0, lr=0.01)
-gaternet.train.train(recipe, Path(sys.argv[1]), replace(CPU))
+gaternet.train.train(recipe, Path(sys.argv[1]), replace(CPU, cpu=torch.accelerator.is_available()))

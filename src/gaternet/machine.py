@@ -27,7 +27,8 @@ def make_accelerator(runtime: Runtime) -> Accelerator:
     if precision == "auto":
         precision = "bf16" if _has_fast_bf16(runtime.cpu) else "no"
     loading = DataLoaderConfiguration(even_batches=False)  # no image twice
-    accelerator = Accelerator(mixed_precision=precision, cpu=runtime.cpu, dataloader_config=loading)
+    cpu = runtime.cpu or not torch.accelerator.is_available()  # said outright, or torchrun's processes would not meet
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu, dataloader_config=loading)
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("fp16 needs a GPU, for its gradients must be scaled: use --precision bf16 or no")
     return accelerator
