@@ -135,6 +135,15 @@ def test_plain_network_is_saved_with_its_metadata_and_is_no_gaternet(tmp_path):
         load_pretrained(tmp_path)
 
 
+def test_files_can_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        gated_model().save_pretrained(tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode)[-3:] for path in (tmp_path / "model").iterdir()} == {"640"}
+
+
 def test_saving_again_replaces_the_model_and_keeps_the_users_readme(saved):
     (saved / "README.md").write_text("mine")
     (saved / "notes.txt").write_text("mine, too")

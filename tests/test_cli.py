@@ -108,7 +108,7 @@ def test_an_exported_file_predicts_what_the_run_does(run, tmp_path, capsys, monk
     wanted = json.loads(call("predict", run, *images, "--json"))
     for options in ([], ["--form", "skipping"]):
         report = json.loads(call("export", run, *options, "--json"))
-        assert report["on"] == "test images"
+        assert (report["on"], report["outputs"]) == ("test images", ["logits", "gates"])
         assert report["compared"]["images"] == 64
         assert report["compared"]["patterns"] > 1
         found = json.loads(call("predict", report["file"], *images, "--json"))
@@ -117,6 +117,7 @@ def test_an_exported_file_predicts_what_the_run_does(run, tmp_path, capsys, monk
             assert item == {name: other[name] for name in item}  # also the number of open filters
     assert {path.name for path in run.glob("*.onnx")} == {"model.onnx", "model-skipping.onnx"}
     text = call("export", run, "--no-gates", "--int8", "backbone", "--images", 100)
+    assert "pixels in, logits out" in text
     assert "8 bits: accuracy" in text
     assert "0.00 of 336 gates of an image differ" in text
     assert "not known" in call("predict", run / "model-int8.onnx", images[0])

@@ -42,7 +42,10 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # as the umask has it: safetensors makes files that their owner alone can read
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -59,7 +59,8 @@ def export(
         print(json.dumps(report))
         return
     file, compared, effect = Path(report["file"]), report["compared"], report.get("int8")
-    console.print(f"{escaped(str(file))}, {file.stat().st_size / 1e6:,.1f} MB: pixels in, logits out")
+    given = " and ".join(report["outputs"])
+    console.print(f"{escaped(str(file))}, {file.stat().st_size / 1e6:,.1f} MB: pixels in, {given} out")
     patterns = f" with {compared['patterns']} gate patterns and under {compared['forced']} drawn ones"
     console.print(
         f"{'before quantisation, ' if effect else ''}equal to the model on {compared['images']} {report['on']}"

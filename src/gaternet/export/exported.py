@@ -37,12 +37,15 @@ class ExportedModel:
         self.metadata: dict[str, Any] = json.loads(text)
         self._session = session
 
+    def __repr__(self) -> str:
+        return f"ExportedModel({str(self.path)!r})"
+
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, channels, H, W); `run` also gives the gates."""
         return self.run(images)[0]
 
     def run(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, K), and the gates (B, C) if the file gives them out, else None.
+        """Logits (B, K), and the gates (B, C) if the file gives them out, else None; both on the CPU.
 
         Args:
             images: (B, channels, H, W) of the size it was exported for; pixels, uint8, where `takes_pixels`, else
@@ -64,7 +67,7 @@ class ExportedModel:
                 f"{self.path.name} takes images ({shape}) of {dtype}, but these are {tuple(images.shape)} of "
                 f"{images.dtype}: resize them, or export the model for theirs"
             )
-        outputs = self._session.run(None, {wanted.name: images.numpy()})
+        outputs = self._session.run(None, {wanted.name: images.detach().cpu().numpy()})
         return torch.from_numpy(outputs[0]), torch.from_numpy(outputs[1]) if len(outputs) > 1 else None
 
     @property

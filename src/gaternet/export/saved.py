@@ -49,8 +49,8 @@ def export_saved(
         images: test images on which to measure what "int8" changes.
 
     Returns:
-        "file"; "compared", the fields of `Parity`; "on", "test images" or "images of noise"; with `int8` also "int8",
-        the fields of `Int8Effect`.
+        "file"; "outputs", their names; "compared", the fields of `Parity`; "on", "test images" or "images of noise";
+        with `int8` also "int8", the fields of `Int8Effect`.
 
     Raises:
         ValueError: options do not go together, or there is no such model or no data.
@@ -80,7 +80,8 @@ def export_saved(
         out = path / f"{name}.{file_format}"
     options: dict[str, Any] = {"gates": gates and gated, "dynamic_size": dynamic_size, "metadata": metadata}
     options["held_out"] = held_out
-    report: dict[str, Any] = {"file": str(out), "on": "images of noise" if held_out is None else "test images"}
+    report: dict[str, Any] = {"file": str(out), "outputs": ["logits", *(["gates"] if options["gates"] else [])]}
+    report["on"] = "images of noise" if held_out is None else "test images"
     if file_format == "pt2":
         return report | {"compared": asdict(export_pt2(model, example, out, **options))}
     if int8 is None or sets is None:
