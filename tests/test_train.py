@@ -385,3 +385,19 @@ def test_find_model_says_what_is_missing(finished, tmp_path):
     RunDirectory(tmp_path / "new").start({})
     with pytest.raises(ValueError, match="has no finished epoch yet"):
         find_model(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("processor", "avx512_bf16", "amx", "precision"),
+    [
+        ("AMD EPYC", True, False, "bf16"),
+        ("AMD EPYC", False, False, "no"),
+        ("Intel(R) Xeon(R) Processor", True, False, "no"),
+        ("Intel(R) Xeon(R) Processor", True, True, "bf16"),
+    ],
+)
+def test_precision_is_bf16_only_where_that_is_faster(processor, avx512_bf16, amx, precision, monkeypatch):
+    monkeypatch.setattr(gaternet.machine, "processor", lambda: processor)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert make_accelerator(Runtime(cpu=True)).mixed_precision == precision

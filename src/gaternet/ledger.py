@@ -11,6 +11,7 @@ from accelerate import PartialState
 
 from gaternet import checkpoint
 from gaternet.evaluate import evaluate_saved
+from gaternet.machine import make_accelerator
 from gaternet.recipe import GROUPS, Recipe, Runtime
 from gaternet.recipes import RECIPES
 from gaternet.run import CONFIG, RunDirectory
@@ -61,7 +62,8 @@ def describe_run(path: Path) -> dict[str, Any]:
     recipe, done = config["recipe"], epochs[-1]["epoch"] if epochs else 0
     if done != recipe["epochs"]:
         raise ValueError(f"{path} has finished {done} of {recipe['epochs']} epochs: continue it with --resume")
-    last, measured = epochs[-1], evaluate_saved(path, data=recipe["data"], runtime=Runtime(**config["runtime"]))
+    runtime = Runtime(**config["runtime"])
+    last, measured = epochs[-1], evaluate_saved(path, data=recipe["data"], runtime=runtime)
     options = changed_options(recipe)
     words = ["gaternet", "train", recipe["name"], *train_flags(options), "--seed", str(config["seed"])]
     return {
@@ -84,6 +86,7 @@ def describe_run(path: Path) -> dict[str, Any]:
         "gates": {name: measured[name] for name in _GATES} if "density" in measured else None,
         "seconds": sum(epoch["seconds"] for epoch in epochs),
         "started": config.get("started"),
+        "precision": make_accelerator(runtime).mixed_precision,
         **{name: config[name] for name in ("versions", "machine", "commit", "processes")},
     }
 

@@ -14,6 +14,7 @@ from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor
 
 from gaternet.recipe import Runtime
+from gaternet.run import processor
 
 
 def make_accelerator(runtime: Runtime) -> Accelerator:
@@ -48,7 +49,9 @@ def _has_fast_bf16(cpu: bool) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if torch.backends.mps.is_available() and not cpu:
         return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    # Intel's bf16 products without AMX are no faster than its float32 ones, AMD's are
+    slow = "Intel" in processor()
+    return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not slow)
 
 
 @contextmanager

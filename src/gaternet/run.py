@@ -145,7 +145,7 @@ def describe_machine() -> dict[str, Any]:
         },
         "commit": _commit(),
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpus": gpus,
@@ -163,7 +163,8 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name, such as "AMD EPYC"."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
