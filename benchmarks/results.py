@@ -127,7 +127,8 @@ def silent_points(ledger: list[dict[str, Any]]) -> str:
         cells = figures(lines) if lines else ["", "", "not measured", "", "", "", ""]
         rows.append([question if question != asked else "", f"`{flags or recipe.name}`", *cells])
         asked = question
-    text = "`python benchmarks/open_points.py`, ResNet-8 on CIFAR-10, 8 epochs"
+    base = RECIPES[open_points.GATED]
+    text = f"`python benchmarks/open_points.py`, ResNet-8 on CIFAR-10 at {base.image_size} pixels, {base.epochs} epochs"
     text += f" ({machine_of(groups[open_points.GATED, ''][0])}). One option at a time is changed in "
     text += f"`{open_points.GATED}`; its defaults are the paper's where that is known.\n\n"
     return text + table(["question", "recipe, or its change", *TITLES], rows)
