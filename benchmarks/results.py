@@ -65,12 +65,16 @@ def paper_rows(ledger: list[dict[str, Any]]) -> str:
     return table(["recipe", "size", "paper's error %", "ours", "difference"], rows)
 
 
-def by_options(ledger: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-    """Runs that differ only in their seed together: (recipe, options as flags, machine) -> their lines."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+def machines_of(lines: list[dict[str, Any]]) -> str:
+    """All machines of several runs."""
+    return "; ".join(sorted({machine_of(line) for line in lines}))
+
+
+def by_options(ledger: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Runs that differ only in their seed, or in the machine, together: (recipe, options as flags) -> their lines."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in ledger:
-        key = line["recipe"], shlex.join(train_flags(line["options"])), machine_of(line)
-        groups.setdefault(key, []).append(line)
+        groups.setdefault((line["recipe"], shlex.join(train_flags(line["options"]))), []).append(line)
     return groups
 
 
@@ -99,8 +103,8 @@ def other_runs(ledger: list[dict[str, Any]]) -> str:
     """Runs of our own recipes, and of any with options changed."""
     groups = by_options([line for line in ledger if not line["as_published"] and not is_open_point(line)])
     rows = [
-        [f"`{' '.join(filter(None, ['gaternet train', recipe, flags]))}`", *figures(lines), machine]
-        for (recipe, flags, machine), lines in sorted(groups.items())
+        [f"`{' '.join(filter(None, ['gaternet train', recipe, flags]))}`", *figures(lines), machines_of(lines)]
+        for (recipe, flags), lines in sorted(groups.items())
     ]
     return table(["command", *TITLES, "machine"], rows) if rows else "None.\n"
 
@@ -112,9 +116,7 @@ def is_open_point(line: dict[str, Any]) -> bool:
 
 def silent_points(ledger: list[dict[str, Any]]) -> str:
     """One question after the other, each with the network that has no option changed above."""
-    groups = {
-        (recipe, flags): lines for (recipe, flags, _), lines in by_options(list(filter(is_open_point, ledger))).items()
-    }
+    groups = by_options(list(filter(is_open_point, ledger)))
     if (open_points.GATED, "") not in groups:
         return "Not measured.\n"
     data, out = open_points.DATA, Path("runs")
@@ -129,7 +131,7 @@ def silent_points(ledger: list[dict[str, Any]]) -> str:
         asked = question
     base = RECIPES[open_points.GATED]
     text = f"`python benchmarks/open_points.py`, ResNet-8 on CIFAR-10 at {base.image_size} pixels, {base.epochs} epochs"
-    text += f" ({machine_of(groups[open_points.GATED, ''][0])}). One option at a time is changed in "
+    text += f" ({machines_of(groups[open_points.GATED, ''])}). One option at a time is changed in "
     text += f"`{open_points.GATED}`; its defaults are the paper's where that is known.\n\n"
     return text + table(["question", "recipe, or its change", *TITLES], rows)
 
