@@ -24,16 +24,16 @@ TRAINED = "TRAINED"  # stands for the plain network, trained by the same sweep
 # Question -> what to change in GATED, one at a time
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "noise": [{"noise_std": 0.0}, {"noise_std": 0.5}, {"anneal_noise": True}],
-    "initial openness": [{"initial_bias": 1.0}, {"initial_bias": 3.0}],
+    "what a target counts": [{"target_density": 0.5, "penalty": kind} for kind in ("gates", "sites", "each", "macs")],
     "soft or hard gates": [{"hard_probability": 0.0}, {"hard_probability": 1.0}],
     "from scratch or pretrained": [{"extractor_from": TRAINED}, {"backbone_from": TRAINED}],
-    "BatchNorm in D": [{"batch_norm": False}],
+    "initial openness": [{"initial_bias": 1.0}, {"initial_bias": 3.0}],
     "which filters": [{"backbone": "resnet8", "sites": "all"}],
+    "BatchNorm in D": [{"batch_norm": False}],
     "width b": [{"bottleneck": 4}, {"bottleneck": 32}],
     "the gater's learning rate": [{"gater_lr": 0.05}, {"gater_lr": 0.8}],
     "lambda": [{"sparsity": 0.1}, {"sparsity": 1.0}, {"sparsity": 1.0, "sparsity_start": 2.0, "sparsity_ramp": 4.0}],
     "target density": [{"target_density": 0.3}, {"target_density": 0.8}],
-    "what the target counts": [{"target_density": 0.3, "penalty": "sites"}, {"target_density": 0.3, "penalty": "macs"}],
     "learning from the plain network too": [{"teacher": TRAINED}],
 }
 

@@ -1,6 +1,7 @@
 """What a recipe builds: a gated backbone of others', its starting weights, frozen parts, the penalty's weights."""
 
 import dataclasses
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,8 @@ def test_densities_by_hand():
     assert make_density(network, Gating(), images)(gates).tolist() == pytest.approx([gates.mean().item()])
     by_site = make_density(network, Gating(penalty="sites"), images)(gates)
     assert by_site.tolist() == pytest.approx([gates[:, s.start : s.stop].mean().item() for s in network.sites])
+    rates = [statistics.mean(column) for column in zip(*gates.tolist(), strict=True)]
+    assert make_density(network, Gating(penalty="each"), images)(gates).tolist() == pytest.approx(rates)
     hard = gates.round().requires_grad_()
     macs = count_macs(network, images.expand(3, 1, 8, 8))
     cost = CostModel(read_graph(network.backbone, images), network.sites)

@@ -114,8 +114,9 @@ def make_optimizer(network: nn.Module, recipe: Recipe, accelerator: Accelerator)
 def make_density(network: GaterNet, gating: Gating, images: Tensor) -> Callable[[Tensor], Tensor]:
     """What the penalty sees of the gates: a function from gates (B, C) to densities (S,) in [0, 1].
 
-    The share of open gates; or (penalty "sites") one such share for each site; or ("macs") the share of the backbone's
-    MACs that the images need. `images` are an example, (B, channels, H, W).
+    The share of open gates; or (penalty "sites") one such share for each site; or ("each") for each gate the share of
+    images that open it; or ("macs") the share of the backbone's MACs that the images need. `images` are an example,
+    (B, channels, H, W).
     """
     if gating.penalty == "macs":
         cost = CostModel(read_graph(network.backbone, images[:1]), network.sites)
@@ -123,6 +124,8 @@ def make_density(network: GaterNet, gating: Gating, images: Tensor) -> Callable[
     if gating.penalty == "sites":
         slices = list(dict.fromkeys((site.start, site.stop) for site in network.sites))
         return lambda gates: torch.stack([gates[:, start:stop].mean() for start, stop in slices])
+    if gating.penalty == "each":
+        return lambda gates: gates.mean(0)
     return lambda gates: gates.mean()[None]
 
 

@@ -74,8 +74,8 @@ class Gating:
     density_weight: float = option(10.0, "weight of (density - target_density)^2 in the loss")
     sparsity_start: float = option(0.0, "epoch at which either weight begins to act")
     sparsity_ramp: float = option(0.0, "epochs over which it then rises linearly to its full value")
-    penalty: Literal["gates", "sites", "macs"] = option(
-        "gates", "density of: gates, all alike; sites, each to the target by itself; macs, the backbone's MACs"
+    penalty: Literal["gates", "sites", "each", "macs"] = option(
+        "gates", "density of: gates, all alike; sites or each gate, every one by itself; macs, the backbone's MACs"
     )
     freeze: Literal["none", "backbone", "gater"] = option("none", "part that does not learn: none, backbone, gater")
     gater_lr: float | None = option(None, "peak learning rate of the gater; default: the backbone's")
@@ -96,7 +96,7 @@ class Gating:
         _check(self, "sparsity_ramp", self.sparsity_ramp >= 0, "at least 0")
         _check(self, "group_size", self.group_size >= 1, "at least 1")
         _check(self, "sites", self.sites in ("residual", "all"), "residual or all")
-        _check(self, "penalty", self.penalty in ("gates", "sites", "macs"), "gates, sites or macs")
+        _check(self, "penalty", self.penalty in ("gates", "sites", "each", "macs"), "gates, sites, each or macs")
         _check(self, "freeze", self.freeze in ("none", "backbone", "gater"), "none, backbone or gater")
         _check(self, "gater_lr", self.gater_lr is None or self.gater_lr > 0, "above 0")
 
