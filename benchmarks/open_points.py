@@ -8,12 +8,14 @@ docs/results/runs.jsonl, from which `python benchmarks/results.py` writes docs/r
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from gaternet.recipe import Recipe, Runtime, override
 from gaternet.recipes import find_recipe
 from gaternet.sweep import make_jobs, sweep
+from gaternet.train import Stopped
 
 LEDGER = Path(__file__).parents[1] / "docs" / "results" / "runs.jsonl"
 PLAIN, WIDER, GATED = "short_resnet8", "short_resnet8_wider", "short_resnet8_gated"
@@ -65,7 +67,10 @@ def main() -> None:
     args = parser.parse_args()
     changed = [recipe for recipes in variants(args.data, args.out).values() for recipe in recipes]
     jobs = make_jobs([*networks(args.data), *changed], range(args.seeds), args.out)
-    sweep(jobs, LEDGER, Runtime(), args.jobs, args.minutes)
+    try:
+        sweep(jobs, LEDGER, Runtime(), args.jobs, args.minutes)
+    except Stopped as stopped:
+        sys.exit(str(stopped))
 
 
 if __name__ == "__main__":
