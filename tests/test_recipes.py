@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from gaternet.models import model_names
+from gaternet.data import load_data
+from gaternet.models import create_model, model_names
+from gaternet.network import build_network
 from gaternet.recipe import Augmentation, Gating, Optimizer, PaperRow, Recipe, Runtime, override
 from gaternet.recipes import RECIPES, find_recipe
 
@@ -91,6 +93,15 @@ def test_the_papers_rows_share_its_recipe_but_for_one_bottleneck():
                 0.1, 0.9, True, 1e-4, schedule="step", milestones=(0.5, 0.75), gamma=0.1
             )
             assert recipe.gating == Gating(bottleneck=128 if recipe.name == "cifar100_resnet20_gated" else 8)
+
+
+def test_all_sites_take_no_more_parameters_than_wider():
+    for name, classes in (("cifar10_resnet20_all", 10), ("cifar100_resnet20_all", 100)):
+        data = load_data("digits")
+        data = dataclasses.replace(data, classes=tuple(map(str, range(classes))))
+        network = build_network(find_recipe(name), data, seed=0)
+        wider = create_model("resnet20_wider", classes, in_chans=1)
+        assert sum(p.numel() for p in network.parameters()) <= sum(p.numel() for p in wider.parameters())
 
 
 def test_override_changes_fields_of_every_group_by_their_flat_names():

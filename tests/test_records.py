@@ -19,6 +19,9 @@ def test_a_row_without_a_run_is_not_measured():
     assert len(rows) == 48
     assert all(row.endswith("| not measured |  |") for row in rows)
     assert results.silent_points([]) == "Not measured.\n"
+    aims = results.past_the_paper([]).splitlines()[2:]
+    assert len(aims) == len(results.AIMS)
+    assert all(row.endswith("| not measured |  |") for row in aims)
 
 
 def _line(recipe: str, seed: int, error: float, **options: object) -> dict[str, object]:
@@ -49,6 +52,8 @@ def test_seeds_share_a_row_and_options_have_their_own():
     (other,) = results.other_runs(ledger).splitlines()[2:]
     cells = "0.08M | 3.0M | 30.00 (n = 1) | 0.500 | 50.0 % | 25.0 % | 1 | P, 2 cores"
     assert other == f"| `gaternet train cifar10_resnet20_gated --epochs 2` | {cells} |"
+    ledger += [_line("cifar10_resnet20_half", 0, 7.5), _line("cifar10_resnet20_half", 0, 30.0, epochs=2)]
+    assert "| 7.50 (n = 1) | 1.00 |" in results.past_the_paper(ledger)  # 2M + 1M of 3M MACs
     found = results.silent_points(ledger)
     assert "| width b | `--bottleneck 4` | 0.08M | 3.0M | 21.00 (n = 1) |" in found
     assert "|  | `--bottleneck 32` |  |  | not measured |" in found
