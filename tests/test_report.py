@@ -161,6 +161,31 @@ def test_every_figure_is_drawn_and_nothing_overflows(pages, browser, options):
     assert (colour == "rgb(232, 234, 237)") == ("color_scheme" in options)
 
 
+def test_a_finger_on_a_figure_scrolls_the_page(pages, browser):
+    page = Shown(browser, pages / "index.html", has_touch=True, is_mobile=True).page
+    page.locator("#units").scroll_into_view_if_needed()
+    box, before = page.locator("#units").bounding_box(), page.evaluate("window.scrollY")
+    session = page.context.new_cdp_session(page)
+
+    def touch(kind: str, *points: dict[str, float]) -> None:
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": list(points)})
+
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    touch("touchStart", {"x": x, "y": y})
+    for moved in range(20, 201, 20):
+        touch("touchMove", {"x": x, "y": y - moved})
+    touch("touchEnd")
+    page.wait_for_function(f"window.scrollY > {before} + 50")
+    assert page.locator(".modebar-btn").count() == 0  # they would lie over the legends
+
+
+def test_nothing_on_the_page_sends_it_away(pages, browser):
+    page = Shown(browser, pages / "index.html").page
+    titles = page.eval_on_selector_all(".modebar-btn", "all => all.map(one => one.dataset.title)")
+    assert "Zoom" in titles
+    assert not [title for title in titles if "share" in title.lower() or "cloud" in title.lower()]
+
+
 def test_pointing_at_a_sample_shows_its_image(pages, browser):
     page = Shown(browser, pages / "index.html").page
     assert page.eval_on_selector("#tip", "tip => getComputedStyle(tip).display") == "none"

@@ -2,7 +2,13 @@
 "use strict";
 const report = JSON.parse(document.getElementById("report-data").textContent);
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
-const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
+const touch = window.matchMedia("(hover: none)").matches;
+const config = {
+  responsive: true,
+  displaylogo: false,
+  displayModeBar: touch ? false : "hover", // without a mouse it would always be there, over the legends
+  modeBarButtonsToRemove: ["sendChartToCloud", "lasso2d", "select2d", "autoScale2d"], // a page must send nothing
+};
 
 function theme() {
   const style = getComputedStyle(document.documentElement);
@@ -12,8 +18,8 @@ function theme() {
 }
 
 function themed(layout) {
-  const { font, axis } = theme();
-  return { ...layout, font, xaxis: { ...layout.xaxis, ...axis }, yaxis: { ...layout.yaxis, ...axis } };
+  const { font, axis } = theme(), dragmode = touch ? false : layout.dragmode; // fingers scroll the page
+  return { ...layout, font, dragmode, xaxis: { ...layout.xaxis, ...axis }, yaxis: { ...layout.yaxis, ...axis } };
 }
 
 const drawn = {};
