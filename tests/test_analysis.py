@@ -1,5 +1,6 @@
 """Figures of the gates, against a brute-force recount."""
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -77,6 +78,7 @@ def test_counts_are_those_of_a_recount(analysis, truth):
         if mine.any():
             assert np.allclose(analysis.class_rates[label], gates[mine].mean(0))
             assert np.isclose(analysis.class_macs[label], truth["macs"][mine].mean())
+            assert np.isclose(analysis.class_densities[label], gates[mine].mean())
         else:
             assert math.isnan(analysis.class_macs[label])
             assert np.isnan(analysis.class_rates[label]).all()
@@ -145,6 +147,18 @@ def test_chance_is_what_shuffled_labels_show(analysis, truth):
         shuffled.append(mutual_information(opened, analysis.counts))
     assert np.allclose(by_chance[:, columns].mean(0), np.mean(shuffled, 0), rtol=0.15)
     assert (by_chance[:, ~analysis.dependent] == 0).all()
+
+
+def test_selective_by_chance_is_what_shuffled_labels_show(analysis, truth):
+    by_chance = analysis.selectivity_by_chance(draws=400)
+    generator, columns = np.random.default_rng(0), np.flatnonzero(analysis.dependent)[:40]
+    shuffled = []
+    for _ in range(400):
+        labels = generator.permutation(LABELS.numpy())
+        rates = np.stack([truth["gates"][labels == label][:, columns].mean(0) for label in range(5)])
+        others = (rates.sum(0) - rates.max(0)) / 4
+        shuffled.append((rates.max(0) - others) / (rates.max(0) + others))
+    assert np.allclose(by_chance[:, columns].mean(0), np.mean(shuffled, 0), rtol=0.15, atol=0.01)
 
 
 def test_selectivity_by_hand():
@@ -240,17 +254,43 @@ def test_forced_gates_by_hand(analysis, truth):
 
     assert found.images == 90
     assert found.accuracy == analysis.accuracy
-    for number, site in enumerate(MODEL.sites):
-        for value, given in ((0.0, found.site_shut), (1.0, found.site_open)):
+    own = [class_gates(analysis, label, found.taken) for label in range(5)]  # 5 and 6 have no images
+    assert found.classes.tolist() == list(range(5))
+    assert np.array_equal(found.gates, analysis.telling_gates(60))
+    effects = {
+        "sites": (found.sites, [np.arange(site.start, site.stop) for site in MODEL.sites]),
+        "single": (found.single, list(found.gates[:, None])),
+        "own": (found.own, own),
+    }
+    for effect, sets in effects.values():
+        assert effect.forced.shape == effect.by_chance.shape == (2, len(sets), 7)
+        for value, (row, columns) in itertools.product((0, 1), enumerate(sets)):
             changed = gates.clone()
-            changed[:, site.start : site.stop] = value
-            assert given[number] == right(changed).mean()
-    label, changed = 2, gates.clone()
-    own = class_gates(analysis, label, found.gates)
-    changed[:, torch.from_numpy(own)] = 0
-    assert found.class_own[label] == right(changed)[labels == label].mean()
-    assert found.class_others[label] == right(changed)[labels != label].mean()
-    assert np.isnan(found.class_before[5:]).all()  # no images
+            changed[:, torch.from_numpy(columns)] = value
+            hits = right(changed)
+            expected = [hits[labels == label].mean() for label in range(5)]
+            assert effect.forced[value, row, :5] == pytest.approx(expected)
+            assert found.overall(effect.forced[value, row]) == pytest.approx(hits.mean())
+            assert np.isnan(effect.forced[value, row, 5:]).all()
+    assert found.before[:5] == pytest.approx([right(gates)[labels == label].mean() for label in range(5)])
+    assert np.isnan(found.before[5:]).all()
+
+
+def test_random_gates_are_drawn_from_like_ones_and_as_many(analysis):
+    gate = int(analysis.telling_gates(1)[0])
+    opened = np.zeros_like(analysis.class_open)
+    opened[:, gate] = analysis.class_open[:, gate]
+    lonely = dataclasses.replace(analysis, class_open=opened)  # one gate depends on the image: chance must draw it
+    options: dict[str, Any] = {"preprocessing": PIXELS, "images": 90}
+    found = force_gates(MODEL, batches(), lonely, **options)
+    assert found.gates.tolist() == [gate]
+    assert np.array_equal(found.single.by_chance, found.single.forced, equal_nan=True)
+    assert np.array_equal(found.own.by_chance, found.own.forced, equal_nan=True)
+    by_chance = found.sites.by_chance  # three sites each of 16, 32 and 64 gates
+    assert not np.allclose(by_chance, found.sites.forced, equal_nan=True)
+    for first in (0, 3, 6):
+        assert np.array_equal(by_chance[:, first], by_chance[:, first + 1], equal_nan=True)
+    assert not np.array_equal(by_chance[:, 0], by_chance[:, 6], equal_nan=True)
 
 
 def test_gates_of_a_class_are_those_that_it_opens_more_often(analysis, truth):

@@ -13,11 +13,12 @@ import torch
 from test_analysis import IMAGES, LABELS, MODEL, PIXELS, make_model
 from torch import nn
 
-from gaternet import Gater, analyze
+from gaternet import Gater, GaterNet, analyze, create_model
+from gaternet.data import Preprocessing
 from gaternet.forcing import force_gates
 from gaternet.report import figures, write_report
-from gaternet.report.page import numbers
-from gaternet.report.reading import arrange, embed, probe, shown_gates
+from gaternet.report.numbers import numbers
+from gaternet.report.reading import arrange, embed, probe
 from gaternet.report.runs import class_names
 
 NAMES = ["ape", "bee", "cat & <dog>", "eel", "fox", "gnu", "hen"]
@@ -52,8 +53,24 @@ def test_numbers_are_those_of_the_analysis(pages):
     assert found["classes"][6]["macs"] is None  # it has no images
     dependent = [site["dependent"] * site["channels"] for site in found["sites"]]
     assert sum(dependent) == pytest.approx(analysis.dependent.sum())
-    assert found["forced"]["images"] == 60
+    assert found["classes"][6]["density"] is None
+    density = [row["density"] * row["images"] for row in found["classes"] if row["images"]]
+    assert sum(density) / 90 == pytest.approx(summary["density"], abs=1e-5)
+    assert found["gates"]["selectivity"] == pytest.approx(analysis.selectivity().tolist(), abs=1e-6)
+    assert len(found["gates"]["selectivity_by_chance"]) == 336
     assert "NaN" not in (pages / "gates.json").read_text()
+
+
+def test_numbers_of_forced_gates(pages):
+    analysis = analysis_of(classes=NAMES)
+    forced = force_gates(MODEL, [(IMAGES, LABELS)], analysis, preprocessing=PIXELS, images=60)
+    found = json.loads((pages / "gates.json").read_text())["forced"]
+    assert (found["images"], found["accuracy"]) == (60, forced.accuracy)
+    assert found["gates"]["gate"] == analysis.telling_gates(60).tolist()
+    assert found["sites"]["shut"] == pytest.approx(forced.overall(forced.sites.forced[0]).tolist(), abs=1e-6)
+    assert found["gates"]["open_by_class"][7] == pytest.approx(
+        forced.single.forced[1, 7, :5].round(6).tolist() + [None] * 2
+    )
 
 
 def traces(figure: Any) -> Any:
@@ -89,7 +106,7 @@ def test_clusters_stand_together():
 
 def test_shown_gates_tell_most():
     analysis = analysis_of()
-    chosen, told = shown_gates(analysis, 20), analysis.information()
+    chosen, told = analysis.telling_gates(20), analysis.information()
     assert np.array_equal(told[chosen], np.sort(told[analysis.dependent])[::-1][:20])
 
 
@@ -145,8 +162,10 @@ class Shown:
         return set(self.page.eval_on_selector_all(".figure:has(svg.main-svg)", "all => all.map(one => one.id)"))
 
 
-EVERY = {"units", "per-sample", "per-gate", "map", "class-map", "information", "gate-classes", "class-costs"}
-FORCED = {"forced-sites", "forced-classes"}
+COSTS = {"class-costs", "class-densities", "costs"}
+ABOUT_CLASSES = {"class-map", "information", "selectivity"}
+EVERY = {"units", "per-sample", "per-gate", "map", "gate-classes"} | COSTS | ABOUT_CLASSES
+FORCED = {"forced-sites", "forced-site-classes", "forced-classes"}
 
 
 @pytest.mark.parametrize("options", [{}, {"color_scheme": "dark"}, {"viewport": {"width": 390, "height": 800}}])
@@ -206,13 +225,16 @@ def test_pointing_at_a_sample_shows_its_image(pages, browser):
 def test_gates_can_be_chosen(pages, browser):
     page = Shown(browser, pages / "index.html").page
     analysis = analysis_of(classes=NAMES)
-    gates = shown_gates(analysis, 60)
+    gates = analysis.telling_gates(60)
     for step, expected in (("#gate-next", 1), ("#gate-before", 0), ("#gate-before", len(gates) - 1)):
         page.click(step)
         assert page.inner_text("#gate-facts").startswith(f"Gate {gates[expected]} of layer")
     page.select_option("#gate", "2")
     rates = page.evaluate("document.getElementById('gate-classes').data[0].y")
     assert rates == pytest.approx((100 * analysis.class_rates[:5, gates[2]]).round(2).tolist())
+    said = page.inner_text("#gate-forced")
+    assert said.startswith("As it is, ")
+    assert "Forced shut, " in said
     assert page.locator("#gate-surest .thumb").count() == 3
     assert page.locator("#cheapest .thumb").count() == 12
 
@@ -227,23 +249,27 @@ def collapsed() -> Any:
     return model
 
 
+BY_LAYER = FORCED - {"forced-classes"}
+CONSTANT = {"units", "per-sample"} | COSTS | BY_LAYER
 CASES = {
-    "collapsed": ({"model": collapsed}, {"units", "per-sample", "class-costs"}, "No gate depends on the image"),
+    "collapsed": ({"model": collapsed}, CONSTANT, "No gate depends on the image"),
     "no labels": ({"labels": None}, EVERY, "The data has no labels"),
-    "one class": ({"labels": torch.zeros(90, dtype=torch.long)}, EVERY - {"class-map", "information"}, "one class"),
-    "one image": ({"images": IMAGES[:1], "labels": LABELS[:1]}, {"units", "per-sample", "class-costs"}, "one class"),
-    "1,000 classes": ({"model": lambda: make_model(1000)}, EVERY, ""),
+    "one class": ({"labels": torch.zeros(90, dtype=torch.long)}, EVERY - ABOUT_CLASSES | BY_LAYER, "one class"),
+    "one image": ({"images": IMAGES[:1], "labels": LABELS[:1]}, CONSTANT, "one class"),
+    "1,000 classes": ({"model": lambda: make_model(1000), "labels": torch.arange(90) * 11}, EVERY | FORCED, ""),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_pages_of_odd_data(case, tmp_path, browser):
     options, expected, notice = CASES[case]
-    model = options.get("model", lambda: MODEL)()
-    given = {name: value for name, value in options.items() if name != "model"}
-    if model is not MODEL and case.startswith("1,000"):
-        given["labels"] = torch.arange(90) * 11
-    path = analysis_of(model, **given).save(tmp_path)
+    given = {"model": lambda: MODEL, "images": IMAGES, "labels": LABELS} | options
+    model, images, labels = given["model"](), given["images"], given["labels"]
+    analysis, forced = analysis_of(model, images, labels), None
+    if labels is not None:
+        forced = force_gates(model, [(images, labels)], analysis, preprocessing=PIXELS, images=30, gates=5)
+    path = analysis.save(tmp_path, forced=forced)
+    assert "NaN" not in (tmp_path / "gates.json").read_text()
     shown = Shown(browser, path)
     assert shown.figures() == expected
     assert shown.said == []
@@ -251,14 +277,14 @@ def test_pages_of_odd_data(case, tmp_path, browser):
     assert "NaN" not in shown.page.inner_text("body")
 
 
-def test_grey_images(tmp_path):
-    grey = IMAGES[:, :1]
-    sizes = {"preprocessing": type(PIXELS)(16, 16, (0.5,), (0.25,)), "samples": 20}
-    from gaternet import create_model
-
+def test_grey_images(tmp_path, browser):
+    pixels = Preprocessing(16, 16, (0.5,), (0.25,))
     model = create_model("resnet20_gated", 7, 1)
-    analysis = analyze(model, [(grey, LABELS)], **sizes)  # pyright: ignore[reportArgumentType]
-    assert analysis.save(tmp_path).exists()
+    assert isinstance(model, GaterNet)
+    analysis = analyze(model, [(IMAGES[:, :1], LABELS)], preprocessing=pixels, samples=20)
+    shown = Shown(browser, analysis.save(tmp_path))
+    assert shown.said == []
+    assert shown.page.locator("#cheapest .thumb").count() == 12
     assert numbers(analysis)["forced"] is None
 
 

@@ -21,6 +21,7 @@ from torchvision.transforms.v2 import functional as tv
 from gaternet.cost import CostModel, count_dense_macs
 from gaternet.data import Preprocessing
 from gaternet.graph import read_graph
+from gaternet.measures import mutual_information, selectivity
 from gaternet.method import Gater, GaterNet, improved_semhash
 
 if TYPE_CHECKING:
@@ -119,6 +120,11 @@ class GateAnalysis:
         return np.where(self.counts[:, None] > 0, self.class_open / np.maximum(self.counts, 1)[:, None], math.nan)
 
     @property
+    def class_densities(self) -> Float[NDArray[np.float64], " classes"]:
+        """Mean share of the gates that an image of each class opens, in [0, 1], (K,); NaN for a class without any."""
+        return self.class_rates.mean(1)
+
+    @property
     def accuracy(self) -> float | None:
         """Share of right predictions, in [0, 1]; None without labels."""
         return int(self.class_right.sum()) / self.images if self.labeled else None
@@ -143,39 +149,30 @@ class GateAnalysis:
 
     def information_by_chance(self, draws: int = 20, seed: int = 0) -> Float[NDArray[np.float64], "draws gates"]:
         """The same with the labels shuffled, (draws, C): what a gate that knows nothing of the class shows."""
+        return self._by_chance(mutual_information, draws, seed)
+
+    def selectivity(self) -> Float[NDArray[np.float64], " gates"]:
+        """How much a gate is one class', in [0, 1], (C,); see the function `selectivity`."""
+        return selectivity(self.class_open, self.counts)
+
+    def selectivity_by_chance(self, draws: int = 20, seed: int = 0) -> Float[NDArray[np.float64], "draws gates"]:
+        """The same with the labels shuffled, (draws, C)."""
+        return self._by_chance(selectivity, draws, seed)
+
+    def telling_gates(self, number: int) -> Int[NDArray[np.int64], " chosen"]:
+        """The dependent gates that tell most about the class, at most `number`, most first."""
+        told = np.where(self.dependent, self.information(), -1)
+        order = np.argsort(-told, kind="stable")[:number]
+        return order[told[order] >= 0]
+
+    def _by_chance(self, measure: Any, draws: int, seed: int) -> Float[NDArray[np.float64], "draws gates"]:
         generator, found = np.random.default_rng(seed), np.zeros((draws, self.num_gates))
         # The classes of m images drawn without repetition: just what shuffling gives for a gate that is open m times.
         for opened in np.unique(self.open_counts[self.dependent]):
             same = self.open_counts == opened
             shuffled = generator.multivariate_hypergeometric(self.counts, int(opened), (draws, int(same.sum())))
-            found[:, same] = mutual_information(np.moveaxis(shuffled, -1, 0), self.counts)
+            found[:, same] = measure(np.moveaxis(shuffled, -1, 0), self.counts)
         return found
-
-    def selectivity(self) -> Float[NDArray[np.float64], " gates"]:
-        """(a - b) / (a + b), in [0, 1]: a is a gate's rate in the class that opens it most, b its mean in the others.
-
-        After Morcos et al., "On the importance of single directions for generalization", 2018, equation 1. 0 for gates
-        that are never open, and where there is one class.
-        """
-        rates = self.class_rates[self.counts > 0]
-        most = rates.max(0)
-        others = (rates.sum(0) - most) / max(1, len(rates) - 1) if len(rates) > 1 else most
-        return np.divide(most - others, most + others, out=np.zeros(self.num_gates), where=most > 0)
-
-
-def mutual_information(
-    opened: Int[NDArray[np.int64], "classes ..."], counts: Int[NDArray[np.int64], " classes"]
-) -> Float[NDArray[np.float64], "..."]:
-    """In bits, of the class and a gate: `opened` of the `counts` images of each class open it."""
-    opened, counts = opened[counts > 0], counts[counts > 0]
-    total = counts.sum()
-    sizes = counts.reshape(-1, *[1] * (opened.ndim - 1))
-    information = np.zeros(opened.shape[1:])
-    for part in (opened, sizes - opened):  # gate open, gate closed
-        joint, gate = part / total, part.sum(0) / total
-        ratio = np.divide(joint, gate * (sizes / total), out=np.ones(part.shape), where=part > 0)
-        information += (joint * np.log2(ratio)).sum(0)
-    return np.maximum(information, 0)  # rounding
 
 
 @torch.no_grad()

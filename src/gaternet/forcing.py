@@ -1,12 +1,13 @@
 """What gates are for: what becomes of a trained model's predictions when some gates are forced open or shut."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,33 +16,60 @@ from gaternet.data import Preprocessing
 from gaternet.method import GaterNet
 
 SHARE = 0.05  # of the gates that depend on the input: so many are taken from a class
+SHUT, OPEN = 0, 1  # rows of an effect, and the values of their gates
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What forcing does: the share of right predictions for each class, in [0, 1]; NaN for a class without images.
+
+    Attributes:
+        forced: with each of R sets of gates shut, and open: (2, R, K).
+        by_chance: with as many gates shut or open that are drawn at random, the mean of several draws, (2, R, K).
+    """
+
+    forced: Float[NDArray[np.float64], "2 sets classes"]
+    by_chance: Float[NDArray[np.float64], "2 sets classes"]
 
 
 @dataclass(frozen=True)
 class Forced:
-    """Accuracy, each in [0, 1], on M labeled images with gates forced.
+    """Accuracy on M labeled images with gates forced.
 
     Attributes:
-        images: M.
-        accuracy: with no gate forced.
-        site_shut, site_open: with all gates of one site shut or open, in the order of the sites, (S,).
-        gates: how many gates are taken from a class, those that depend on the input and are open for it more often
-            than for the others, most so first.
-        class_before: of each class with no gate forced, (K,); NaN for a class without images.
-        class_own: of each class with its own gates shut, (K,).
-        class_others: of all images of other classes with these gates shut, (K,).
-        class_random: of each class with so many other dependent gates shut, the mean of random draws, (K,).
+        counts: images of each class, (K,).
+        before: share of right predictions for each class with no gate forced, (K,); NaN for a class without images.
+        sites: all gates of each site, in the order of the sites; by chance from all gates.
+        gates: single gates, those that tell most about the class, (F,).
+        single: each of these gates; by chance from those that depend on the input.
+        taken: how many gates are taken from a class at most: those that depend on the input and are open for it more
+            often than for the others, most so first.
+        classes: the classes whose gates are taken, (R,).
+        own: the gates of each of them; by chance from those that depend on the input.
     """
 
-    images: int
-    accuracy: float
-    site_shut: Float[NDArray[np.float64], " sites"]
-    site_open: Float[NDArray[np.float64], " sites"]
-    gates: int
-    class_before: Float[NDArray[np.float64], " classes"]
-    class_own: Float[NDArray[np.float64], " classes"]
-    class_others: Float[NDArray[np.float64], " classes"]
-    class_random: Float[NDArray[np.float64], " classes"]
+    counts: Int[NDArray[np.int64], " classes"]
+    before: Float[NDArray[np.float64], " classes"]
+    sites: Effect
+    gates: Int[NDArray[np.int64], " gates"]
+    single: Effect
+    taken: int
+    classes: Int[NDArray[np.int64], " chosen"]
+    own: Effect
+
+    @property
+    def images(self) -> int:
+        """M."""
+        return int(self.counts.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Of all images with no gate forced."""
+        return float(self.overall(self.before))
+
+    def overall(self, shares: Float[NDArray[np.float64], "... classes"]) -> Float[NDArray[np.float64], "..."]:
+        """Of all images, from the shares of each class."""
+        return np.asarray(np.nansum(shares * self.counts, -1) / self.images)
 
 
 @torch.no_grad()
@@ -52,20 +80,23 @@ def force_gates(
     *,
     preprocessing: Preprocessing | None = None,
     images: int = 300,
-    draws: int = 3,
+    draws: int = 5,
+    gates: int = 60,
     classes: int = 10,
     seed: int = 0,
 ) -> Forced:
     """Run the backbone under changed gates, on the first images of a loader.
 
-    Takes 2 S + (1 + draws) min(K, classes) passes over the images.
+    Takes about 2 (S + min(K, classes)) + gates passes over the images, and 2 draws more for each size of site and the
+    like.
 
     Args:
         model, loader, preprocessing: as for `gaternet.analyze`; with labels. A loader in random order is best.
         analysis: of this model: it says which gates are open for which class.
         images: number of images to use.
         draws: of gates at random.
-        classes: gates are taken from the first so many classes; the others' figures are NaN.
+        gates: number of single gates to force.
+        classes: gates are taken from the first so many classes that have images.
         seed: of these draws.
 
     Raises:
@@ -75,41 +106,63 @@ def force_gates(
     model.eval()
     try:
         inputs, labels = _first(loader, images, preprocessing, next(model.parameters()).device)
-        own = model.gates(inputs)
-        named, count = labels.cpu().numpy(), len(analysis.classes)
+        own, count, named = model.gates(inputs), len(analysis.classes), labels.cpu().numpy()
+        counts = np.bincount(named, minlength=count)
+        found = _right(model, inputs, own, labels)
 
-        def right(gates: Tensor) -> Bool[NDArray[np.bool_], " m"]:
-            chunks = zip(inputs.split(100), gates.split(100), strict=True)
-            found = torch.cat([model.forward_gated(some, chosen).argmax(1) for some, chosen in chunks])
-            return (found == labels).cpu().numpy()
+        def shares(right: Tensor) -> NDArray[np.float64]:
+            hits = np.bincount(named, right.cpu().numpy(), count)
+            return np.divide(hits, counts, out=np.full(count, np.nan), where=counts > 0)
 
-        def forced(columns: Any, value: float) -> Bool[NDArray[np.bool_], " m"]:
-            gates = own.clone()
-            gates[:, columns] = value
-            return right(gates)
+        def force(columns: Any, value: int) -> NDArray[np.float64]:
+            changed = (own[:, columns] != value).any(1)  # the others are predicted as before
+            forced = own[changed]
+            forced[:, columns] = value
+            right = found.clone()
+            right[changed] = _right(model, inputs[changed], forced, labels[changed])
+            return shares(right)
 
-        before = right(own)
-        slices = [slice(site.start, site.stop) for site in model.sites]
-        site_shut, site_open = ([forced(columns, value).mean() for columns in slices] for value in (0.0, 1.0))
-        number = max(1, round(SHARE * int(analysis.dependent.sum())))
+        everything, dependent = np.arange(analysis.num_gates), np.flatnonzero(analysis.dependent)
         generator = np.random.default_rng(seed)
-        figures = np.full((4, count), np.nan)
-        for label in range(count):
-            mine = named == label
-            if not mine.any():
-                continue
-            figures[0, label] = before[mine].mean()
-            top = class_gates(analysis, label, number)
-            if label >= classes or not len(top):
-                continue
-            shut = forced(top, 0.0)
-            others = np.setdiff1d(np.flatnonzero(analysis.dependent), top)
-            size = min(len(top), len(others))
-            random = [forced(generator.choice(others, size, replace=False), 0.0)[mine].mean() for _ in range(draws)]
-            figures[1:, label] = shut[mine].mean(), shut[~mine].mean() if (~mine).any() else np.nan, np.mean(random)
+
+        @cache
+        def by_chance(size: int, of_dependent: bool, value: int) -> NDArray[np.float64]:
+            pool = dependent if of_dependent else everything
+            return np.mean([force(generator.choice(pool, size, replace=False), value) for _ in range(draws)], 0)
+
+        def effect(sets: Sequence[NDArray[np.int64]], of_dependent: bool) -> Effect:
+            forced = np.full((2, len(sets), count), np.nan)
+            random = forced.copy()
+            for value in (SHUT, OPEN):
+                for row, columns in enumerate(sets):
+                    forced[value, row] = force(columns, value)
+                    random[value, row] = by_chance(len(columns), of_dependent, value)
+            return Effect(forced, random)
+
+        taken = max(1, round(SHARE * len(dependent)))
+        tops = {label: class_gates(analysis, label, taken) for label in np.flatnonzero(counts)[:classes].tolist()}
+        tops = {label: top for label, top in tops.items() if len(top)}
+        chosen = analysis.telling_gates(gates)
+        return Forced(
+            counts=counts,
+            before=shares(found),
+            sites=effect([everything[site.start : site.stop] for site in model.sites], False),
+            gates=chosen,
+            single=effect(list(chosen[:, None]), True),
+            taken=taken,
+            classes=np.array(list(tops), np.int64),
+            own=effect(list(tops.values()), True),
+        )
     finally:
         model.train(training)
-    return Forced(len(labels), float(before.mean()), np.array(site_shut), np.array(site_open), number, *figures)
+
+
+def _right(model: GaterNet, inputs: Tensor, gates: Tensor, labels: Tensor) -> Tensor:
+    """Whether each image is predicted rightly under these gates, (M,)."""
+    if not len(inputs):
+        return torch.zeros(0, dtype=torch.bool, device=labels.device)
+    chunks = zip(inputs.split(100), gates.split(100), strict=True)
+    return torch.cat([model.forward_gated(*chunk).argmax(1) for chunk in chunks]) == labels
 
 
 def class_gates(analysis: GateAnalysis, label: int, number: int) -> Int[NDArray[np.int64], " gates"]:

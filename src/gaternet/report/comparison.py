@@ -34,7 +34,12 @@ def write_comparison(runs: Mapping[str, GateAnalysis], directory: Path, links: S
         "dependent": "Gates that depend on the image",
         "classes": "Accuracy by class",
     }
-    body = [f'<div class="scroll">{_table(runs, links)}</div>']
+    explained = (
+        "Open: share of the gates, on average. Dependent: open for some images, closed for others. Bits: what such a "
+        "gate tells about the class, on average. MMACs: million multiply-accumulates that the backbone takes for an "
+        "image, on average, and their share of what it takes with all gates open."
+    )
+    body = [f'<div class="scroll">{_table(runs, links)}</div><p class="soft">{explained}</p>']
     body += [f'<section><h2>{headings[name]}</h2><div class="figure" id="{name}"></div></section>\n' for name in drawn]
     data = {"figures": {name: figure.to_plotly_json() for name, figure in drawn.items()}, "strips": {}}
     text = page("Gates compared", ", ".join(runs), body, data, "")
@@ -43,7 +48,7 @@ def write_comparison(runs: Mapping[str, GateAnalysis], directory: Path, links: S
 
 
 def _table(runs: Mapping[str, GateAnalysis], links: Sequence[str]) -> str:
-    titles = ("run", "right", "gates", "open", "dependent", "bits a gate", "MMACs", "of the backbone", "gater's")
+    titles = ("run", "right", "gates", "open", "dependent", "bits", "MMACs", "of all open", "gater's MMACs")
     rows = []
     for (name, analysis), link in zip(runs.items(), links, strict=True):
         told = analysis.information()[analysis.dependent]

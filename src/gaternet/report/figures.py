@@ -8,8 +8,8 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from gaternet.analysis import GateAnalysis
-from gaternet.forcing import Forced
-from gaternet.report.reading import arrange, shown_gates
+from gaternet.forcing import OPEN, SHUT, Forced
+from gaternet.report.reading import arrange
 
 # Okabe and Ito's palette, which colour-blind people can tell apart; dark colours first.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B5A2B", "#7F7F7F", "#B2A200", "#6A3D9A")
@@ -107,7 +107,7 @@ def map_of_samples(analysis: GateAnalysis, points: NDArray[np.float32]) -> go.Fi
 
 def class_map(analysis: GateAnalysis) -> go.Figure:
     """How often each class opens each gate; gates and classes that are alike stand together."""
-    gates = shown_gates(analysis, 300)
+    gates = analysis.telling_gates(300)
     rows = np.flatnonzero(analysis.counts)
     rates = analysis.class_rates[np.ix_(rows, gates)]
     rows_order, columns_order = arrange(rates), arrange(rates.T)
@@ -129,24 +129,34 @@ def class_map(analysis: GateAnalysis) -> go.Figure:
 
 def information(analysis: GateAnalysis) -> go.Figure:
     """What each dependent gate tells about the class, beside what it would with the labels shuffled."""
-    dependent = analysis.dependent
-    found, chance = analysis.information()[dependent], analysis.information_by_chance()[:, dependent]
+    return _beside_chance(analysis, analysis.information(), analysis.information_by_chance(), "bits about the class")
+
+
+def selectivity(analysis: GateAnalysis) -> go.Figure:
+    """How much each dependent gate is one class', beside what it would be with the labels shuffled."""
+    return _beside_chance(analysis, analysis.selectivity(), analysis.selectivity_by_chance(), "selectivity")
+
+
+def _beside_chance(
+    analysis: GateAnalysis, measured: NDArray[np.float64], by_chance: NDArray[np.float64], unit: str
+) -> go.Figure:
+    found, chance = measured[analysis.dependent], by_chance[:, analysis.dependent]
     edges = np.linspace(0, max(found.max(), chance.max(), 1e-6), 61)
     middle = (edges[1:] + edges[:-1]) / 2
-    heights, by_chance = np.histogram(found, edges)[0], np.histogram(chance, edges)[0] / len(chance)
+    heights, expected = np.histogram(found, edges)[0], np.histogram(chance, edges)[0] / len(chance)
     bars = [
         go.Bar(x=middle, y=values, width=np.diff(edges), name=name, marker_color=colour, opacity=0.75)
-        for name, values, colour in (("labels shuffled", by_chance, OFF), ("measured", heights, ON))
+        for name, values, colour in (("labels shuffled", expected, OFF), ("measured", heights, ON))
     ]
     for bar in bars:
-        bar.hovertemplate = "%{x:.4f} bits: %{y:.1f} gates"
-    drawn = figure(bars, "bits about the class", "gates", barmode="overlay", bargap=0)
-    drawn.update_yaxes(type="log")
+        bar.hovertemplate = "about %{x:.3f}: %{y:.1f} gates"
+    drawn = figure(bars, unit, "gates", barmode="overlay", bargap=0)
+    drawn.update_yaxes(type="log", dtick=1)
     return drawn
 
 
 def class_costs(analysis: GateAnalysis) -> go.Figure:
-    """MACs of the backbone by class."""
+    """MACs of the backbone, and open gates, by class."""
     rows = np.flatnonzero(analysis.counts)
     rows = rows[np.argsort(analysis.class_macs[rows])]
     dots = go.Scatter(
@@ -154,50 +164,95 @@ def class_costs(analysis: GateAnalysis) -> go.Figure:
         y=[analysis.classes[row] for row in rows],
         mode="markers",
         marker={"color": ON, "size": 11},
-        hovertemplate="%{y}: %{x:.2f} MMACs<extra></extra>",
+        customdata=100 * analysis.class_densities[rows],
+        hovertemplate="%{y}: %{x:.2f} MMACs, %{customdata:.1f} % of the gates open<extra></extra>",
     )
-    drawn = figure([dots], "MMACs an image, of the open filters", height=min(1600, 120 + 22 * len(rows)))
+    drawn = figure([dots], "MMACs an image, mean of the class", height=min(1600, 120 + 22 * len(rows)))
     drawn.update_yaxes(type="category")
     return drawn
 
 
+def class_densities(analysis: GateAnalysis) -> go.Figure:
+    """Share of open gates by class, in the same order."""
+    drawn = class_costs(analysis)
+    dots: Any = drawn.data[0]
+    dots.x, dots.customdata = dots.customdata, dots.x
+    dots.hovertemplate = "%{y}: %{x:.1f} % of the gates open, %{customdata:.2f} MMACs<extra></extra>"
+    drawn.update_xaxes(title="% of the gates open, mean of the class")
+    return drawn
+
+
+def costs_per_sample(analysis: GateAnalysis) -> go.Figure:
+    """MACs of the backbone under the gates of images drawn at random."""
+    macs = analysis.samples.macs / 1e6
+    low, high = macs.min(), macs.max()
+    edges = np.linspace(low, high if high > low else low + 1e-6, 51)
+    heights = np.histogram(macs, edges)[0]
+    bars = go.Bar(x=(edges[1:] + edges[:-1]) / 2, y=heights, width=np.diff(edges), marker_color=ON)
+    bars.hovertemplate = "about %{x:.3f} MMACs: %{y} images<extra></extra>"
+    return figure([bars], "MMACs an image", "images", bargap=0)
+
+
 def forced_sites(analysis: GateAnalysis, forced: Forced) -> go.Figure:
-    """Accuracy with all gates of a layer shut or open."""
+    """Accuracy with all gates of a layer shut or open, beside as many gates at random."""
     numbers, names = list(range(1, len(analysis.sites) + 1)), [site["conv"] for site in analysis.sites]
+    kinds = (
+        ("layer shut", forced.sites.forced[SHUT], PALETTE[1], "circle", "solid"),
+        ("as many gates shut, at random", forced.sites.by_chance[SHUT], PALETTE[1], "circle-open", "dot"),
+        ("layer open", forced.sites.forced[OPEN], PALETTE[0], "diamond", "solid"),
+        ("as many gates opened, at random", forced.sites.by_chance[OPEN], PALETTE[0], "diamond-open", "dot"),
+    )
     lines = [
         go.Scatter(
             x=numbers,
-            y=100 * values,
+            y=100 * forced.overall(shares),
             name=name,
             mode="lines+markers",
             marker={"color": colour, "symbol": symbol},
-            line={"color": colour},
+            line={"color": colour, "dash": dash},
             customdata=names,
             hovertemplate="layer %{x}, %{customdata}: %{y:.1f} %",
         )
-        for name, values, colour, symbol in (
-            ("layer's gates all shut", forced.site_shut, PALETTE[1], "circle"),
-            ("layer's gates all open", forced.site_open, PALETTE[0], "diamond"),
-        )
+        for name, shares, colour, symbol, dash in kinds
     ]
     drawn = figure(lines, "gated layer, first to last", "% right")
-    drawn.add_hline(y=100 * forced.accuracy, line_dash="dot", line_color="#7F7F7F", annotation_text="as they are")
+    drawn.add_hline(y=100 * forced.accuracy, line_dash="dash", line_color="#7F7F7F")
+    return drawn
+
+
+def forced_site_classes(analysis: GateAnalysis, forced: Forced) -> go.Figure:
+    """Which classes suffer when a layer's gates are shut: at most 30, those that lose most."""
+    change = 100 * (forced.sites.forced[SHUT] - forced.before)  # (S, K)
+    present = np.flatnonzero(forced.counts)
+    rows = present[np.argsort(change[:, present].min(0), kind="stable")[:30]]
+    heat = go.Heatmap(
+        z=change[:, rows].T,
+        x=list(range(1, len(analysis.sites) + 1)),
+        y=[analysis.classes[row] for row in rows],
+        colorscale=[[0, PALETTE[1]], [0.5, "#F2F2F2"], [1, PALETTE[0]]],
+        zmid=0,
+        colorbar={"title": {"text": "points of accuracy", "side": "right"}, "thickness": 12},
+        hovertemplate="%{y}, layer %{x} shut: %{z:+.1f} points<extra></extra>",
+    )
+    drawn = figure([heat], "gated layer that is shut", height=160 + 20 * len(rows))
+    drawn.update_yaxes(type="category", autorange="reversed")
     return drawn
 
 
 def forced_classes(analysis: GateAnalysis, forced: Forced) -> go.Figure:
-    """Accuracy of each class with its own gates shut, and with as many others shut."""
-    rows = np.flatnonzero(np.isfinite(forced.class_own))
+    """Accuracy of each class with its own gates forced, and with as many others."""
+    places, rows = np.arange(len(forced.classes)), forced.classes
     kinds = (
-        ("as they are", forced.class_before, OFF),
-        ("others shut, at random", forced.class_random, PALETTE[0]),
-        ("its own shut", forced.class_own, PALETTE[1]),
+        ("as they are", forced.before[rows], OFF),
+        ("its own shut", forced.own.forced[SHUT, places, rows], PALETTE[1]),
+        ("as many shut, at random", forced.own.by_chance[SHUT, places, rows], "rgba(213, 94, 0, 0.4)"),
+        ("its own open", forced.own.forced[OPEN, places, rows], PALETTE[0]),
+        ("as many opened, at random", forced.own.by_chance[OPEN, places, rows], "rgba(0, 114, 178, 0.4)"),
     )
     names = [analysis.classes[row] for row in rows]
-    bars = [
-        go.Bar(x=names, y=100 * values[rows], name=name, marker_color=colour, hovertemplate="%{x}: %{y:.1f} %")
-        for name, values, colour in kinds
-    ]
+    bars = [go.Bar(x=names, y=100 * shares, name=name, marker_color=colour) for name, shares, colour in kinds]
+    for bar in bars:
+        bar.hovertemplate = "%{x}: %{y:.1f} %"
     drawn = figure(bars, "", "% right", barmode="group")
     drawn.update_xaxes(type="category")
     return drawn
@@ -205,12 +260,12 @@ def forced_classes(analysis: GateAnalysis, forced: Forced) -> go.Figure:
 
 def comparison(runs: Mapping[str, GateAnalysis], row: int) -> go.Figure:
     """One of `site_shares`' rows, of several runs, along the depth of their networks."""
-    lines = []
+    lines, symbols = [], ("circle", "diamond", "square", "x", "triangle-up", "cross")
     for number, (name, analysis) in enumerate(runs.items()):
         share = site_shares(analysis)[row]
         depth = (np.arange(len(share)) + 0.5) / len(share)
-        colour = PALETTE[number % len(PALETTE)]
-        lines.append(
-            go.Scatter(x=100 * depth, y=100 * share, name=name, mode="lines+markers", marker={"color": colour})
-        )
-    return figure(lines, "depth of the gated layer, %", "% of its gates")
+        marker = {"color": PALETTE[number % len(PALETTE)], "symbol": symbols[number % len(symbols)], "size": 8}
+        lines.append(go.Scatter(x=100 * depth, y=100 * share, name=name, mode="lines+markers", marker=marker))
+    drawn = figure(lines, "depth of the gated layer, %", "% of its gates")
+    drawn.update_yaxes(range=[-3, 103])
+    return drawn

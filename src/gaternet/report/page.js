@@ -52,7 +52,7 @@ function words(place) {
   const [label, prediction, open, macs] = image, names = report.classes;
   const first = label < 0 ? `predicted ${names[prediction]}` : names[label];
   const second = label >= 0 && label !== prediction ? [`predicted ${names[prediction]}`] : [];
-  return [first, ...second, `${open} gates open`, `${(macs / 1e6).toFixed(1)} MMACs`];
+  return [first, ...second, `${open} gates open`, `${(macs / 1e6).toFixed(macs < 1e7 ? 2 : 1)} MMACs`];
 }
 
 function strip(id, places) {
@@ -60,7 +60,7 @@ function strip(id, places) {
   if (!element) return;
   element.replaceChildren(...places.filter((place) => place >= 0).map((place) => {
     const figure = document.createElement("figure"), caption = document.createElement("figcaption");
-    caption.innerText = words(place).slice(0, -1).join("\n");
+    caption.innerText = words(place).join("\n");
     figure.append(thumb(place, 64), caption);
     return figure;
   }));
@@ -92,6 +92,7 @@ function showGate(number) {
     `Gate ${gate.gate} of ${gate.conv}: open for ${(100 * gate.rate).toFixed(1)} % of the images; tells ` +
     `${gate.bits.toFixed(4)} bits about the class (at most ${gate.chance.toFixed(4)} in 20 shuffles); ` +
     `selectivity ${gate.selectivity.toFixed(2)}.`;
+  document.getElementById("gate-forced").textContent = gate.forced;
   strip("gate-surest", gate.surest);
   strip("gate-least", gate.least);
   const figure = report.gateFigure, bar = { ...figure.data[0], y: gate.classRates };

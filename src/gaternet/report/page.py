@@ -17,9 +17,10 @@ from plotly.offline import get_plotlyjs
 
 from gaternet import checkpoint
 from gaternet.analysis import GateAnalysis
-from gaternet.forcing import Forced
+from gaternet.forcing import OPEN, SHUT, Forced
 from gaternet.report import figures
-from gaternet.report.reading import Probe, embed, probe, shown_gates
+from gaternet.report.numbers import numbers
+from gaternet.report.reading import Probe, embed, probe
 
 GATES_SHOWN = 60  # whose images are on the page
 
@@ -47,57 +48,6 @@ def write_report(
     return directory / "index.html"
 
 
-def numbers(analysis: GateAnalysis, forced: Forced | None = None) -> dict[str, Any]:
-    """What gates.json holds: the summary, and figures of each site, gate and class."""
-    chance = analysis.information_by_chance()
-    lows = np.flatnonzero(analysis.histogram)
-    summary = {
-        "images": analysis.images,
-        "labeled": analysis.labeled,
-        "accuracy": analysis.accuracy,
-        "gates": analysis.num_gates,
-        "density": float(analysis.rates.mean()),
-        "always_on": float((analysis.rates == 1).mean()),
-        "always_off": float((analysis.rates == 0).mean()),
-        "dependent": float(analysis.dependent.mean()),
-        "open_gates": {
-            "least": int(lows[0]),
-            "mean": float(analysis.open_counts.sum() / analysis.images),
-            "most": int(lows[-1]),
-        },
-        "backbone_macs": analysis.backbone_macs,
-        "gater_macs": analysis.gater_macs,
-        "gated_macs": analysis.gated_macs,
-    }
-    off, on, dependent = figures.site_shares(analysis).tolist()
-    per_site = zip(analysis.sites, off, on, dependent, strict=True)
-    sites = [{**site, "always_off": a, "always_on": b, "dependent": c} for site, a, b, c in per_site]
-    gates = {
-        "open_images": analysis.open_counts.tolist(),
-        "information_bits": _rounded(analysis.information()),
-        "information_bits_by_chance": _rounded(chance.mean(0)),
-        "selectivity": _rounded(analysis.selectivity()),
-    }
-    classes = [
-        {"class": name, "images": int(count), "right": int(right), "macs": None if math.isnan(macs) else macs}
-        for name, count, right, macs in zip(
-            analysis.classes, analysis.counts, analysis.class_right, analysis.class_macs.tolist(), strict=True
-        )
-    ]
-    found = {"summary": summary, "sites": sites, "gates": gates, "classes": classes}
-    histogram = {"open_gates_histogram": {str(n): int(analysis.histogram[n]) for n in lows}}
-    plain = (
-        {name: _rounded(value) if isinstance(value, np.ndarray) else value for name, value in vars(forced).items()}
-        if forced
-        else None
-    )
-    return found | histogram | {"forced": plain}
-
-
-def _rounded(values: Any) -> list[float | None]:
-    return [None if math.isnan(value) else round(value, 6) for value in np.asarray(values, dtype=float).tolist()]
-
-
 def report_page(analysis: GateAnalysis, forced: Forced | None, title: str, subtitle: str) -> str:
     """The HTML of one model's report."""
     tested, points = probe(analysis), embed(analysis)
@@ -105,6 +55,8 @@ def report_page(analysis: GateAnalysis, forced: Forced | None, title: str, subti
         "units": figures.units(analysis),
         "per-sample": figures.gates_per_sample(analysis),
         "class-costs": figures.class_costs(analysis),
+        "class-densities": figures.class_densities(analysis),
+        "costs": figures.costs_per_sample(analysis),
     }
     some, several = bool(analysis.dependent.any()), int((analysis.counts > 0).sum()) > 1
     if some:
@@ -113,11 +65,13 @@ def report_page(analysis: GateAnalysis, forced: Forced | None, title: str, subti
         drawn["map"] = figures.map_of_samples(analysis, points)
     if some and several:
         drawn |= {"class-map": figures.class_map(analysis), "information": figures.information(analysis)}
+        drawn["selectivity"] = figures.selectivity(analysis)
     if forced is not None:
         drawn["forced-sites"] = figures.forced_sites(analysis, forced)
-        if np.isfinite(forced.class_own).any():
+        drawn["forced-site-classes"] = figures.forced_site_classes(analysis, forced)
+        if len(forced.classes):
             drawn["forced-classes"] = figures.forced_classes(analysis, forced)
-    gates = _shown(analysis) if some else []
+    gates = _shown(analysis, forced) if some else []
     places = {place for gate in gates for place in (*gate["surest"], *gate["least"]) if place >= 0}
     groups = (analysis.samples, analysis.cheapest, analysis.dearest)
     places |= {int(place) for group in groups for place in group.index}
@@ -255,27 +209,38 @@ def _sections(
                 "",
             ),
         ),
+        (
+            "selectivity",
+            (
+                "How much a gate is one class's",
+                "Selectivity: 1 if a single class opens the gate, 0 if all open it equally often. Gates that few "
+                "images open are selective by chance; the grey shows how much.",
+                "",
+            ),
+        ),
     ]
     sections = [(head, text, place(name)) for name, (head, text, _) in found if name in drawn]
     if gates:
         sections.append(_gate_section(gates))
+    costs = "".join(place(name) for name in ("class-costs", "class-densities", "costs"))
     strips = (
         '<h3>Fewest MACs</h3><div class="strip" id="cheapest"></div>'
         '<h3>Most MACs</h3><div class="strip" id="dearest"></div>'
     )
-    sections.append(("What an image costs", "Multiply-accumulates of the open filters.", place("class-costs") + strips))
+    text = (
+        "Multiply-accumulates (MACs) of the backbone's open filters, in millions (MMACs): the mean of each class, and "
+        f"the share of gates that its images open; then of {len(analysis.samples.index):,} images drawn at random."
+    )
+    sections.append(("What an image costs", text, costs + strips))
     if forced is not None:
         text = (
-            f"{forced.images:,} images with gates forced. First all gates of one layer; then, of each class, "
-            f"the {forced.gates:,} dependent gates that it opens more often than others do, beside as many others."
+            f"{forced.images:,} images with gates forced, so one image is {100 / forced.images:.1f} points. First all "
+            f"gates of one layer (dashed: as they are, {100 * forced.accuracy:.1f} % right), and which classes suffer "
+            f"when it is shut. Then, of each class, at most {forced.taken:,} dependent gates that it opens more often "
+            "than others do. Each is beside as many gates at random."
         )
-        sections.append(
-            (
-                "What gates are for",
-                text,
-                place("forced-sites") + (place("forced-classes") if "forced-classes" in drawn else ""),
-            )
-        )
+        names = [name for name in ("forced-sites", "forced-site-classes", "forced-classes") if name in drawn]
+        sections.append(("What gates are for", text, "".join(map(place, names))))
     return sections
 
 
@@ -290,9 +255,10 @@ def _gate_section(gates: Sequence[Mapping[str, Any]]) -> Section:
         '<button id="gate-next" type="button">Next</button></div>'
     )
     inside = (
-        f'{controls}<p id="gate-facts"></p><h3>Images that open it most surely</h3><div class="strip" id="gate-surest">'
-        '</div><h3>Images that close it most surely</h3><div class="strip" id="gate-least"></div>'
-        '<div class="figure" id="gate-classes"></div>'
+        f'{controls}<p id="gate-facts"></p><p id="gate-forced"></p>'
+        '<h3>Images that open it most surely</h3><div class="strip" id="gate-surest"></div>'
+        '<h3>Images that close it most surely</h3><div class="strip" id="gate-least"></div>'
+        '<h3>How often each class opens it</h3><div class="figure" id="gate-classes"></div>'
     )
     return ("Gate by gate", f"The {len(gates)} gates that tell most about the class.", inside)
 
@@ -301,8 +267,8 @@ def _section(heading: str, text: str, inside: str) -> str:
     return f"<section><h2>{html.escape(heading)}</h2><p>{html.escape(text)}</p>{inside}</section>\n"
 
 
-def _shown(analysis: GateAnalysis) -> list[dict[str, Any]]:
-    chosen = shown_gates(analysis, GATES_SHOWN)
+def _shown(analysis: GateAnalysis, forced: Forced | None) -> list[dict[str, Any]]:
+    chosen, sayings = analysis.telling_gates(GATES_SHOWN), {} if forced is None else _forced_sayings(analysis, forced)
     bits, selectivity, rates = analysis.information(), analysis.selectivity(), 100 * analysis.class_rates
     chance, rows = analysis.information_by_chance().max(0), np.flatnonzero(analysis.counts)
     shown = []
@@ -311,8 +277,27 @@ def _shown(analysis: GateAnalysis) -> list[dict[str, Any]]:
         surest, least = ([], []) if analysis.surest is None else analysis.surest[:, :, gate].tolist()
         facts = {"gate": gate, "conv": site["conv"], "rate": float(analysis.rates[gate]), "bits": float(bits[gate])}
         facts |= {"chance": float(chance[gate]), "selectivity": float(selectivity[gate])}
+        facts["forced"] = sayings.get(gate, "")
         shown.append(facts | {"surest": surest, "least": least, "classRates": rates[rows, gate].round(2).tolist()})
     return shown
+
+
+def _forced_sayings(analysis: GateAnalysis, forced: Forced) -> dict[int, str]:
+    """A sentence for each gate that was forced by itself."""
+    sayings = {}
+    for row, gate in enumerate(forced.gates.tolist()):
+        parts = []
+        for word, value in (("shut", SHUT), ("open", OPEN)):
+            shares, chance = forced.single.forced[value, row], forced.single.by_chance[value, row]
+            lost = np.nan_to_num(forced.before - shares)
+            worst = int(lost.argmax())
+            hurt = f"{analysis.classes[worst]} loses most, {100 * lost[worst]:.1f} points"
+            parts.append(
+                f"Forced {word}, {100 * forced.overall(shares):.1f}\u00a0% are right (another such gate at random: "
+                f"{100 * forced.overall(chance):.1f}\u00a0%); {hurt if lost[worst] > 0 else 'no class loses'}."
+            )
+        sayings[gate] = " ".join([f"As it is, {100 * forced.accuracy:.1f}\u00a0% are right.", *parts])
+    return sayings
 
 
 def _gate_figure(analysis: GateAnalysis) -> go.Figure:

@@ -66,13 +66,6 @@ def probe(analysis: GateAnalysis, seed: int = 0) -> Probe | None:
     )
 
 
-def shown_gates(analysis: GateAnalysis, number: int) -> Int[NDArray[np.int64], " gates"]:
-    """The dependent gates that tell most about the class, at most `number`, most first."""
-    told = np.where(analysis.dependent, analysis.information(), -1)
-    order = np.argsort(-told, kind="stable")[:number]
-    return order[told[order] >= 0]
-
-
 def arrange(rows: Float[NDArray[np.float64], "rows columns"]) -> Int[NDArray[np.int64], " rows"]:
     """An order in which rows that are alike are neighbours: that of a hierarchical clustering's leaves."""
     if len(rows) < 3:

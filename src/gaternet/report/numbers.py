@@ -1,0 +1,75 @@
+"""What gates.json holds: the numbers behind the page, as plain data."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from gaternet.analysis import GateAnalysis
+from gaternet.forcing import OPEN, SHUT, Effect, Forced
+from gaternet.report.figures import site_shares
+
+
+def numbers(analysis: GateAnalysis, forced: Forced | None = None) -> dict[str, Any]:
+    """The summary, figures of each site, gate and class, and what forcing gates did."""
+    lows = np.flatnonzero(analysis.histogram)
+    summary = {
+        "images": analysis.images,
+        "labeled": analysis.labeled,
+        "accuracy": analysis.accuracy,
+        "gates": analysis.num_gates,
+        "density": float(analysis.rates.mean()),
+        "always_on": float((analysis.rates == 1).mean()),
+        "always_off": float((analysis.rates == 0).mean()),
+        "dependent": float(analysis.dependent.mean()),
+        "open_gates": {
+            "least": int(lows[0]),
+            "mean": float(analysis.open_counts.sum() / analysis.images),
+            "most": int(lows[-1]),
+        },
+        "backbone_macs": analysis.backbone_macs,
+        "gater_macs": analysis.gater_macs,
+        "gated_macs": analysis.gated_macs,
+    }
+    off, on, dependent = site_shares(analysis).tolist()
+    per_site = zip(analysis.sites, off, on, dependent, strict=True)
+    sites = [{**site, "always_off": a, "always_on": b, "dependent": c} for site, a, b, c in per_site]
+    gates = {
+        "open_images": analysis.open_counts.tolist(),
+        "information_bits": _rounded(analysis.information()),
+        "information_bits_by_chance": _rounded(analysis.information_by_chance().mean(0)),
+        "selectivity": _rounded(analysis.selectivity()),
+        "selectivity_by_chance": _rounded(analysis.selectivity_by_chance().mean(0)),
+    }
+    columns = (analysis.counts.tolist(), analysis.class_right.tolist())
+    means = (_rounded(analysis.class_densities), _rounded(analysis.class_macs))
+    names = ("class", "images", "right", "density", "macs")
+    rows = zip(analysis.classes, *columns, *means, strict=True)
+    classes = [dict(zip(names, row, strict=True)) for row in rows]
+    histogram = {str(n): int(analysis.histogram[n]) for n in lows}
+    found = {"summary": summary, "sites": sites, "gates": gates, "classes": classes, "open_gates_histogram": histogram}
+    return found | {"forced": None if forced is None else _forced_numbers(forced)}
+
+
+def _forced_numbers(forced: Forced) -> dict[str, Any]:
+    def effect(of: Effect) -> dict[str, Any]:
+        told: dict[str, Any] = {}
+        for name, value in (("shut", SHUT), ("open", OPEN)):
+            told[name] = _rounded(forced.overall(of.forced[value]))
+            told[f"{name}_by_chance"] = _rounded(forced.overall(of.by_chance[value]))
+            told[f"{name}_by_class"] = [_rounded(row) for row in of.forced[value]]
+            told[f"{name}_by_class_by_chance"] = [_rounded(row) for row in of.by_chance[value]]
+        return told
+
+    return {
+        "images": forced.images,
+        "accuracy": forced.accuracy,
+        "accuracy_by_class": _rounded(forced.before),
+        "sites": effect(forced.sites),
+        "gates": {"gate": forced.gates.tolist(), **effect(forced.single)},
+        "classes": {"class": forced.classes.tolist(), "gates_taken": forced.taken, **effect(forced.own)},
+    }
+
+
+def _rounded(values: Any) -> list[float | None]:
+    return [None if math.isnan(value) else round(value, 6) for value in np.asarray(values, dtype=float).tolist()]
