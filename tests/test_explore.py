@@ -1,5 +1,8 @@
 """The local page: what it knows, what it refuses, and the page itself in a browser."""
 
+import socket
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,14 @@ def test_images_are_fitted_and_others_refused(explorer, tmp_path, monkeypatch):
     (tmp_path / "cut.png").write_bytes(noise.read_bytes()[:-200])
     with pytest.raises(DataError, match="this image is damaged: choose another"):
         explorer.open(tmp_path / "cut.png")
+    size = struct.pack(">IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0)
+    chunks = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in ((b"IHDR", size), (b"IDAT", b""))
+    ]
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    with pytest.raises(DataError, match="far too many pixels: choose one of at most 40,000,000"):
+        explorer.open(tmp_path / "bomb.png")
     monkeypatch.setattr(gaternet.explore, "MAX_PIXELS", 1000)
     with pytest.raises(DataError, match="40 x 30 pixels: choose one of at most 1,000"):
         explorer.open(good)
@@ -87,7 +98,7 @@ def test_the_page(explorer, browser: Any, tmp_path: Path):  # noqa: F811
         page.wait_for_selector("text=the gater's choice", timeout=60_000)
         assert page.locator("#near img").count() == 12
         page.click("text=Shut the layer")
-        page.wait_for_selector("text=flipped by hand")
+        page.wait_for_selector("text=flipped by hand. Under the gater's gates: ")
         page.click("text=As the gater says")
         page.wait_for_selector("text=the gater's choice")
         (tmp_path / "bad.png").write_text("this is no image")
@@ -101,6 +112,17 @@ def test_the_page(explorer, browser: Any, tmp_path: Path):  # noqa: F811
         assert not strangers
     finally:
         app.close()
+
+
+def test_addresses_that_cannot_be_served_are_refused(explorer):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=rf"cannot serve at 127.0.0.1:{port} \(.*in use\): name another"):
+            explore(explorer, "none", port=port)
+    with pytest.raises(OSError, match=r"cannot serve at 256\.1\.1\.1 "):
+        explore(explorer, "none", "256.1.1.1")
 
 
 def test_gradio_is_an_extra(explorer, monkeypatch):

@@ -5,6 +5,7 @@
 
 import os
 import random
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,15 @@ from gaternet.run import find_model
 
 MAX_BYTES, MAX_PIXELS = 10 * 2**20, 40_000_000  # of an image that is uploaded
 _BATCH = 250
+_BUTTONS = [
+    "zoom",
+    "pan",
+    "zoomin",
+    "zoomout",
+    "autoscale",
+    "resetscale",
+    "toimage",
+]  # of Plotly, over the gates on phones
 
 Pixels = UInt8[NDArray[np.uint8], "chans h w"]
 Gates = Bool[NDArray[np.bool_], " gates"]
@@ -113,6 +123,8 @@ class Explorer:
         try:
             with Image.open(path) as image:  # reads the header alone
                 width, height = image.size
+        except Image.DecompressionBombError as error:  # Pillow's own limit is higher than ours
+            raise DataError(f"this image has far too many pixels: choose one of at most {MAX_PIXELS:,}") from error
         except Exception as error:
             raise DataError("this file is no image that can be read: choose a JPEG, PNG or the like") from error
         if width * height > MAX_PIXELS:
@@ -175,7 +187,10 @@ class Explorer:
             hovertemplate="%{y}, gate %{customdata}: %{z} (1 is open)<extra></extra>",
         )
         drawn = figure([heat], "filter of the layer", height=max(260, min(900, 90 + 14 * len(sites))))
-        drawn.update_yaxes(autorange="reversed", type="category")
+        drawn.update_xaxes(showgrid=False)
+        drawn.update_yaxes(autorange="reversed", type="category", showgrid=False)
+        # The page is light or dark, which is not known here. Dragging is off so that a finger scrolls the page.
+        drawn.update_layout(font_color="#808080", dragmode=False, modebar_remove=_BUTTONS)
         return drawn
 
     def _inputs(self, pixels: Pixels) -> torch.Tensor:
@@ -198,16 +213,20 @@ def build_app(explorer: Explorer, title: str) -> Any:
     def show(state: dict[str, Any], layer: str) -> tuple[Any, ...]:
         pixels, gates, own = state["pixels"], state["gates"], state["own"]
         answer = explorer.answer(pixels, gates)
-        flipped = int((gates != own).sum())
         said = f"**{gates.sum():,} of {len(gates):,} gates open**, {answer.macs / 1e6:,.1f} of "
-        said += f"{explorer.cost.dense / 1e6:,.1f} MMACs; " + (
-            f"{flipped} flipped by hand" if flipped else "the gater's choice"
-        )
+        said += f"{explorer.cost.dense / 1e6:,.1f} million multiply-accumulates; "
+        if flipped := int((gates != own).sum()):
+            before = explorer.answer(pixels, own).probabilities
+            shown = dict.fromkeys([before.argmax(), answer.probabilities.argmax()])  # both where they differ
+            said += f"{flipped} flipped by hand. Under the gater's gates: "
+            said += ", ".join(f"{explorer.classes[best]} {100 * before[best]:.1f} %" for best in shown)
+        else:
+            said += "the gater's choice"
         places, differ = explorer.nearest(gates)
         near = [
             (
                 explorer.picture(explorer.known[place].numpy()),
-                f"{explorer.classes[explorer.labels[place]]}: {count} differ",
+                f"{explorer.classes[explorer.labels[place]]}: {count}",
             )
             for place, count in zip(places.tolist(), differ.tolist(), strict=True)
         ]
@@ -237,7 +256,8 @@ def build_app(explorer: Explorer, title: str) -> Any:
             gates[site.start : site.stop] = what == "open"
         return show({**state, "gates": gates}, layer)
 
-    with gr.Blocks(title=title, analytics_enabled=False) as app:
+    # Pictures of an hour ago, uploaded ones above all, are deleted; the rest when the page is closed.
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
         gr.Markdown(f"# {title}")
         state = gr.State()
         with gr.Row():
@@ -264,8 +284,8 @@ def build_app(explorer: Explorer, title: str) -> Any:
                     ("reset", "As the gater says"),
                 )
             }
-        gr.Markdown("## Training images with the most similar gates")
-        near = gr.Gallery(show_label=False, columns=6, height=360, elem_id="near")
+        gr.Markdown("## Training images with the most similar gates\nTheir class, and how many of their gates differ.")
+        near = gr.Gallery(show_label=False, columns=6, height="auto", buttons=[], elem_id="near")
         outputs = [state, picture, prediction, summary, layers, near, picker]
         file.upload(upload, [file, layer], outputs)
         another.click(lambda layer: start(explorer.at_random(), layer), [layer], outputs)
@@ -283,9 +303,10 @@ def explore(
 
     Raises:
         ValueError: Gradio is not installed.
-        OSError: the port is taken.
+        OSError: the port is taken, or the host is not this machine's.
     """
     app = build_app(explorer, title)
+    _check_address(host, port)
     from gradio.themes import Default
 
     theme = Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
@@ -302,3 +323,17 @@ def explore(
         print(f"open {app.local_url} in a browser; Ctrl-C ends it", flush=True)
         app.block_thread()
     return app
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """OSError where nothing can be served: Gradio would try a hundred ports, for minutes, and name the wrong cause."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # else a port that was just closed counts as taken
+            tried.bind(address)
+    except OSError as error:
+        where = host if port is None else f"{host}:{port}"
+        raise OSError(f"cannot serve at {where} ({error.strerror}): name another --host or --port") from error

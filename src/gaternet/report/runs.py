@@ -52,6 +52,7 @@ def report_runs(
 
     Raises:
         ValueError: a run has no gates, or its data cannot be had.
+        OSError: a page cannot be written.
     """
     runtime = runtime or Runtime()
     found: dict[str, GateAnalysis] = {}
