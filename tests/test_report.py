@@ -14,9 +14,10 @@ from test_analysis import IMAGES, LABELS, MODEL, PIXELS, make_model
 from torch import nn
 
 from gaternet import Gater, GaterNet, analyze, create_model
-from gaternet.data import Preprocessing
+from gaternet.data import Preprocessing, load_data
 from gaternet.forcing import force_gates
-from gaternet.report import figures, write_report
+from gaternet.recipe import Runtime
+from gaternet.report import figures, runs, write_report
 from gaternet.report.numbers import numbers
 from gaternet.report.reading import arrange, embed, probe
 from gaternet.report.runs import class_names
@@ -312,3 +313,20 @@ def test_reports_of_runs_and_their_comparison(tmp_path, gaternet_command, browse
     bad = subprocess.run([*gaternet_command, "report", tmp_path / "plain"], capture_output=True, text=True)
     assert bad.returncode == 2
     assert "is a plain network without gates: name a gated run" in " ".join(bad.stderr.split())
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    metadata = load_data("digits").metadata() | {"trained": {"data": "digits"}}
+    monkeypatch.setattr(runs, "load_model", lambda _: (make_model(), metadata))
+    monkeypatch.setattr(runs, "find_model", lambda path, _: path)
+    monkeypatch.setattr(runs, "analyze", lambda *_, **__: pytest.fail("worked in vain"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write into .*file \(.*\): mend its permissions, or name another"):
+        runs.report_runs([tmp_path], out=tmp_path / "file", runtime=Runtime(cpu=True))
+
+
+def test_a_wrong_name_among_several_is_found_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "load_model", lambda _: pytest.fail("worked in vain"))
+    MODEL.save_pretrained(tmp_path / "good")
+    with pytest.raises(ValueError, match=r"no run or saved model .*missing"):
+        runs.report_runs([tmp_path / "good", tmp_path / "missing"], out=tmp_path / "page")

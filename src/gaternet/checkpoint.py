@@ -56,6 +56,16 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             temporary.unlink()
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder that is to be written into, if it is not there; OSError if that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write into {path} ({error.strerror}): mend its permissions, or name another") from error
+
+
 def cannot_write(path: Path, error: Exception) -> OSError:
     """The error to raise where `path` could not be written."""
     return OSError(f"cannot write {path} ({error}): free some space or mend its permissions; what was saved is whole")

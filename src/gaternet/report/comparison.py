@@ -19,7 +19,7 @@ def write_comparison(runs: Mapping[str, GateAnalysis], directory: Path, links: S
     Raises:
         OSError: the file cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    checkpoint.make_folder(directory)
     drawn = {
         "off": figures.comparison(runs, 0),
         "on": figures.comparison(runs, 1),

@@ -41,7 +41,7 @@ def write_report(
     Raises:
         OSError: the files cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    checkpoint.make_folder(directory)
     checkpoint.write_json(directory / "gates.json", numbers(analysis, forced))
     page = report_page(analysis, forced, title, subtitle)
     checkpoint.write_atomically(directory / "index.html", lambda path: path.write_text(page, encoding="utf-8"))

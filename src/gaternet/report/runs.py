@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
+from gaternet import checkpoint
 from gaternet.analysis import GateAnalysis, analyze
 from gaternet.checkpoint import load_model
 from gaternet.data import ImageSet, Preprocessing
@@ -58,6 +59,8 @@ def report_runs(
     found: dict[str, GateAnalysis] = {}
     pages = []
     for run in runs:
+        find_model(run, which)  # a wrong name is to be found before the work on others is done
+    for run in runs:
         name = str(run) if str(run) not in found else f"{run} ({len(found)})"
         if out is None and len(runs) == 1:
             directory = run / "report"
@@ -92,6 +95,7 @@ def _report_run(
     options: dict[str, Any] = {"preprocessing": Preprocessing.from_metadata(metadata)}
     batches = make_batches(images, BATCH, runtime, accelerator)
     classes = class_names(source, metadata["classes"])
+    checkpoint.make_folder(directory)  # an error now, not after the work
     analysis = analyze(network, batches.epoch(), classes=classes, samples=samples, **options)
     tried = force_gates(network, _shuffled(images, forced), analysis, images=forced, **options) if forced else None
     about = [f"{network.num_gates:,} gates", f"test images of {Path(source).stem}", *_about(trained)]
