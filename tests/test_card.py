@@ -45,6 +45,7 @@ def test_the_card_has_data_recipe_accuracy_density_cost_and_limits(model, tmp_pa
     assert found["accuracy"].startswith("87.50 %")
     assert found["open gates"].startswith("55.0 %")
     assert found["classes"] == "3: cat, dog, a\\|b"
+    assert found["images"] == "32 x 32 pixels, RGB, mean 0.5 0.5 0.5, deviation 0.25 0.25 0.25"
     assert found["parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"
     images = torch.zeros(1, 3, 32, 32)
     macs = [f"{count_dense_macs(part, images) / 1e6:,.1f}M in the" for part in (model.backbone, model.gater)]

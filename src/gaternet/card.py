@@ -49,7 +49,7 @@ def make_card(model: GaterNet) -> ModelCard:
         "trained on": Path(data).name if data else UNKNOWN,
         "recipe": f"`{trained['recipe']}`" if "recipe" in trained else UNKNOWN,
         "epochs, seed": f"{trained['epochs']}, {trained['seed']}" if "epochs" in trained else UNKNOWN,
-        "accuracy": UNKNOWN if accuracy is None else f"{100 * accuracy:.2f} % on its test images, after the last epoch",
+        "accuracy": UNKNOWN if accuracy is None else f"{100 * accuracy:.2f} % on its test images, after these epochs",
         "open gates": UNKNOWN if density is None else f"{100 * density:.1f} % in the mean over these images",
         "classes": UNKNOWN if classes is None else f"{len(classes):,}: {_some(classes)}",
         "images": _images(metadata),
@@ -100,7 +100,8 @@ def _images(metadata: Mapping[str, Any]) -> str:
     if made is None:
         return UNKNOWN
     mean, std = (" ".join(f"{value:.4g}" for value in made[name]) for name in ("mean", "std"))
-    return f"{made['height']} x {made['width']} pixels of {len(made['mean'])} channels, mean {mean}, deviation {std}"
+    kind = "grey" if len(made["mean"]) == 1 else "RGB"
+    return f"{made['height']} x {made['width']} pixels, {kind}, mean {mean}, deviation {std}"
 
 
 def _macs(model: GaterNet) -> tuple[str, str]:
