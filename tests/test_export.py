@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gaternet
-from gaternet.data import Preprocessing
+from gaternet.data import ImageSet, Preprocessing
 from gaternet.export import ExportedModel, ExportError, compare_int8, export_onnx, export_pt2, quantize_onnx
 from gaternet.export.exported import start_session
 from gaternet.export.parity import compare
+from gaternet.export.saved import _spread
 from gaternet.export.source import Source
 
 METADATA = {
@@ -390,3 +391,11 @@ def test_blocks_are_left_as_they_were():
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert isinstance(model.backbone, Block)
+
+
+def test_images_to_compare_on_are_taken_from_all_of_a_set():
+    """A folder's are sorted by class: the first ones would be of one class."""
+    images = ImageSet(torch.zeros(10, 1, 2, 2, dtype=torch.uint8), range(10))
+    assert list(_spread(images, 4)) == [0, 2, 4, 6]
+    assert list(_spread(images, 7)) == list(range(7))
+    assert list(_spread(images, 100)) == list(range(10))

@@ -74,7 +74,7 @@ def export_saved(
         raise ValueError(f"{path} does not say what it was trained on: name images to calibrate with, --data")
     preprocessing = Preprocessing.from_metadata(metadata)
     example = torch.zeros(1, preprocessing.channels, preprocessing.height, preprocessing.width, dtype=torch.uint8)
-    held_out = None if sets is None else _stack(sets[1], range(min(_HELD_OUT, len(sets[1]))))
+    held_out = None if sets is None else _stack(sets[1], _spread(sets[1], _HELD_OUT))
     if out is None:
         name = "-".join(["model", *(["skipping"] if form == "skipping" else []), *(["int8"] if int8 else [])])
         out = path / f"{name}.{file_format}"
@@ -90,11 +90,17 @@ def export_saved(
     with tempfile.TemporaryDirectory() as directory:
         exact = Path(directory) / "model.onnx"
         report["compared"] = asdict(export_onnx(model, example, exact, **options))
-        step = max(1, len(train) // _CALIBRATION)
-        calibration = [_stack(train, part) for part in _parts(range(0, len(train), step))]
+        calibration = [_stack(train, part) for part in _parts(_spread(train, _CALIBRATION))]
         quantize_onnx(exact, out, calibration, gater=int8 == "all")
-        batches = ((_stack(test, part), _labels(test, part)) for part in _parts(range(min(images, len(test)))))
+        batches = ((_stack(test, part), _labels(test, part)) for part in _parts(_spread(test, images)))
         return report | {"int8": asdict(compare_int8(exact, out, batches))}
+
+
+def _spread(images: ImageSet, count: int) -> range:
+    """Which images to take: at equal distances, for those of a folder are sorted by class."""
+    count = min(count, len(images))
+    step = len(images) // count
+    return range(0, step * count, step)
 
 
 def _parts(indices: range) -> Iterator[range]:
