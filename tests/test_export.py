@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from torch.nn import functional as F
 import gaternet
 from gaternet.data import ImageSet, Preprocessing
 from gaternet.export import ExportedModel, ExportError, compare_int8, export_onnx, export_pt2, quantize_onnx
-from gaternet.export.exported import start_session
 from gaternet.export.parity import compare
 from gaternet.export.saved import _spread
 from gaternet.export.source import Source
@@ -278,60 +276,6 @@ def test_gates_that_rounding_decides_may_differ_and_are_counted():
     nothing = torch.full((4, 4), torch.nan)
     with pytest.raises(ExportError, match="differ from the model's by nan"):
         compare(model, lambda images: images, images, lambda i: (nothing, model.gates(i)), model.forward_gated)
-
-
-def test_what_cannot_be_exported_is_named_in_a_sentence(tmp_path):
-    def body(net: Net, x: Tensor) -> Tensor:
-        x = net.conv0(x)
-        return x.relu() if float(x.mean()) > 0 else x  # a decision that a graph cannot hold
-
-    network = Net(body, conv0=conv(3, 8)).eval()
-    for write in (export_onnx, export_pt2):
-        with pytest.raises(ExportError, match=r"Net cannot be exported with images \(1, 3, 8, 8\) \(.+\): mend what"):
-            write(network, IMAGES, tmp_path / "model")
-    with pytest.raises(ValueError, match=r"example_input must be images \(B, channels, H, W\), but is \(3, 8, 8\)"):
-        export_onnx(network, IMAGES[0], tmp_path / "model")
-    with pytest.raises(ValueError, match="pixels need metadata"):
-        export_onnx(network, PIXELS, tmp_path / "model")
-    with pytest.raises(ValueError, match="held_out must be images like the example"):
-        export_onnx(residual(), IMAGES, tmp_path / "model", held_out=PIXELS)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_file_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"cannot write .*model\.onnx"):
-        export_onnx(residual(), IMAGES, tmp_path / "file" / "model.onnx")
-
-
-def test_a_model_that_is_too_large_for_onnx(tmp_path, monkeypatch):
-    monkeypatch.setattr("gaternet.export.to_onnx.LARGEST", 1000)
-    with pytest.raises(ExportError, match=r"GiB of weights, and an ONNX file holds less than 2: export it to \.pt2"):
-        export_onnx(residual(), IMAGES, tmp_path / "model.onnx")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of the exporter that torch 2.11 has
-def test_files_and_images_that_do_not_fit(tmp_path, monkeypatch):
-    path = tmp_path / "model.onnx"
-    with pytest.raises(FileNotFoundError, match="there is no file"):
-        ExportedModel(path)
-    path.write_text("no such thing")
-    with pytest.raises(ValueError, match="ONNX Runtime cannot run"):
-        ExportedModel(path)
-    export_onnx(residual(), IMAGES, path)
-    with pytest.raises(ValueError, match=r"takes images \(B, 3, 8, 8\) of torch.float32, but these are \(2, 3, 9, 9\)"):
-        ExportedModel(path)(torch.zeros(2, 3, 9, 9))
-    with pytest.raises(ValueError, match=r"but these are \(6, 3, 8, 8\) of torch.uint8"):
-        ExportedModel(path)(PIXELS)
-    torch.onnx.export(residual().eval(), (IMAGES,), path, dynamo=True, verbose=False)
-    with pytest.raises(ValueError, match="was not exported by gaternet"):
-        ExportedModel(path)
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ValueError, match="ONNX Runtime is not installed"):
-        start_session(path)
-    with pytest.raises(ValueError, match="ONNX is not installed"):
-        export_onnx(residual(), IMAGES, path)
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,8 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
     Raises OSError, with `path` as it was, where the file cannot be written (a full disk, say).
     """
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder, name a file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -82,9 +82,15 @@ class Preprocessing:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "Preprocessing":
-        """From what a saved model's metadata holds."""
-        saved = dict(metadata["preprocessing"])
-        return cls(mean=tuple(saved.pop("mean")), std=tuple(saved.pop("std")), **saved)
+        """From what a saved model's metadata holds; DataError if it does not say."""
+        try:
+            saved = dict(metadata["preprocessing"])
+            return cls(mean=tuple(saved.pop("mean")), std=tuple(saved.pop("std")), **saved)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"the model's metadata does not say how images become its input ({error!r}): save it with its "
+                "preprocessing, as gaternet train does"
+            ) from error
 
 
 class ImageSet(Dataset[tuple[Tensor, int]]):

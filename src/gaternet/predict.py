@@ -45,11 +45,16 @@ def load(path: Path, which: Literal["last", "best"] = "last") -> tuple[nn.Module
             f"{path} may hold pickled objects, which could run code: predict with the .onnx file, or load it yourself "
             "with torch.export.load if you trust its author"
         )
-    if not path.is_file():
-        return load_model(find_model(path, which))
+    if not path.is_file() and path.suffix != ".onnx":
+        model, metadata = load_model(find_model(path, which))
+        if "classes" not in metadata:
+            raise ValueError(f"{path} was saved without its classes: save it with them in its metadata")
+        Preprocessing.from_metadata(metadata)  # says what is wrong with it
+        return model, metadata
     exported = ExportedModel(path)
     if missing := {"classes", "preprocessing"} - exported.metadata.keys():
         raise ValueError(f"{path} was exported without its {min(missing)}: export it again with metadata=...")
+    Preprocessing.from_metadata(exported.metadata)
     return exported, exported.metadata
 
 

@@ -31,10 +31,7 @@ class ExportedModel:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         session = start_session(self.path)
-        text = session.get_modelmeta().custom_metadata_map.get(METADATA)
-        if text is None:
-            raise ValueError(f"{path} was not exported by gaternet: make one with gaternet export")
-        self.metadata: dict[str, Any] = json.loads(text)
+        self.metadata = _read_metadata(session, path)
         self._session = session
 
     def __repr__(self) -> str:
@@ -81,6 +78,22 @@ class ExportedModel:
         return self.metadata["form"] == "skipping"
 
 
+def _read_metadata(session: Any, path: str | Path) -> dict[str, Any]:
+    """What `export_onnx` put into the file; ValueError if that is not what is there."""
+    text = session.get_modelmeta().custom_metadata_map.get(METADATA)
+    if text is None:
+        raise ValueError(f"{path} was not exported by gaternet: make one with gaternet export")
+    try:
+        metadata = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} has damaged metadata ({error}): export it again") from error
+    if not isinstance(metadata, dict) or not {"form", "input", "num_gates"} <= metadata.keys():
+        raise ValueError(f"{path} has metadata that gaternet does not write: export it again")
+    if "classes" in metadata and len(metadata["classes"]) != session.get_outputs()[0].shape[1]:
+        raise ValueError(f"{path} does not name as many classes as it has logits: export it again")
+    return metadata
+
+
 def start_session(model: Path | bytes) -> Any:
     """An `onnxruntime.InferenceSession` on the CPU, of a file or of a serialized model.
 
@@ -97,7 +110,7 @@ def start_session(model: Path | bytes) -> Any:
         raise FileNotFoundError(f"there is no file {model}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong is raised, and need not be printed besides
     source = str(model) if isinstance(model, Path) else model
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

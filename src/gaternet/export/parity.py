@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from gaternet.method import Gater, GaterNet
 
 TOLERANCE = 1e-4  # of logits, relative to the largest where that is above 1; and of gates' distance to the threshold
 DRAWN = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # densities of the gates that are drawn at random
+FAULT = "nothing was written; this is a fault of the exporter, please report the network"
 
 Run = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # images -> logits (B, K), and a GaterNet's gates (B, C)
 RunGated = Callable[[Tensor, Tensor], Tensor]  # images and gates -> logits
@@ -75,17 +77,11 @@ def compare(
         run_gated: the file behind its gater, on images and given gates (B, C); None for a plain network.
 
     Raises:
-        ExportError: they differ.
+        ExportError: they differ; the message says in what, `Source.compare` adds what to do.
+        ValueError: the model gives logits that are no finite numbers.
     """
     inputs = to_input(images)
-    try:
-        logits, gates = run(images)
-    except Exception as error:  # runtimes have errors of their own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExportError(
-            f"the exported model does not run on images {tuple(images.shape)} ({reason}): nothing was written; this is "
-            "a fault of the exporter, please report the network"
-        ) from error
+    logits, gates = _run(run, images)
     if not isinstance(model, GaterNet):
         return Parity(len(images), 0, 0, 0, _difference(logits, model(inputs), "of the images"))
     assert gates is not None
@@ -93,19 +89,27 @@ def compare(
     wanted, borderline = _gates_of(model, inputs)
     different = (gates != wanted) & ~borderline
     if different.any():
-        raise ExportError(
-            f"the exported gates differ from the model's, {int(different.sum())} of {different.numel()}: nothing was "
-            "written; this is a fault of the exporter, please report the network"
-        )
+        raise ExportError(f"the exported gates differ from the model's, {int(different.sum())} of {different.numel()}")
     errors = [_difference(logits, model.forward_gated(inputs, gates), "of the images")]
     generator = torch.Generator().manual_seed(0)
     for density in DRAWN:
         drawn = (torch.rand(1, model.num_gates, generator=generator) < density).float()
         image = images[:1]
         expected = model.forward_gated(inputs[:1], drawn)
-        errors.append(_difference(run_gated(image, drawn), expected, f"under gates drawn with density {density:g}"))
+        errors.append(
+            _difference(_run(run_gated, image, drawn), expected, f"under gates drawn with density {density:g}")
+        )
     patterns = len(wanted.unique(dim=0))
     return Parity(len(images), patterns, len(DRAWN), int(borderline.sum()), max(errors))
+
+
+def _run(run: Callable[..., Any], images: Tensor, *gates: Tensor) -> Any:
+    """What the file gives."""
+    try:
+        return run(images, *gates)
+    except Exception as error:  # runtimes have errors of their own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ExportError(f"the exported model does not run on images {tuple(images.shape)} ({reason})") from error
 
 
 def _gates_of(model: GaterNet, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,11 +124,14 @@ def _difference(found: Tensor, wanted: Tensor, where: str) -> float:
     """The largest, relative to the largest logit where that is above 1."""
     if found.shape != wanted.shape:
         raise ExportError(f"the exported model gives {tuple(found.shape)} instead of {tuple(wanted.shape)}")
+    if not wanted.isfinite().all():
+        raise ValueError(
+            f"the model's own logits {where} are not all finite numbers: train it anew, or check the images"
+        )
     scale = max(1.0, float(wanted.abs().max()))
     error = float((found - wanted).abs().max()) / scale
     if not error <= TOLERANCE:  # nor is it if it is NaN
         raise ExportError(
-            f"the exported model's logits {where} differ from the model's by {error:.1e}, more than {TOLERANCE:g}: "
-            "nothing was written; this is a fault of the exporter, please report the network"
+            f"the exported model's logits {where} differ from the model's by {error:.1e}, more than {TOLERANCE:g}"
         )
     return error

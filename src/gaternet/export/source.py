@@ -1,13 +1,14 @@
 """What is exported: a model with its preprocessing, as exporters trace it."""
 
 import copy
+import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from gaternet.data import Preprocessing
 from gaternet.export.gathered import OpenFilters
-from gaternet.export.parity import ExportError, Parity, Run, RunGated, compare, make_images
+from gaternet.export.parity import FAULT, ExportError, Parity, Run, RunGated, compare, make_images
 from gaternet.method import GaterNet
 
 Form = Literal["masked", "skipping"]
@@ -44,26 +45,49 @@ class Source:
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         self.gated = isinstance(model, GaterNet)
+        if form not in get_args(Form):
+            raise ValueError(f"there is no form {form!r}: choose {' or '.join(get_args(Form))}")
+        inside = [name or "it" for name, module in model.named_modules() if isinstance(module, GaterNet)]
+        if inside and not self.gated:  # as a plain network, its gates would be compared with nothing
+            raise ValueError(f"the GaterNet is {inside[0]} in a {type(model).__name__}: export that module itself")
         if form == "skipping" and (dynamic_size or not self.gated):
             raise ValueError("the skipping form is for a GaterNet and images of one size: export the masked form")
         if example_input.ndim != 4 or not len(example_input):
             raise ValueError(f"example_input must be images (B, channels, H, W), but is {tuple(example_input.shape)}")
+        if not (example_input.is_floating_point() or example_input.dtype == torch.uint8):
+            raise ValueError(f"example_input must be float, or pixels, uint8, but is {example_input.dtype}: convert it")
         self.form, self.dynamic_size = form, dynamic_size
         self.model: Any = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
         self.example = example_input[:1].detach().cpu()
         own: Any = getattr(model, "metadata", None)
-        self._metadata: Mapping[str, Any] = metadata if metadata is not None else own or {}
+        self._metadata = _plain(metadata if metadata is not None else own or {})
         self.preprocessing = None
         if self.example.dtype != torch.uint8:
             self.example = self.example.float()
-        elif "preprocessing" in self._metadata:
-            self.preprocessing = Preprocessing.from_metadata(self._metadata)
-        else:
+        elif "preprocessing" not in self._metadata:
             raise ValueError("pixels need metadata with their preprocessing: pass it, or images that are normalised")
+        else:
+            made = self.preprocessing = Preprocessing.from_metadata(self._metadata)
+            wanted = (made.channels, *((made.height, made.width) if not dynamic_size else self.example.shape[2:]))
+            if self.example.shape[1:] != wanted:
+                raise ValueError(
+                    f"the preprocessing makes images {wanted}, but the example's are {tuple(self.example.shape[1:])}: "
+                    "pass an example of that size, or the metadata of those images"
+                )
 
     def network(self, gates: bool) -> nn.Module:
-        """What is traced: from images to logits, and to the gates with `gates`."""
+        """What is traced: from images to logits, and to the gates with `gates`.
+
+        Raises:
+            ValueError: it gives something else, or not as many logits as there are classes.
+        """
         model, preprocessing = self.model, self.preprocessing
+        logits = model(self.inputs(self.example))
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            raise ValueError(f"it gives a {type(logits).__name__} that is not logits (B, K)")
+        if len(self._metadata.get("classes", logits[0])) != logits.shape[1]:
+            classes = len(self._metadata["classes"])
+            raise ValueError(f"it gives {logits.shape[1]} logits, but the metadata names {classes} classes")
         backbone = OpenFilters(model, self.inputs(self.example)) if self.form == "skipping" else None
         return _Exportable(model, preprocessing, backbone, gates and self.gated).eval()
 
@@ -98,6 +122,7 @@ class Source:
         """Images to compare on: those given, or some made of noise."""
         if images is None:
             return make_images(self.example, _HELD_OUT)
+        images = images.float() if images.is_floating_point() else images
         if images.dtype != self.example.dtype or images.shape[1:] != self.example.shape[1:] or not len(images):
             raise ValueError(
                 f"held_out must be images like the example, (B, {', '.join(map(str, self.example.shape[1:]))}) of "
@@ -107,10 +132,15 @@ class Source:
 
     def compare(self, images: Tensor, run: Run, run_gated: RunGated | None) -> Parity:
         """Compare a file with the model, on images of another size too where it takes them; see `parity.compare`."""
-        parity = compare(self.model, self.inputs, images, run, run_gated)
-        if self.dynamic_size:
-            larger = [side + min(32, side & -side) for side in images.shape[2:]]
-            compare(self.model, self.inputs, F.interpolate(images, larger), run, run_gated)
+        mend = FAULT
+        try:
+            parity = compare(self.model, self.inputs, images, run, run_gated)
+            if self.dynamic_size:
+                mend = "leave dynamic_size out"
+                larger = [side + min(32, side & -side) for side in images.shape[2:]]
+                compare(self.model, self.inputs, F.interpolate(images, larger), run, run_gated)
+        except ExportError as error:
+            raise ExportError(f"{error}: {mend}") from error
         return parity
 
     @contextmanager
@@ -123,8 +153,11 @@ class Source:
                 warnings.simplefilter("ignore")  # of what they work around
                 yield
         except Exception as error:
-            lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
-            reason = lines[0] if lines else type(error).__name__
+            cause: BaseException = error
+            while cause.__cause__ is not None:  # exporters wrap what names the operation in what does not
+                cause = cause.__cause__
+            lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+            reason = lines[0] if lines else type(cause).__name__
             mend = "leave dynamic_size out" if self.dynamic_size else "mend what that names"
             mend += ", or export the masked form" if self.form == "skipping" else ""
             name = type(self.model.backbone if self.gated else self.model).__name__
@@ -133,6 +166,14 @@ class Source:
             ) from error
         finally:
             logging.disable(before)
+
+
+def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy, as the file will give it back."""
+    try:
+        return json.loads(json.dumps(dict(metadata)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metadata must be plain data that JSON can hold ({error}): make lists of it") from error
 
 
 class _Exportable(nn.Module):

@@ -61,7 +61,22 @@ def export_onnx(
         raise ExportError(
             f"the model has {size / 2**30:.1f} GiB of weights, and an ONNX file holds less than 2: export it to .pt2"
         )
-    onnx = import_onnx()
+    import_onnx()
+    found: list[Parity] = []
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(_trace(source, gates))
+        try:
+            found.append(_compare(source, temporary, images))
+        except NotRunnableError as error:
+            raise ExportError(f"the exported model is no valid one: nothing was written ({error})") from error
+
+    write_atomically(Path(path), write)
+    return found[0]
+
+
+def _trace(source: Source, gates: bool) -> bytes:
+    """The serialized model."""
     with source.tracing():
         program = torch.onnx.export(
             source.network(gates=True),
@@ -73,22 +88,12 @@ def export_onnx(
             output_names=["logits", "gates"] if source.gated else ["logits"],
             dynamic_shapes=source.dynamic_shapes,
         )
-    assert program is not None
-    proto: Any = program.model_proto
+        assert program is not None
+        proto: Any = program.model_proto
     if source.gated and not gates:  # they stay inside, by this name, for the comparison
         del proto.graph.output[1]
-    onnx.helper.set_model_props(proto, {METADATA: json.dumps(source.metadata())})
-    found: list[Parity] = []
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(proto.SerializeToString())
-        try:
-            found.append(_compare(source, temporary, images))
-        except NotRunnableError as error:
-            raise ExportError(f"the exported model is no valid one: nothing was written ({error})") from error
-
-    write_atomically(Path(path), write)
-    return found[0]
+    import_onnx().helper.set_model_props(proto, {METADATA: json.dumps(source.metadata())})
+    return proto.SerializeToString()
 
 
 def import_onnx() -> Any:

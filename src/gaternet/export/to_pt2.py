@@ -12,7 +12,7 @@ from torch.fx import Interpreter, Node
 
 from gaternet.checkpoint import write_atomically
 from gaternet.export.exported import METADATA
-from gaternet.export.parity import Parity
+from gaternet.export.parity import FAULT, ExportError, Parity
 from gaternet.export.source import Source
 
 
@@ -37,14 +37,13 @@ def export_pt2(
     if gates and not source.gated:
         raise ValueError(f"a {type(model).__name__} has no gates to give out: leave gates out")
     images = source.held_out(held_out)
-    with source.tracing():
-        network, shapes = source.network(gates), source.dynamic_shapes
-        program = torch.export.export(network, (source.batch,), dynamic_shapes=shapes, strict=False)
     found: list[Parity] = []
 
     def write(temporary: Path) -> None:
         buffer = io.BytesIO()
         with source.tracing():
+            network, shapes = source.network(gates), source.dynamic_shapes
+            program = torch.export.export(network, (source.batch,), dynamic_shapes=shapes, strict=False)
             torch.export.save(program, buffer, extra_files={f"{METADATA}.json": json.dumps(source.metadata())})
         temporary.write_bytes(buffer.getvalue())
         found.append(_compare(source, temporary, images))
@@ -59,7 +58,9 @@ def _compare(source: Source, path: Path, images: Tensor) -> Parity:
         module: Any = torch.export.load(io.BytesIO(path.read_bytes())).module()
     if not source.gated:
         return source.compare(images, lambda batch: (module(batch), None), None)
-    exit_ = next(node for node in module.graph.nodes if _leaves_gater(node))
+    exit_ = next((node for node in module.graph.nodes if _leaves_gater(node)), None)
+    if exit_ is None:  # gates that are a constant of the program
+        raise ExportError(f"the exported program's backbone takes nothing from its gater: {FAULT}")
 
     def run(batch: Tensor) -> tuple[Tensor, Tensor]:
         watched = _Watched(module, exit_)
