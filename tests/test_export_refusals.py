@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gaternet
-from gaternet.export import ExportedModel, ExportError, export_onnx, export_pt2
+from gaternet.export import ExportedModel, ExportError, export_onnx, export_pt2, quantize_onnx
 from gaternet.export.exported import METADATA as KEY
 from gaternet.export.exported import start_session
 from gaternet.export.source import Source
@@ -207,3 +207,12 @@ def test_a_model_that_was_saved_without_its_preprocessing_predicts_nothing(tmp_p
         load(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no file"):
         load(tmp_path / "none.onnx")
+
+
+def test_eight_bits_that_change_the_gates_are_not_left_behind(tmp_path, monkeypatch):
+    export_onnx(gated(residual()), PIXELS, tmp_path / "model.onnx", metadata=METADATA)
+    monkeypatch.setattr("gaternet.export.int8._gater_nodes", lambda proto: [])
+    pixels = torch.randint(0, 256, (200, 3, 8, 8), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    with pytest.raises(ExportError, match="gates are not what they were before quantisation"):
+        quantize_onnx(tmp_path / "model.onnx", tmp_path / "int8.onnx", [pixels])
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gaternet.checkpoint import write_atomically
 from gaternet.export.exported import METADATA, ExportedModel, start_session
+from gaternet.export.parity import FAULT, ExportError
 from gaternet.export.to_onnx import import_onnx, load_with_gates, run_session
 
 
@@ -48,6 +49,7 @@ def quantize_onnx(
         gater: whether to quantise the gater, too. Left in float32, its gates are what they were.
 
     Raises:
+        ExportError: the new file does not run, or the gates changed although the gater was left as it is.
         ValueError: the file is of the skipping form, or there are no images, or ONNX Runtime is not installed.
         OSError: a file cannot be read or written.
     """
@@ -96,10 +98,28 @@ def quantize_onnx(
         _unround(proto, exact)
         kept = source.metadata | {"int8": "all" if gater or not source.metadata["num_gates"] else "backbone"}
         onnx.helper.set_model_props(proto, {METADATA: json.dumps(kept)})
+        domains = {node.domain for node in proto.graph.node}
+        for unused in [opset for opset in proto.opset_import if opset.domain not in domains]:
+            proto.opset_import.remove(unused)  # the quantiser names all that ONNX Runtime has
         temporary.write_bytes(proto.SerializeToString())
+        _check(temporary, Path(path), batches[0], 0 if gater else source.metadata["num_gates"])
 
     write_atomically(Path(out), write)
     return ExportedModel(out)
+
+
+def _check(path: Path, original: Path, images: Tensor, exact: int) -> None:
+    """Run a new file before it is kept; its gates, if there are `exact` ones, must be the original's."""
+    try:
+        new, old = (start_session(load_with_gates(file, exact).SerializeToString()) for file in (path, original))
+        run_session(new, "logits", images=images)
+    except Exception as error:  # ONNX Runtime's share no base but this one
+        raise ExportError(f"the model does not run in 8 bits: nothing was written ({error})") from error
+    if not exact:
+        return
+    gates = [run_session(session, "gates", images=images) for session in (new, old)]
+    if flips := int((gates[0] != gates[1]).sum()):
+        raise ExportError(f"{flips} gates are not what they were before quantisation: {FAULT}")
 
 
 def compare_int8(path: str | Path, int8_path: str | Path, batches: Iterable[tuple[Tensor, Tensor]]) -> Int8Effect:
