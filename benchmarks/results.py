@@ -118,12 +118,14 @@ def silent_points(ledger: list[dict[str, Any]]) -> str:
     data, out = open_points.DATA, Path("runs")
     rows, planned = [], [("", recipe) for recipe in open_points.networks(data)]
     planned += [(question, r) for question, rs in open_points.variants(data, out).items() for r in rs]
+    named = [(question, r.name, shlex.join(train_flags(changed_options(r)))) for question, r in planned]
+    keys = {(name, flags) for _, name, flags in named}
+    named += [("several at once", name, flags) for name, flags in groups if (name, flags) not in keys]
     asked = ""
-    for question, recipe in planned:
-        flags = shlex.join(train_flags(changed_options(recipe)))
-        lines = groups.get((recipe.name, flags))
+    for question, name, flags in named:
+        lines = groups.get((name, flags))
         cells = figures(lines) if lines else ["", "", "not measured", "", "", "", ""]
-        rows.append([question if question != asked else "", f"`{flags or recipe.name}`", *cells])
+        rows.append([question if question != asked else "", f"`{flags or name}`", *cells])
         asked = question
     base = RECIPES[open_points.GATED]
     text = f"`python benchmarks/open_points.py`, ResNet-8 on CIFAR-10 at {base.image_size} pixels, {base.epochs} epochs"

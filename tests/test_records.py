@@ -47,6 +47,7 @@ def test_seeds_share_a_row_and_options_have_their_own():
     ledger = [_line("cifar10_resnet20_gated", seed, error) for seed, error in enumerate((7.0, 8.0))]
     ledger += [_line("cifar10_resnet20_gated", 0, 30.0, epochs=2), _line(open_points.GATED, 0, 20.0)]
     ledger += [_line(open_points.GATED, 0, 21.0, bottleneck=4)]
+    ledger += [_line(open_points.GATED, 0, 22.0, bottleneck=4, noise_std=0.5)]
     (row,) = [row for row in results.paper_rows(ledger).splitlines() if "`cifar10_resnet20_gated`" in row]
     assert "| 7.50 ± 0.71 (n = 2) | +0.62 |" in row  # 6.88 in the paper
     (other,) = results.other_runs(ledger).splitlines()[2:]
@@ -57,6 +58,7 @@ def test_seeds_share_a_row_and_options_have_their_own():
     found = results.silent_points(ledger)
     assert "| width b | `--bottleneck 4` | 0.08M | 3.0M | 21.00 (n = 1) |" in found
     assert "|  | `--bottleneck 32` |  |  | not measured |" in found
+    assert "| several at once | `--bottleneck 4 --noise-std 0.5` | 0.08M | 3.0M | 22.00 (n = 1) |" in found
 
 
 def test_each_open_point_is_a_recipe_of_its_own():
