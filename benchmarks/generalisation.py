@@ -92,7 +92,7 @@ def main() -> None:
         }
         line["command"] = f"python benchmarks/generalisation.py --data {Path(args.data).name} RUN..."
         results[line["recipe"], json.dumps(line["options"]), line["seed"]] = line
-    RESULT.write_text(json.dumps([results[key] for key in sorted(results)], indent=2) + "\n")
+        RESULT.write_text(json.dumps([results[key] for key in sorted(results)], indent=2) + "\n")
 
 
 if __name__ == "__main__":
