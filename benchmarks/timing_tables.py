@@ -100,7 +100,8 @@ def exported() -> str:
             made.append([*cells, f"{row['over_plain']:.2f}", f"{row['bytes'] / 1e6:.1f}"])
         return made
 
-    text = f"`{found['command']}`, {machine_of(found)}, all in ONNX Runtime, gater included, medians of "
+    text = f"`{found['command']}` at commit {found['commit']}, whose recipes are meant, {machine_of(found)}, "
+    text += "all in ONNX Runtime, gater included, medians of "
     text += f"{found['rounds']} turns; x plain: over the backbone's file without gates. [export.md](export.md) has "
     text += "which networks can be exported.\n\n### ResNet-50 at 224 pixels, gates at all sites, a fresh gater\n\n"
     text += table(titles, rows(found["resnet50"]))

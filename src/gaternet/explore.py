@@ -38,7 +38,7 @@ _BUTTONS = [
     "autoscale",
     "resetscale",
     "toimage",
-]  # of Plotly, over the gates on phones
+]  # Plotly's, over the gates on phones
 
 Pixels = UInt8[NDArray[np.uint8], "chans h w"]
 Gates = Bool[NDArray[np.bool_], " gates"]
@@ -332,7 +332,7 @@ def _check_address(host: str, port: int | None) -> None:
         with socket.socket(family, kind, protocol) as tried:
             tried.setsockopt(
                 socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # else a port that was just closed counts as taken
+            )  # or a port that was just closed counts as taken
             tried.bind(address)
     except OSError as error:
         where = host if port is None else f"{host}:{port}"
