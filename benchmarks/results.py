@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import open_points
+from open_points import DATA, EACH_OPTION, GAP, STUDIES, Study
 from tables import DOCS, error_of, machines_of, read_finetuned, table
 from timing_tables import exported, reports, skipping, speed
 
@@ -97,7 +97,7 @@ def figures(lines: list[dict[str, Any]]) -> list[str]:
 
 def other_runs(ledger: list[dict[str, Any]]) -> str:
     """Runs of our own recipes, and of any with options changed."""
-    groups = by_options([line for line in ledger if not line["as_published"] and not is_open_point(line)])
+    groups = by_options([line for line in ledger if not line["as_published"] and study_of(line) is None])
     rows = [
         [f"`{' '.join(filter(None, ['gaternet train', recipe, flags]))}`", *figures(lines), machines_of(lines)]
         for (recipe, flags), lines in sorted(groups.items())
@@ -105,19 +105,24 @@ def other_runs(ledger: list[dict[str, Any]]) -> str:
     return table(["command", *TITLES, "machine"], rows) if rows else "None.\n"
 
 
-def is_open_point(line: dict[str, Any]) -> bool:
-    """Whether a run is one of benchmarks/open_points.py."""
-    return line["recipe"] in (open_points.PLAIN, open_points.WIDER, open_points.GATED)
+def study_of(line: dict[str, Any]) -> Study | None:
+    """The study of benchmarks/open_points.py that a run belongs to."""
+    found = [
+        study
+        for study in STUDIES.values()
+        if line["recipe"] in study.names and study.common.items() <= line["options"].items()
+    ]
+    return found[0] if found else None
 
 
-def silent_points(ledger: list[dict[str, Any]]) -> str:
+def silent_points(ledger: list[dict[str, Any]], study: Study) -> str:
     """One question after the other, each with the network that has no option changed above."""
-    groups = by_options(list(filter(is_open_point, ledger)))
-    if (open_points.GATED, "") not in groups:
+    groups = by_options([line for line in ledger if study_of(line) is study])
+    networks = study.networks(DATA)
+    if not any(name == networks[-1].name for name, _ in groups):
         return "Not measured.\n"
-    data, out = open_points.DATA, Path("runs")
-    rows, planned = [], [("", recipe) for recipe in open_points.networks(data)]
-    planned += [(question, r) for question, rs in open_points.variants(data, out).items() for r in rs]
+    rows, planned = [], [("", recipe) for recipe in networks]
+    planned += [(question, r) for question, rs in study.variants_of(DATA, Path("runs")).items() for r in rs]
     named = [(question, r.name, shlex.join(train_flags(changed_options(r)))) for question, r in planned]
     keys = {(name, flags) for _, name, flags in named}
     named += [("several at once", name, flags) for name, flags in groups if (name, flags) not in keys]
@@ -125,13 +130,13 @@ def silent_points(ledger: list[dict[str, Any]]) -> str:
     for question, name, flags in named:
         lines = groups.get((name, flags))
         cells = figures(lines) if lines else ["", "", "not measured", "", "", "", ""]
-        rows.append([question if question != asked else "", f"`{flags or name}`", *cells])
+        rows.append([question if question != asked else "", f"`{' '.join([name, flags]).strip()}`", *cells])
         asked = question
-    base = RECIPES[open_points.GATED]
-    text = f"`python benchmarks/open_points.py`, ResNet-8 on CIFAR-10 at {base.image_size} pixels, {base.epochs} epochs"
-    text += f" ({machines_of(groups[open_points.GATED, ''])}). One option at a time is changed in "
-    text += f"`{open_points.GATED}`; its defaults are the paper's where that is known.\n\n"
-    return text + table(["question", "recipe, or its change", *TITLES], rows)
+    text = (
+        f"`python benchmarks/open_points.py --network {study.backbone}`, CIFAR-10 at {networks[0].image_size} pixels, "
+    )
+    text += f"{networks[0].epochs} epochs ({machines_of([line for lines in groups.values() for line in lines])}).\n\n"
+    return text + table(["question", "recipe", *TITLES], rows)
 
 
 def finetuned() -> str:
@@ -212,7 +217,10 @@ def page() -> str:
         "dependent if it is open for some of them and closed for others. The short recipes are 8 epochs: they "
         "compare networks with each other, and are no evidence for or against the paper's figures.\n\n"
         f"{other_runs(ledger)}\n"
-        f"## What the paper leaves open\n\n{silent_points(ledger)}\n"
+        "## What the paper leaves open\n\n"
+        "Short trainings, one option at a time; the gated recipes' defaults are the paper's where that is known.\n\n"
+        f"### ResNet-8: what each option does\n\n{silent_points(ledger, EACH_OPTION)}\n"
+        f"### ResNet-20: what closes the distance to the plain network\n\n{silent_points(ledger, GAP)}\n"
         "## Networks trained by others\n\n"
         'Y. Idelbayev\'s CIFAR-10 ResNets, gated by `gaternet.gate(..., sites="all", open=True)`, then fine-tuned to '
         "half of their filters, a few epochs on a CPU. MACs are means over the test images, relative to the plain "

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import export_families
-import open_points
+import pytest
 import results
+from open_points import DATA, EACH_OPTION, GAP, STUDIES
 
 from gaternet.ledger import changed_options, train_flags
 
@@ -18,7 +19,7 @@ def test_a_row_without_a_run_is_not_measured():
     rows = results.paper_rows([]).splitlines()[2:]
     assert len(rows) == 48
     assert all(row.endswith("| not measured |  |") for row in rows)
-    assert results.silent_points([]) == "Not measured.\n"
+    assert all(results.silent_points([], study) == "Not measured.\n" for study in STUDIES.values())
     aims = results.past_the_paper([]).splitlines()[2:]
     assert len(aims) == len(results.AIMS)
     assert all(row.endswith("| not measured |  |") for row in aims)
@@ -45,9 +46,7 @@ def _line(recipe: str, seed: int, error: float, **options: object) -> dict[str, 
 
 def test_seeds_share_a_row_and_options_have_their_own():
     ledger = [_line("cifar10_resnet20_gated", seed, error) for seed, error in enumerate((7.0, 8.0))]
-    ledger += [_line("cifar10_resnet20_gated", 0, 30.0, epochs=2), _line(open_points.GATED, 0, 20.0)]
-    ledger += [_line(open_points.GATED, 0, 21.0, bottleneck=4)]
-    ledger += [_line(open_points.GATED, 0, 22.0, bottleneck=4, noise_std=0.5)]
+    ledger += [_line("cifar10_resnet20_gated", 0, 30.0, epochs=2), _line(EACH_OPTION.names[-1], 0, 20.0)]
     (row,) = [row for row in results.paper_rows(ledger).splitlines() if "`cifar10_resnet20_gated`" in row]
     assert "| 7.50 ± 0.71 (n = 2) | +0.62 |" in row  # 6.88 in the paper
     (other,) = results.other_runs(ledger).splitlines()[2:]
@@ -55,14 +54,27 @@ def test_seeds_share_a_row_and_options_have_their_own():
     assert other == f"| `gaternet train cifar10_resnet20_gated --epochs 2` | {cells} |"
     ledger += [_line("cifar10_resnet20_half", 0, 7.5), _line("cifar10_resnet20_half", 0, 30.0, epochs=2)]
     assert "| 7.50 (n = 1) | 1.00 |" in results.past_the_paper(ledger)  # 2M + 1M of 3M MACs
-    found = results.silent_points(ledger)
-    assert "| width b | `--bottleneck 4` | 0.08M | 3.0M | 21.00 (n = 1) |" in found
-    assert "|  | `--bottleneck 32` |  |  | not measured |" in found
-    assert "| several at once | `--bottleneck 4 --noise-std 0.5` | 0.08M | 3.0M | 22.00 (n = 1) |" in found
 
 
-def test_each_open_point_is_a_recipe_of_its_own():
-    variants = open_points.variants(open_points.DATA, Path("runs"))
+def test_a_study_lists_all_that_it_asks_and_nothing_of_the_other():
+    gated = EACH_OPTION.names[-1]
+    ledger = [_line(gated, 0, 20.0), _line(gated, 0, 21.0, bottleneck=4)]
+    ledger += [_line(gated, 0, 22.0, bottleneck=4, noise_std=0.5)]
+    short = GAP.names[-1]
+    ledger += [_line(short, 0, 23.0), _line(short, 0, 24.0, image_size=16, noise_std=0.0)]
+    found = results.silent_points(ledger, EACH_OPTION)
+    assert f"| width b | `{gated} --bottleneck 4` | 0.08M | 3.0M | 21.00 (n = 1) |" in found
+    assert f"|  | `{gated} --bottleneck 32` |  |  | not measured |" in found
+    assert f"| several at once | `{gated} --bottleneck 4 --noise-std 0.5` | 0.08M | 3.0M | 22.00 (n = 1) |" in found
+    found = results.silent_points(ledger, GAP)
+    assert f"| noise | `{short} --image-size 16 --noise-std 0.0` | 0.08M | 3.0M | 24.00 (n = 1) |" in found
+    assert f"`{short}`" not in found  # at full size it is no part of the study
+    assert f"`gaternet train {short}`" in results.other_runs(ledger)
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+def test_each_open_point_is_a_recipe_of_its_own(study):
+    variants = study.variants_of(DATA, Path("runs"))
     flags = [train_flags(changed_options(recipe)) for recipes in variants.values() for recipe in recipes]
     assert len({tuple(words) for words in flags}) == len(flags)
     assert all(flags)
