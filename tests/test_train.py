@@ -310,6 +310,9 @@ def test_training_starts_from_trained_parts(finished, tmp_path):
     assert_equal(network.gater.get_submodule("extractor"), without_classifier)
     with pytest.raises(ValueError, match="another model than the backbone"):
         build_network(small("resnet56_gated", backbone_from=str(plain)), data, seed=5)
+    assert_equal(build_network(small("resnet20", backbone_from=str(plain)), data, seed=5), classifier)
+    with pytest.raises(ValueError, match="resnet20 has no gater"):
+        build_network(small("resnet20", extractor_from=str(plain)), data, seed=5)
 
 
 def assert_equal(part: nn.Module, expected: nn.Module | dict[str, torch.Tensor]) -> None:

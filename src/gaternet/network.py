@@ -45,11 +45,14 @@ def build_network(recipe: Recipe, data: ImageData, seed: int) -> nn.Module:
             noise_std=gating.noise_std,
             hard_probability=gating.hard_probability,
         )
-    if isinstance(network, GaterNet):
-        if gating.backbone_from:
-            _start_from(network.backbone, gating.backbone_from, "backbone", len(data.classes))
-        if gating.extractor_from:
-            _start_from(network.gater.get_submodule("extractor"), gating.extractor_from, "extractor", 0)
+    gated = isinstance(network, GaterNet)
+    if gating.backbone_from:
+        backbone = network.backbone if gated else network
+        _start_from(backbone, gating.backbone_from, "backbone", len(data.classes))
+    if gating.extractor_from:
+        if not gated:
+            raise ValueError(f"{recipe.model} has no gater that could start from {gating.extractor_from}")
+        _start_from(network.gater.get_submodule("extractor"), gating.extractor_from, "extractor", 0)
     return network
 
 
