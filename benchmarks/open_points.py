@@ -91,7 +91,15 @@ GAP = Study(
     {
         "noise": [{"noise_std": 0.0}],
         "initial openness": [{"initial_bias": 2.0}],
-        "from scratch or pretrained": [{"extractor_from": TRAINED}, {"backbone_from": TRAINED}],
+        "from scratch or pretrained": [
+            {"extractor_from": TRAINED},
+            {"extractor_from": TRAINED, "anneal_noise": True},
+        ],
+        "an auxiliary classifier on E": [
+            {"auxiliary_weight": 1.0},
+            {"auxiliary_weight": 1.0, "anneal_noise": True},
+            {"auxiliary_weight": 1.0, "anneal_noise": True, "initial_bias": 1.0},
+        ],
     },
 )
 

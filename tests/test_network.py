@@ -53,6 +53,15 @@ def test_finetuning_starts_as_the_plain_network(digits, tmp_path):
     assert {site.role for site in network.sites} == {"residual", "inner", "shortcut"}  # all, not only the paper's
 
 
+def test_a_gated_backbone_starts_as_open_as_asked(digits):
+    network = build(finetune(open=False, initial_bias=1.0), digits)
+    assert isinstance(network.gater, Gater)
+    assert network.gater.fc2.bias.eq(1).all()
+    assert network.gater.fc2.weight.any()
+    with pytest.raises(ValueError, match="initial_bias must be left out where open is set"):
+        finetune(open=True, initial_bias=1.0)
+
+
 def test_finetuned_model_is_saved_and_rebuilt(tmp_path):
     train(finetune(backbone="timm:resnet10t", image_size=32), tmp_path / "run", CPU)
     model, metadata = load_model(tmp_path / "run" / "last")

@@ -24,7 +24,7 @@ def test_every_recipe_is_found_by_its_name_and_names_known_models(recipe):
     else:
         assert recipe.model in model_names()
         assert recipe.gating.extractor in model_names()
-        assert recipe.gated == recipe.name.endswith("_gated")
+        assert recipe.gated == recipe.name.endswith(("_gated", "_guided"))
     assert set(recipe.gater_options()) == (
         {"extractor", "shrink", "bottleneck", "batch_norm", "initial_bias", "noise_std", "hard_probability"}
         if recipe.gated

@@ -35,6 +35,7 @@ def test_options_are_those_that_differ_from_the_recipe():
     assert changed_options(override(GATED, changes)) == changes | {"milestones": [0.5]}
     assert changed_options(asdict(override(GATED, changes))) == changed_options(override(GATED, changes))
     assert changed_options(override(PLAIN, changes)).keys() == {"epochs", "lr", "crop", "milestones"}  # it has no gates
+    assert changed_options(override(PLAIN, {"backbone_from": "a"})) == {"backbone_from": "a"}
     cifar = RECIPES["cifar10_resnet20"]
     assert changed_options(override(cifar, {"data": "somewhere/cifar10.npz"})) == {}
     assert changed_options(override(cifar, {"data": "cifar100"})) == {"data": "cifar100"}

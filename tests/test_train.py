@@ -23,6 +23,7 @@ from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
 from gaternet.models import create_model
+from gaternet.network import WithAuxiliary
 from gaternet.recipe import Recipe, Runtime, override
 from gaternet.recipes import find_recipe
 from gaternet.run import RunDirectory, find_model
@@ -356,6 +357,42 @@ def test_a_network_learns_from_its_teacher(finished, tmp_path):
     np.savez(tmp_path / "four.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     with pytest.raises(ValueError, match=r"the teacher .* was trained on other classes"):
         train(small("resnet20", **options, data=str(tmp_path / "four.npz")), tmp_path / "bad", CPU)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_network_and_the_one_with_an_auxiliary_classifier_are_alike(training):
+    network = build_network(small(), load_data("digits"), seed=3).train(training)
+    assert isinstance(network, GaterNet)
+    images = torch.randn(6, 1, 8, 8)
+    learner = WithAuxiliary(network, 10)
+    torch.manual_seed(0)
+    expected = network(images, return_gates=True)
+    torch.manual_seed(0)
+    logits, gates, guess = learner(images, return_gates=True)
+    assert torch.equal(logits, expected[0])
+    assert torch.equal(gates, expected[1])
+    torch.testing.assert_close(guess, learner.classifier(network.gater.get_submodule("extractor")(images)))
+    with pytest.raises(ValueError, match="auxiliary_weight needs an extractor, and a Linear has none"):
+        WithAuxiliary(GaterNet(create_model("resnet20", in_chans=1), nn.Linear(1, 1), network.sites), 10)
+
+
+def test_an_auxiliary_classifier_teaches_the_extractor_and_is_not_kept(tmp_path, monkeypatch):
+    recipe = small(auxiliary_weight=1.0, gater_lr=0.05)
+    whole, cut, without = tmp_path / "whole", tmp_path / "cut", tmp_path / "without"
+    train(recipe, whole, CPU)
+    losses = [line["auxiliary_loss"] for line in records(whole, "step")]
+    assert losses[-1] < 0.8 * losses[0]
+    with monkeypatch.context() as patched:
+        send_signal_after(patched, 3, signal.SIGTERM)
+        with pytest.raises(Stopped):
+            train(recipe, cut, CPU)
+    train(recipe, cut, CPU, resume=True)
+    assert_same_weights(cut, whole)
+    train(small(gater_lr=0.05), without, CPU)
+    assert weights(whole).keys() == weights(without).keys()
+    parts = [{k: v for k, v in weights(run).items() if "extractor" in k} for run in (whole, without)]
+    assert not any(torch.equal(parts[0][k], parts[1][k]) for k in parts[0] if k.endswith("conv1.weight"))
+    assert "auxiliary_loss" not in records(without, "step")[0]
 
 
 def test_the_gates_noise_falls(tmp_path, monkeypatch):

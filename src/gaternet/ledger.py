@@ -22,11 +22,13 @@ _GATES = ("density", "entropy", "always_on", "always_off", "dependent", "site_de
 def changed_options(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
     """What a recipe has else than the one of `RECIPES` with its name, or else than the defaults: option -> value.
 
-    A plain model's gating changes nothing and is left out; so is where its data lie, if they are the same.
+    A plain model's gating changes nothing, but for where the backbone starts from, and is left out; so is where its
+    data lie, if they are the same.
     """
     named = recipe if isinstance(recipe, Mapping) else dataclasses.asdict(recipe)
     base = dataclasses.asdict(RECIPES.get(named["name"], Recipe(named["name"])))
-    ignored = set(named["gating"]) if named["model"] and not named["model"].endswith("_gated") else set()
+    plain = named["model"] and not named["model"].endswith("_gated")
+    ignored = set(named["gating"]) - {"backbone_from"} if plain else set()
     if Path(named["data"]).stem == base["data"]:
         ignored.add("data")
     if named["name"] in RECIPES:  # a model takes the place of the backbone, or the other way round

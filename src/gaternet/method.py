@@ -107,22 +107,36 @@ class Gater(nn.Module):
         self.threshold = threshold
 
     def logits(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch gates"]:
-        """The gate pre-activations g' (equations 2 and 3); cast to float32 under autocast, for noise and soft gates."""
+        """The gate pre-activations g' (equations 2 and 3)."""
+        return self.decide(self.features(images))
+
+    def features(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features"]:
+        """E(x) (equation 2)."""
         features = self.extractor(images)
         if features.ndim != 2 or features.shape[1] != self.fc1.in_features:
             raise ValueError(
                 f"the gater's extractor must return features (B, {self.fc1.in_features}), "
                 f"but returned {tuple(features.shape)}: remove its output layer and pool over the image"
             )
+        return features
+
+    def decide(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch gates"]:
+        """D (equation 3): pre-activations g'; cast to float32 under autocast, for noise and soft gates."""
         logits = self.fc2(F.relu(self.norm(self.fc1(features))))
-        return logits.float() if torch.is_autocast_enabled(images.device.type) else logits
+        return logits.float() if torch.is_autocast_enabled(features.device.type) else logits
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "batch gates"]:
         """Gates in [0, 1] when training; exactly 0 or 1, and deterministic, in evaluation."""
+        return self.sample(self.logits(images), generator)
+
+    def sample(
+        self, logits: Float[Tensor, "batch gates"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "batch gates"]:
+        """Gates of pre-activations: `improved_semhash` with this gater's settings."""
         return improved_semhash(
-            self.logits(images),
+            logits,
             training=self.training,
             noise_std=self.noise_std,
             hard_probability=self.hard_probability,

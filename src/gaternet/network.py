@@ -15,7 +15,7 @@ from gaternet.cost import CostModel
 from gaternet.data import ImageData, Preprocessing
 from gaternet.gating import gate
 from gaternet.graph import read_graph
-from gaternet.method import GaterNet
+from gaternet.method import Gater, GaterNet
 from gaternet.models import create_model
 from gaternet.recipe import Gating, Recipe
 from gaternet.run import find_model
@@ -45,6 +45,8 @@ def build_network(recipe: Recipe, data: ImageData, seed: int) -> nn.Module:
             noise_std=gating.noise_std,
             hard_probability=gating.hard_probability,
         )
+        if isinstance(network.gater, Gater) and not gating.open:
+            nn.init.constant_(network.gater.fc2.bias, gating.initial_bias)
     gated = isinstance(network, GaterNet)
     if gating.backbone_from:
         backbone = network.backbone if gated else network
@@ -54,6 +56,33 @@ def build_network(recipe: Recipe, data: ImageData, seed: int) -> nn.Module:
             raise ValueError(f"{recipe.model} has no gater that could start from {gating.extractor_from}")
         _start_from(network.gater.get_submodule("extractor"), gating.extractor_from, "extractor", 0)
     return network
+
+
+class WithAuxiliary(nn.Module):
+    """A GaterNet and, while it trains, a classifier on its extractor's features (Szegedy et al., 2015, section 5).
+
+    At first the gates teach the extractor little, and gates that know nothing of the image teach the backbone to do
+    without them. With a loss of its own the extractor learns as fast as a plain network.
+
+    Raises:
+        ValueError: the network's gater has no extractor.
+    """
+
+    def __init__(self, network: GaterNet, num_classes: int) -> None:
+        super().__init__()
+        if not isinstance(network.gater, Gater):
+            raise ValueError(f"auxiliary_weight needs an extractor, and a {type(network.gater).__name__} has none")
+        self.network = network
+        self.classifier = nn.Linear(network.gater.fc1.in_features, num_classes)
+
+    def forward(self, images: Tensor, return_gates: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """The network's logits (B, K); with `return_gates` also its gates (B, C) and the classifier's logits (B, K)."""
+        gater = self.network.gater
+        assert isinstance(gater, Gater)
+        features = gater.features(images)
+        gates = gater.sample(gater.decide(features))
+        logits = self.network.forward_gated(images, gates)
+        return (logits, gates, self.classifier(features)) if return_gates else logits
 
 
 def load_teacher(recipe: Recipe, data: ImageData, accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:
@@ -97,13 +126,15 @@ def set_training_mode(network: nn.Module, recipe: Recipe) -> None:
         part.requires_grad_(False).eval()
 
 
-def make_optimizer(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> torch.optim.Optimizer:
-    """SGD on all parameters; each group's "scale" is its learning rate's factor."""
+def make_optimizer(model: nn.Module, recipe: Recipe, accelerator: Accelerator) -> torch.optim.Optimizer:
+    """SGD on all parameters of a network or of its `WithAuxiliary`; a group's "scale" multiplies its learning rate."""
     options, gater_lr = recipe.optimizer, recipe.gating.gater_lr
-    groups: list[dict[str, Any]] = [{"params": list(network.parameters()), "scale": 1.0}]
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "scale": 1.0}]
+    network = model.network if isinstance(model, WithAuxiliary) else model
     if isinstance(network, GaterNet) and gater_lr is not None:
-        parts = ((network.backbone, 1.0), (network.gater, gater_lr / options.lr))
-        groups = [{"params": list(part.parameters()), "scale": scale} for part, scale in parts]
+        backbone = list(network.backbone.parameters())
+        others = [p for p in model.parameters() if all(p is not own for own in backbone)]
+        groups = [{"params": backbone, "scale": 1.0}, {"params": others, "scale": gater_lr / options.lr}]
     return torch.optim.SGD(
         groups,
         options.lr,

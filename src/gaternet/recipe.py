@@ -77,6 +77,7 @@ class Gating:
     penalty: Literal["gates", "sites", "each", "macs"] = option(
         "gates", "density of: gates, all alike; sites or each gate, every one by itself; macs, the backbone's MACs"
     )
+    auxiliary_weight: float = option(0.0, "weight of the loss of a classifier on E's features, which only training has")
     freeze: Literal["none", "backbone", "gater"] = option("none", "part that does not learn: none, backbone, gater")
     gater_lr: float | None = option(None, "peak learning rate of the gater; default: the backbone's")
     backbone_from: str | None = option(None, "run, saved model or state_dict file that the backbone starts from")
@@ -87,6 +88,7 @@ class Gating:
         _check(self, "bottleneck", self.bottleneck >= 1, "at least 1")
         _check(self, "noise_std", self.noise_std >= 0, "at least 0")
         _check(self, "hard_probability", 0 <= self.hard_probability <= 1, "in [0, 1]")
+        _check(self, "initial_bias", not (self.open and self.initial_bias), "left out where open is set")
         _check(self, "sparsity", self.sparsity >= 0, "at least 0")
         target = self.target_density
         _check(self, "target_density", target is None or 0 <= target <= 1, "in [0, 1]")
@@ -94,6 +96,7 @@ class Gating:
         _check(self, "density_weight", self.density_weight >= 0, "at least 0")
         _check(self, "sparsity_start", self.sparsity_start >= 0, "at least 0")
         _check(self, "sparsity_ramp", self.sparsity_ramp >= 0, "at least 0")
+        _check(self, "auxiliary_weight", self.auxiliary_weight >= 0, "at least 0")
         _check(self, "group_size", self.group_size >= 1, "at least 1")
         _check(self, "sites", self.sites in ("residual", "all"), "residual or all")
         _check(self, "penalty", self.penalty in ("gates", "sites", "each", "macs"), "gates, sites, each or macs")

@@ -28,6 +28,7 @@ from gaternet.loader import make_batches
 from gaternet.machine import collect_signals, make_accelerator, seed_step, should_stop, tensorboard
 from gaternet.method import Gater, GaterNet, gate_sparsity
 from gaternet.network import (
+    WithAuxiliary,
     build_network,
     load_teacher,
     make_density,
@@ -97,9 +98,14 @@ def train(
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     decay = recipe.optimizer.ema_decay
     ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+    learner, auxiliary = network, None
+    if isinstance(network, GaterNet) and recipe.gating.auxiliary_weight:
+        learner = WithAuxiliary(network, len(data.classes)).to(accelerator.device)
+        auxiliary = learner.classifier
     if runtime.compile:
-        network.compile()
-    model, optimizer = accelerator.prepare(network, make_optimizer(network, recipe, accelerator))
+        for module in {network, learner}:  # one is evaluated, the other learns
+            module.compile()
+    model, optimizer = accelerator.prepare(learner, make_optimizer(learner, recipe, accelerator))
     to_input = ToInput(data.preprocessing, runtime.channels_last)
     gater = density_of = None
     if isinstance(network, GaterNet):
@@ -109,7 +115,7 @@ def train(
     train_batches = make_batches(data.train, recipe.batch_size, runtime, accelerator, seed)
     test_batches = make_batches(data.test, EVALUATION_BATCH, runtime, accelerator)
     steps_per_epoch = len(train_batches)
-    progress = Progress(network, optimizer, ema, accelerator)
+    progress = Progress(network, optimizer, ema, auxiliary, accelerator)
     run, state = _open_run(Path(run_dir), recipe, runtime, seed, resume, accelerator)  # all that may be wrong was found
     if state is not None:
         progress.load_state_dict(state)
@@ -203,17 +209,19 @@ def training_step(
 ) -> dict[str, Tensor]:
     """Forward and backward of one batch (equation 8); sums over the batch, on the device: nothing waits for them.
 
-    `density_of` is a GaterNet's `make_density`; `targets` are the logits of a teacher, where there is one.
+    `model` is a network, or a GaterNet's `WithAuxiliary` where the recipe has a weight for it. `density_of` is a
+    GaterNet's `make_density`; `targets` are the logits of a teacher, where there is one.
     """
-    gated = density_of is not None
-    logits, gates = model(inputs, return_gates=True) if gated else (model(inputs), inputs.new_zeros(0))
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.optimizer.label_smoothing)
+    smoothing = recipe.optimizer.label_smoothing
+    logits, *others = (model(inputs),) if density_of is None else model(inputs, return_gates=True)
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
     if targets is not None:
         share = recipe.distillation.teacher_weight
         learned = distillation_loss(logits, targets, recipe.distillation.temperature)
         loss = (1 - share) * loss + share * learned
     sums = {"loss": loss.detach() * len(labels), "correct": (logits.argmax(1) == labels).sum()}
-    if gated:
+    if density_of is not None:
+        gates = others[0]
         density = density_of(gates)  # (S,)
         if accelerator.num_processes > 1:  # the value of the whole batch, with the gradient of this process' part
             mean = accelerator.reduce(density.detach(), "mean")
@@ -222,6 +230,10 @@ def training_step(
         penalty = gate_penalty(density, recipe.gating, epochs_done)
         sums |= {"density": gate_sparsity(gates.detach()) * len(labels), "penalty": penalty.detach() * len(labels)}
         loss = loss + penalty
+        if recipe.gating.auxiliary_weight:
+            auxiliary = F.cross_entropy(others[1].float(), labels, label_smoothing=smoothing)
+            sums["auxiliary_loss"] = auxiliary.detach() * len(labels)
+            loss = loss + recipe.gating.auxiliary_weight * auxiliary
     accelerator.backward(loss)
     return sums | {"images": torch.full_like(loss, len(labels)).detach()}
 
@@ -236,13 +248,16 @@ class Progress:
     """
 
     def __init__(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, ema: AveragedModel | None, accelerator: Accelerator
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ema: AveragedModel | None,
+        auxiliary: nn.Module | None,
+        accelerator: Accelerator,
     ) -> None:
-        self.parts: dict[str, Any] = {"network": network, "optimizer": optimizer}
-        if ema is not None:
-            self.parts["ema"] = ema
-        if accelerator.scaler is not None:
-            self.parts["scaler"] = accelerator.scaler
+        parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "ema": ema, "auxiliary": auxiliary}
+        parts["scaler"] = accelerator.scaler
+        self.parts = {name: part for name, part in parts.items() if part is not None}
         self.epoch = self.step = 0
         self.best = -1.0
         self.seconds = 0.0
