@@ -115,7 +115,7 @@ def train(
     train_batches = make_batches(data.train, recipe.batch_size, runtime, accelerator, seed)
     test_batches = make_batches(data.test, EVALUATION_BATCH, runtime, accelerator)
     steps_per_epoch = len(train_batches)
-    progress = Progress(network, optimizer, ema, auxiliary, accelerator)
+    progress = Progress(network, optimizer, ema, accelerator, auxiliary)
     run, state = _open_run(Path(run_dir), recipe, runtime, seed, resume, accelerator)  # all that may be wrong was found
     if state is not None:
         progress.load_state_dict(state)
@@ -252,8 +252,8 @@ class Progress:
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
         ema: AveragedModel | None,
-        auxiliary: nn.Module | None,
         accelerator: Accelerator,
+        auxiliary: nn.Module | None = None,
     ) -> None:
         parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "ema": ema, "auxiliary": auxiliary}
         parts["scaler"] = accelerator.scaler
