@@ -125,7 +125,7 @@ def silent_points(ledger: list[dict[str, Any]], study: Study) -> str:
     planned += [(question, r) for question, rs in study.variants_of(DATA, Path("runs")).items() for r in rs]
     named = [(question, r.name, shlex.join(train_flags(changed_options(r)))) for question, r in planned]
     keys = {(name, flags) for _, name, flags in named}
-    named += [("several at once", name, flags) for name, flags in groups if (name, flags) not in keys]
+    named += [("others", name, flags) for name, flags in groups if (name, flags) not in keys]
     asked = ""
     for question, name, flags in named:
         lines = groups.get((name, flags))

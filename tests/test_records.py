@@ -65,7 +65,7 @@ def test_a_study_lists_all_that_it_asks_and_nothing_of_the_other():
     found = results.silent_points(ledger, EACH_OPTION)
     assert f"| width b | `{gated} --bottleneck 4` | 0.08M | 3.0M | 21.00 (n = 1) |" in found
     assert f"|  | `{gated} --bottleneck 32` |  |  | not measured |" in found
-    assert f"| several at once | `{gated} --bottleneck 4 --noise-std 0.5` | 0.08M | 3.0M | 22.00 (n = 1) |" in found
+    assert f"| others | `{gated} --bottleneck 4 --noise-std 0.5` | 0.08M | 3.0M | 22.00 (n = 1) |" in found
     found = results.silent_points(ledger, GAP)
     assert f"| noise | `{short} --image-size 16 --noise-std 0.0` | 0.08M | 3.0M | 24.00 (n = 1) |" in found
     assert f"`{short}`" not in found  # at full size it is no part of the study
