@@ -107,12 +107,10 @@ def other_runs(ledger: list[dict[str, Any]]) -> str:
 
 def study_of(line: dict[str, Any]) -> Study | None:
     """The study of benchmarks/open_points.py that a run belongs to."""
-    found = [
-        study
-        for study in STUDIES.values()
-        if line["recipe"] in study.names and study.common.items() <= line["options"].items()
-    ]
-    return found[0] if found else None
+    for study in STUDIES.values():
+        if line["recipe"] in study.names and study.common.items() <= line["options"].items():
+            return study
+    return None
 
 
 def silent_points(ledger: list[dict[str, Any]], study: Study) -> str:

@@ -70,6 +70,12 @@ def test_open_begins_as_the_plain_backbone_for_any_image(batch_norm):
         assert torch.equal(logits, plain(images))
 
 
+def test_gates_start_as_open_as_asked():
+    assert gater_of(gate(custom(), IMAGES, initial_bias=1.5)).fc2.bias.eq(1.5).all()
+    with pytest.raises(ValueError, match="leave it out where open is set"):
+        gate(custom(), IMAGES, open=True, initial_bias=1.5)
+
+
 def test_open_gates_are_open_in_training_too():
     model = gate(custom().train(), IMAGES, open=True, hard_probability=1.0)
     plain = copy.deepcopy(model).ungate()

@@ -30,15 +30,7 @@ from gaternet.run import find_model
 
 MAX_BYTES, MAX_PIXELS = 10 * 2**20, 40_000_000  # of an image that is uploaded
 _BATCH = 250
-_BUTTONS = [
-    "zoom",
-    "pan",
-    "zoomin",
-    "zoomout",
-    "autoscale",
-    "resetscale",
-    "toimage",
-]  # Plotly's, over the gates on phones
+_BUTTONS = ["zoom", "pan", "zoomin", "zoomout", "autoscale", "resetscale", "toimage"]  # Plotly's, over gates on phones
 
 Pixels = UInt8[NDArray[np.uint8], "chans h w"]
 Gates = Bool[NDArray[np.bool_], " gates"]
@@ -330,9 +322,8 @@ def _check_address(host: str, port: int | None) -> None:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as tried:
-            tried.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # or a port that was just closed counts as taken
+            # Or a port that was just closed would count as taken
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tried.bind(address)
     except OSError as error:
         where = host if port is None else f"{host}:{port}"

@@ -27,6 +27,7 @@ def gate(
     bottleneck: int | None = None,
     open: bool = False,  # noqa: A002 (the word for it)
     batch_norm: bool = True,
+    initial_bias: float = 0.0,
     noise_std: float = 1.0,
     hard_probability: float = 0.5,
 ) -> GaterNet:
@@ -46,15 +47,18 @@ def gate(
         bottleneck: width of the middle of the gater's D. Default: the paper's, 8 for images up to 64 pixels, else 256.
         open: start with every gate open, so that the model begins as the plain backbone. Default: the paper's start,
             with about half of the gates open.
-        batch_norm, noise_std, hard_probability: see `Gater`.
+        batch_norm, initial_bias, noise_std, hard_probability: see `Gater`.
 
     Returns:
         The GaterNet, on the backbone's device and in its mode. `save_pretrained` knows how to rebuild backbones from
         timm and from `create_model`; others are given to `from_pretrained`.
 
     Raises:
-        ValueError: no filter can be gated, the network cannot be exported, or the extractor gives no features (B, h).
+        ValueError: no filter can be gated, the network cannot be exported, or the extractor gives no features (B, h);
+            or there is an initial bias although `open` has its own.
     """
+    if open and initial_bias:
+        raise ValueError("initial_bias says how open the gates start: leave it out where open is set")
     refuse_gated(backbone)
     found = find_sites(backbone, example_input, sites, group_size)
     num_gates = max(site.stop for site in found)
@@ -80,7 +84,7 @@ def gate(
         num_gates,
         bottleneck=bottleneck,
         batch_norm=batch_norm,
-        initial_bias=OPEN_BIAS if open else 0.0,
+        initial_bias=OPEN_BIAS if open else initial_bias,
         noise_std=noise_std,
         hard_probability=hard_probability,
     ).to(example_input.device, example_input.dtype)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -42,11 +42,10 @@ def build_network(recipe: Recipe, data: ImageData, seed: int) -> nn.Module:
             bottleneck=gating.bottleneck,
             open=gating.open,
             batch_norm=gating.batch_norm,
+            initial_bias=gating.initial_bias,
             noise_std=gating.noise_std,
             hard_probability=gating.hard_probability,
         )
-        if isinstance(network.gater, Gater) and not gating.open:
-            nn.init.constant_(network.gater.fc2.bias, gating.initial_bias)
     gated = isinstance(network, GaterNet)
     if gating.backbone_from:
         backbone = network.backbone if gated else network
@@ -75,14 +74,13 @@ class WithAuxiliary(nn.Module):
         self.network = network
         self.classifier = nn.Linear(network.gater.fc1.in_features, num_classes)
 
-    def forward(self, images: Tensor, return_gates: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """The network's logits (B, K); with `return_gates` also its gates (B, C) and the classifier's logits (B, K)."""
+    def forward(self, images: Tensor, return_gates: Literal[True]) -> tuple[Tensor, Tensor, Tensor]:
+        """The network's logits (B, K) and gates (B, C), and the classifier's logits (B, K)."""
         gater = self.network.gater
         assert isinstance(gater, Gater)
         features = gater.features(images)
         gates = gater.sample(gater.decide(features))
-        logits = self.network.forward_gated(images, gates)
-        return (logits, gates, self.classifier(features)) if return_gates else logits
+        return self.network.forward_gated(images, gates), gates, self.classifier(features)
 
 
 def load_teacher(recipe: Recipe, data: ImageData, accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:
@@ -126,15 +124,17 @@ def set_training_mode(network: nn.Module, recipe: Recipe) -> None:
         part.requires_grad_(False).eval()
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe, accelerator: Accelerator) -> torch.optim.Optimizer:
-    """SGD on all parameters of a network or of its `WithAuxiliary`; a group's "scale" multiplies its learning rate."""
+def make_optimizer(
+    network: nn.Module, recipe: Recipe, accelerator: Accelerator, auxiliary: nn.Module | None = None
+) -> torch.optim.Optimizer:
+    """SGD on all parameters; each group's "scale" is its learning rate's factor. `auxiliary` learns like the gater."""
     options, gater_lr = recipe.optimizer, recipe.gating.gater_lr
-    groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "scale": 1.0}]
-    network = model.network if isinstance(model, WithAuxiliary) else model
+    groups: list[dict[str, Any]] = [{"params": list(network.parameters()), "scale": 1.0}]
     if isinstance(network, GaterNet) and gater_lr is not None:
-        backbone = list(network.backbone.parameters())
-        others = [p for p in model.parameters() if all(p is not own for own in backbone)]
-        groups = [{"params": backbone, "scale": 1.0}, {"params": others, "scale": gater_lr / options.lr}]
+        parts = ((network.backbone, 1.0), (network.gater, gater_lr / options.lr))
+        groups = [{"params": list(part.parameters()), "scale": scale} for part, scale in parts]
+    if auxiliary is not None:
+        groups[-1]["params"] += auxiliary.parameters()
     return torch.optim.SGD(
         groups,
         options.lr,

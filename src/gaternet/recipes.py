@@ -132,7 +132,7 @@ def _short() -> list[Recipe]:
 def _half() -> list[Recipe]:
     """Past the paper: all filters gated by a small, guided gater, down to half of the dense network's MACs.
 
-    `--teacher` adds what a trained dense network knows. The targets are the backbone's; the gater takes 3 and 8 % more.
+    `--teacher` adds what a trained dense network knows. The targets are the backbone's; the gater takes 8 and 3 % more.
     """
     recipes = []
     for backbone, target in (("resnet20", 0.42), ("resnet56", 0.47)):

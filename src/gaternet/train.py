@@ -105,7 +105,7 @@ def train(
     if runtime.compile:
         for module in {network, learner}:  # one is evaluated, the other learns
             module.compile()
-    model, optimizer = accelerator.prepare(learner, make_optimizer(learner, recipe, accelerator))
+    model, optimizer = accelerator.prepare(learner, make_optimizer(network, recipe, accelerator, auxiliary))
     to_input = ToInput(data.preprocessing, runtime.channels_last)
     gater = density_of = None
     if isinstance(network, GaterNet):
