@@ -1,6 +1,7 @@
 """Sweeps and their ledger: each run in a process of its own, on the embedded digits."""
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -106,11 +107,12 @@ def test_unfinished_runs_are_refused(tmp_path):
         describe_run(tmp_path)
 
 
-def test_a_failing_run_is_reported_and_does_not_keep_the_others_from_finishing(tmp_path):
+def test_a_failing_run_is_reported_and_does_not_keep_the_others_from_finishing(tmp_path, capsys):
     good, bad = override(PLAIN, SHORT), override(PLAIN, {**SHORT, "data": str(tmp_path / "none.npz")})
     with pytest.raises(TrainingError, match=r"1 of 2 runs failed, digits_resnet20,.* with: error: no file .*none.npz"):
         sweep(make_jobs([bad, good], [0], tmp_path), tmp_path / "ledger.jsonl", CPU)
     assert len(read_ledger(tmp_path / "ledger.jsonl")) == 1
+    assert re.search(r"/seed0  failed  0/1  error: no file .*none.npz", capsys.readouterr().out)
 
 
 def test_a_sweep_that_is_stopped_goes_on(tmp_path, gaternet_command):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -133,6 +134,29 @@ def test_killed_run_resumes_from_its_last_checkpoint_to_the_same_weights(finishe
     train(small(ema_decay=0.9), run, CPU, resume=True)
     assert_same_weights(finished, run)
     assert records(finished, "step") == records(run, "step")
+
+
+def test_what_a_kill_left_half_written_is_removed_and_nothing_else(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    left = [run / ".training.pt.77.tmp", run / "last" / ".model.safetensors.77.tmp"]
+    others = [run / ".notes.txt.77.tmp", run / "training.pt.tmp"]
+    for path in (*left, *others):
+        path.write_bytes(b"half")
+    train(small(ema_decay=0.9), run, CPU, resume=True)
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in others)
+
+
+def test_a_run_of_an_earlier_version_resumes_unless_an_option_that_came_later_is_set(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    config = json.loads((run / "config.json").read_text())
+    del config["recipe"]["gating"]["auxiliary_weight"], config["recipe"]["distillation"]
+    (run / "config.json").write_text(json.dumps(config))
+    train(small(ema_decay=0.9), run, CPU, resume=True)
+    with pytest.raises(ValueError, match=r"auxiliary_weight was 0.0, now it is 0.5"):
+        train(small(ema_decay=0.9, auxiliary_weight=0.5), run, CPU, resume=True)
 
 
 def test_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_path):

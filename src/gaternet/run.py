@@ -8,12 +8,14 @@
 The checkpoint in training.pt stands for everything before it: on resuming, later lines of metrics.jsonl are dropped.
 """
 
+import dataclasses
 import json
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 
 from gaternet import checkpoint
+from gaternet.recipe import Recipe
 
 try:
     import fcntl
@@ -56,12 +59,14 @@ class RunDirectory:
         if not (self.path / CONFIG).exists():
             raise ValueError(f"{self.path} holds no run to resume: leave --resume out to start one")
         before = checkpoint.read_json(self.path / CONFIG)
-        if changed := _first_difference(before, json.loads(json.dumps(config))):
+        defaults = {"recipe": dataclasses.asdict(Recipe(""))}
+        if changed := _first_difference(before, json.loads(json.dumps(config)), json.loads(json.dumps(defaults))):
             raise ValueError(
                 f"{self.path} was started with other options ({changed}): resume with the same, or name another --out"
             )
         if main:
             self._hold()
+            self._remove_leftovers()
         state = checkpoint.load_tensors(self.path / STATE) if (self.path / STATE).exists() else None
         step = state["step"] if state else 0
         kept = [line for line in self._lines() if line["step"] <= step and state]
@@ -104,6 +109,14 @@ class RunDirectory:
             raise ValueError(f"another process is training in {self.path}: wait for it or stop it first") from error
         except OSError:  # a file system without locks
             self.close()
+
+    def _remove_leftovers(self) -> None:
+        """What a killed run was about to write."""
+        written = (CONFIG, METRICS, STATE, *(f"{model}/{checkpoint.WEIGHTS}" for model in ("last", "best")))
+        for path in map(self.path.joinpath, written):
+            for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+                with suppress(OSError):
+                    temporary.unlink()
 
     def _lines(self) -> list[dict[str, Any]]:
         path = self.path / METRICS
@@ -172,12 +185,15 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _first_difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> str | None:
-    """ "lr was 0.1, is 0.2" for the first value of `after` that differs from `before`."""
+def _first_difference(before: Mapping[str, Any], after: Mapping[str, Any], defaults: Mapping[str, Any]) -> str | None:
+    """ "lr was 0.1, now it is 0.2" for the first value of `after` that differs from `before`.
+
+    An option that `before` lacks came in a later version, and was at its default.
+    """
     for name, value in after.items():
-        old = before.get(name)
+        old = before.get(name, defaults.get(name))
         if isinstance(value, Mapping) and isinstance(old, Mapping):
-            if found := _first_difference(old, value, name):
+            if found := _first_difference(old, value, defaults.get(name) or {}):
                 return found
         elif value != old:
             return f"{name} was {old}, now it is {value}"

@@ -88,12 +88,13 @@ class Job:
         return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
     def row(self) -> list[str]:
-        """For the overview: name, state, epochs, and what the last of them gave."""
+        """For the overview: name, state, epochs, and what the last of them gave, or why it failed."""
         epochs = RunDirectory(self.path).epochs()
         done = f"{len(epochs)}/{self.recipe.epochs}"
         names = ("loss", "accuracy", "density")
         tested = {name: epochs[-1][f"test_{name}"] for name in names if f"test_{name}" in epochs[-1]} if epochs else {}
-        return [self.name, self.state, done, summary(tested) if tested else ""]
+        gave = self.last_words() if self.state == "failed" else summary(tested) if tested else ""
+        return [self.name, self.state, done, gave]
 
 
 def make_jobs(

@@ -50,6 +50,10 @@ def _train(
     """
     changes, runtime = _changes_and_runtime(options)
     changed = override(find_recipe(recipe), changes)
+    without_effect = changes.keys() & {field.name for field in dataclasses.fields(Gating)} - {"backbone_from"}
+    if without_effect and not changed.gated:
+        flag = "--" + min(without_effect).replace("_", "-")
+        raise ValueError(f"{changed.model} has no gater that {flag} could act on: leave it out, or name a gated recipe")
     from gaternet.train import train
 
     path = out or Path("runs") / recipe
