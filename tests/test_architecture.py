@@ -27,6 +27,8 @@ FLOORS = [
     "card",
     "checkpoint",
     "skipping.plan",
+    "skipping.checks",
+    "skipping.saved",
     "skipping.stacking",
     "skipping.lifetimes",
     "skipping.planner",

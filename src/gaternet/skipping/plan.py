@@ -6,18 +6,12 @@ that belong to open channels. Whatever cannot be done on compact tensors is done
 channels: that is always right, and saves nothing.
 """
 
-import dataclasses
-import json
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gaternet.channels import ALIVE
@@ -25,7 +19,6 @@ from gaternet.channels import ALIVE
 Kind = Literal["conv", "keep", "add", "scale", "cat", "aten"]
 DENSE = -1  # the pattern of a tensor that holds all its channels
 NEVER = -2  # in a pattern, of a channel that no gate opens
-FORMAT = 1
 
 
 class Ref(NamedTuple):
@@ -50,6 +43,10 @@ class Call:
     def __call__(self, values: Mapping[str, Any]) -> Any:
         """Run it on values by name."""
         return self.target(*_filled(self.args, values), **_filled(self.kwargs, values))
+
+    def to(self, device: torch.device) -> "Call":
+        """The same on another device."""
+        return replace(self, args=_moved(self.args, device), kwargs=_moved(self.kwargs, device))
 
 
 @dataclass(frozen=True)
@@ -184,67 +181,18 @@ class Plan:
         """What the weights and other constants take."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._weights if not tensor.is_meta)
 
-    def save(self, path: Path) -> None:
-        """Write the plan with its weights to a safetensors file.
-
-        Raises:
-            ValueError: it has an operation that is not one of PyTorch's own.
-        """
-        tensors = {f"constant.{name}": tensor for name, tensor in self.constants.items()}
-        tensors |= {f"pattern.{i}": tensor for i, tensor in enumerate(self.patterns)}
+    def to(self, device: torch.device) -> "Plan":
+        """The same on another device."""
         steps = []
         for step in self.steps:
-            fields = {f.name: getattr(step, f.name) for f in dataclasses.fields(step)}
             if step.conv is not None:
-                spec = {f.name: getattr(step.conv, f.name) for f in dataclasses.fields(step.conv)}
-                tensors[f"weight.{step.out}"] = spec.pop("weight")
-                if (bias := spec.pop("bias")) is not None:
-                    tensors[f"bias.{step.out}"] = bias
-                fields["conv"] = spec
+                bias = None if step.conv.bias is None else step.conv.bias.to(device)
+                step = replace(step, conv=replace(step.conv, weight=step.conv.weight.to(device), bias=bias))
             if step.call is not None:
-                fields["call"] = [_op_name(step.call.target), _plain(step.call.args), _plain(step.call.kwargs)]
-            steps.append(fields)
-        header = {name: getattr(self, name) for name in ("input", "output", "input_shape", "num_gates", "shapes")}
-        text = json.dumps({"format": FORMAT, **header, "steps": steps})
-        save_file(
-            {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, path, {"plan": text}
-        )
-
-    @classmethod
-    def load(cls, path: Path) -> "Plan":
-        """Read a plan that `save` wrote.
-
-        Raises:
-            ValueError: the file is no plan, or of another format.
-        """
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                text = (file.metadata() or {}).get("plan")
-            tensors = load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is not a plan: {error}") from error
-        data = json.loads(text) if text else {}
-        if data.pop("format", None) != FORMAT:
-            raise ValueError(f"{path} is not a plan of this version: make it anew with gaternet.skip(...).save")
-        steps = []
-        for fields in data.pop("steps"):
-            if fields["conv"] is not None:
-                spec: dict[str, Any] = {
-                    key: tuple(v) if isinstance(v, list) else v for key, v in fields["conv"].items()
-                }
-                weight, bias = tensors[f"weight.{fields['out']}"], tensors.get(f"bias.{fields['out']}")
-                fields["conv"] = ConvSpec(weight=weight, bias=bias, **spec)
-            if fields["call"] is not None:
-                name, args, kwargs = fields["call"]
-                fields["call"] = Call(_op(name), _filled_in(args), _filled_in(kwargs))
-            steps.append(Step(**fields))
-        count = sum(name.startswith("pattern.") for name in tensors)
-        patterns = [tensors[f"pattern.{i}"] for i in range(count)]
-        prefix = "constant."
-        constants = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        data["input_shape"] = tuple(data["input_shape"])
-        data["shapes"] = {name: tuple(size) for name, size in data["shapes"].items()}
-        return cls(**data, steps=steps, patterns=patterns, constants=constants)
+                step = replace(step, call=step.call.to(device))
+            steps.append(step)
+        constants = {name: tensor.to(device) for name, tensor in self.constants.items()}
+        return replace(self, steps=steps, constants=constants)
 
 
 def is_dense(pattern: Tensor) -> bool:
@@ -270,59 +218,11 @@ def _filled(args: Any, values: Mapping[str, Any]) -> Any:
     return args
 
 
-_PLAIN = (torch.dtype, torch.memory_format, torch.layout)
-
-
-def _plain(args: Any) -> Any:
-    """Arguments as JSON holds them."""
+def _moved(args: Any, device: torch.device) -> Any:
     if isinstance(args, Ref):
-        return {"ref": args.name}
+        return args
     if isinstance(args, list | tuple):
-        return [_plain(arg) for arg in args]
+        return [_moved(arg, device) for arg in args]
     if isinstance(args, dict):
-        return {"dict": {name: _plain(arg) for name, arg in args.items()}}
-    if isinstance(args, _PLAIN):
-        return {"torch": str(args).removeprefix("torch.")}
-    if isinstance(args, torch.device):
-        return {"device": str(args)}
-    if args is None or isinstance(args, bool | int | float | str):
-        return args
-    raise ValueError(f"a plan with {args!r} in it cannot be saved")
-
-
-def _filled_in(args: Any) -> Any:
-    """What `_plain` took apart."""
-    if isinstance(args, list):
-        return [_filled_in(arg) for arg in args]
-    if not isinstance(args, dict):
-        return args
-    ((kind, value),) = args.items()
-    if kind == "dict":
-        return {name: _filled_in(arg) for name, arg in value.items()}
-    if kind == "ref":
-        return Ref(value)
-    if kind == "device":
-        return torch.device(value)
-    found = getattr(torch, value, None)
-    if not isinstance(found, _PLAIN):
-        raise ValueError(f"a plan must not name torch.{value}")
-    return found
-
-
-def _op_name(target: Any) -> str:
-    if target is operator.getitem:
-        return "getitem"
-    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
-        return str(target).removeprefix("aten.")
-    raise ValueError(f"a plan with the operation {target} cannot be saved")
-
-
-def _op(name: str) -> Any:
-    """An operation by the name that `_op_name` gave it; nothing but PyTorch's own, for files come from anywhere."""
-    if name == "getitem":
-        return operator.getitem
-    packet, _, overload = name.partition(".")
-    found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
-    if not isinstance(found, torch._ops.OpOverload):
-        raise ValueError(f"a plan names the operation {name!r}, which this PyTorch does not have")
-    return found
+        return {name: _moved(arg, device) for name, arg in args.items()}
+    return device if isinstance(args, torch.device) else args

@@ -100,8 +100,8 @@ class _Planner:
         self._absorb_relu(end, step)
         options: list[Any] = [*conv.node.args[3:6]]
         stride, padding, dilation = (tuple(option) for option in [*options, *[(1, 1), (0, 0), (1, 1)][len(options) :]])
-        name, bias = conv.name or conv.node.name, None if bias is None else bias.detach()
-        step.conv = ConvSpec(name, weight.detach(), bias, stride, padding, dilation, conv.groups)
+        name, bias = conv.name or conv.node.name, None if bias is None else bias.detach().clone()
+        step.conv = ConvSpec(name, weight.detach().clone(), bias, stride, padding, dilation, conv.groups)
         self._append(step, conv.node)
         return None
 
@@ -224,9 +224,9 @@ class _Planner:
         return map_arg(args, ref)
 
     def _used_constants(self) -> dict[str, Tensor]:
-        """Those constants that steps refer to."""
+        """Those constants that steps refer to, copied: the network may go on learning."""
         names = {name for step in self.steps if step.call is not None for name in step.call.reads}
-        found = {node.name: value for node, value in self.constants.items() if node.name in names}
+        found = {node.name: value.detach().clone() for node, value in self.constants.items() if node.name in names}
         return found | self._made
 
 

@@ -1,5 +1,6 @@
 """`skip`: a GaterNet becomes a module with the same outputs that computes its open filters only."""
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,6 +17,7 @@ from gaternet.skipping.native import NativeProgram
 from gaternet.skipping.plan import Plan
 from gaternet.skipping.planner import make_plan
 from gaternet.skipping.program import Program
+from gaternet.skipping.saved import load_plan, save_plan
 from gaternet.skipping.specialise import Specialised, choose_kept
 
 Engine = Literal["auto", "slice", "specialise", "mask"]
@@ -41,9 +43,8 @@ class Skipper(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """Logits (B, K), those of the model up to rounding."""
-        gates = self.gates(images)
-        return self.program(images, gates) if len(images) else self.forward_gated(images, gates)
+        """Logits (B, K), those of the model up to rounding; ValueError where a gater of yours gives soft gates."""
+        return self.forward_gated(images, self.gates(images))
 
     @torch.no_grad()
     def gates(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch gates"]:
@@ -91,13 +92,18 @@ class Skipper(nn.Module):
             what = "the engine mask runs the model itself" if self.engine == "mask" else "its gater cannot be exported"
             raise ValueError(f"this Skipper cannot be saved, for {what}: save the model with save_pretrained")
         with staged(Path(directory)) as staging:
-            gater.whole_plan().save(staging / "gater.safetensors")
-            backbone.whole_plan().save(staging / "backbone.safetensors")
+            save_plan(gater.whole_plan(), staging / "gater.safetensors")
+            save_plan(backbone.whole_plan(), staging / "backbone.safetensors")
             write_json(staging / "config.json", config)
 
     @classmethod
-    def load(cls, directory: str | Path, kernels: KernelName = "auto") -> "Skipper":
+    def load(cls, directory: str | Path, kernels: KernelName = "auto", device: str | torch.device = "cpu") -> "Skipper":
         """The Skipper that `save` wrote; neither the model nor its code is needed, and nothing is planned anew.
+
+        Args:
+            directory: where it is.
+            kernels: see `make_program`.
+            device: where it is to run, "cuda" say.
 
         Raises:
             OSError: there are no such files.
@@ -105,7 +111,9 @@ class Skipper(nn.Module):
         """
         root = Path(directory)
         config = read_json(root / "config.json")
-        gater, plan = (Plan.load(root / f"{name}.safetensors") for name in ("gater", "backbone"))
+        gater, plan = (load_plan(root / f"{name}.safetensors", device) for name in ("gater", "backbone"))
+        if gater.shapes.get(gater.output) != (plan.num_gates,) or gater.input_shape != plan.input_shape:
+            raise ValueError(f"{root} holds a gater for another backbone: save both anew with skip(...).save")
         if "kept" in config:
             kept = [torch.isin(torch.arange(plan.num_gates), torch.tensor(gates)) for gates in config["kept"]]
             backbone = Specialised(plan, kept, kernels)
@@ -141,7 +149,7 @@ def skip(
     """A module with the model's outputs that computes its open filters only.
 
     Args:
-        model: a GaterNet; it is put in evaluation mode. Its weights are copied: after a change, call `skip` again.
+        model: a GaterNet; it is put in evaluation mode. The Skipper has a copy: after a change, call `skip` again.
         example_input: images (B, channels, H, W) of the size, and for "auto" such and as many, as it is to run with.
         engine: "slice" gathers the open rows and columns of the weights, image by image; "specialise" makes smaller
             dense networks for the gates in `calibration`, and slices where none of them fits; "mask" is the model
@@ -152,25 +160,32 @@ def skip(
         kernels: what "slice" and "specialise" compute with, see `make_program`.
 
     Raises:
-        ValueError: the backbone cannot be exported, or "specialise" has no calibration.
+        ValueError: the backbone cannot be exported, or "specialise" has no calibration or one of another shape.
     """
     if engine not in get_args(Engine):
         raise ValueError(f"there is no engine {engine!r}: choose of {', '.join(get_args(Engine))}")
     if engine == "specialise" and calibration is None:
         raise ValueError("specialise needs gates to fit: pass calibration=model.gates(images) of many images")
+    if calibration is not None and (calibration.shape[1:] != (model.num_gates,) or not len(calibration)):
+        raise ValueError(
+            f"calibration must be gates (images, {model.num_gates}) of at least one image, but is "
+            f"{tuple(calibration.shape)}: pass model.gates(images)"
+        )
+    if subnetworks < 1:
+        raise ValueError(f"subnetworks must be at least 1, not {subnetworks}")
     model.eval()
     plan = make_plan(read_graph(model.backbone, example_input[:1]), model.sites)
-    mask: Backbone = model.forward_gated
     if engine == "mask":
-        return Skipper(plan, model.gates, mask, engine)
+        own = copy.deepcopy(model)
+        return Skipper(plan, own.gates, own.forward_gated, engine)
     try:
         gater: Callable[[Tensor], Tensor] = make_program(make_plan(read_graph(model.gater, example_input[:1])), kernels)
     except ValueError:  # it runs as it is
-        gater = model.gates
+        gater = copy.deepcopy(model.gater)
     if engine == "slice":
         program = make_program(plan, kernels)
         return Skipper(program.plan, gater, program, engine)
-    engines: dict[str, Backbone] = {"mask": mask}
+    engines: dict[str, Backbone] = {"mask": model.forward_gated}
     if calibration is not None:
         specialised = Specialised(plan, choose_kept(calibration, subnetworks), kernels)
         if engine == "specialise":
@@ -181,6 +196,8 @@ def skip(
     with torch.no_grad():
         timings = time_engines(engines, example_input, gater(example_input))
     best = min(timings, key=timings.__getitem__)
+    if best == "mask":
+        engines["mask"] = copy.deepcopy(model).forward_gated
     skipper = Skipper(getattr(engines["slice"], "plan", plan), gater, engines[best], best)
     skipper.timings = timings
     return skipper

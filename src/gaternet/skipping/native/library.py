@@ -9,8 +9,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from gaternet.checkpoint import write_atomically
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("program.cpp", "convolution.h")]
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w"]
@@ -96,27 +99,28 @@ def load_library() -> Any:
         raise NativeUnavailableError("native code needs a C++ compiler: install g++ or clang++, or set CXX")
     key = [*(source.read_text() for source in _SOURCES), compiler, *_FLAGS, _processor()]
     name = f"native-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:16]}.so"
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gaternet"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        path = root / name
-        if not path.exists():
-            _compile(compiler, path)
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gaternet" / name
+    with suppress(OSError):  # not compiled yet, or no home that code runs from
         return _declared(ctypes.CDLL(str(path)))
-    except OSError:  # no home, or one that cannot be written or run from
-        path = Path(tempfile.mkdtemp(prefix="gaternet-")) / name
-        _compile(compiler, path)
-        return _declared(ctypes.CDLL(str(path)))
+    with tempfile.TemporaryDirectory(prefix="gaternet-") as folder:
+        built = Path(folder) / name
+        _compile(compiler, built)
+        with suppress(OSError):
+            write_atomically(path, lambda temporary: shutil.copy(built, temporary))
+            return _declared(ctypes.CDLL(str(path)))
+        try:
+            return _declared(ctypes.CDLL(str(built)))
+        except OSError as error:
+            raise NativeUnavailableError(
+                f"native code cannot be run from {path.parent} or {folder}: {error}"
+            ) from error
 
 
 def _compile(compiler: str, path: Path) -> None:
-    """Compile to `path`, which appears once it is whole."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    done = subprocess.run([compiler, *_FLAGS, str(_SOURCES[0]), "-o", str(partial)], capture_output=True, text=True)
+    done = subprocess.run([compiler, *_FLAGS, str(_SOURCES[0]), "-o", str(path)], capture_output=True, text=True)
     if done.returncode:
         reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
         raise NativeUnavailableError(f"{compiler} cannot compile the native code: {reason}")
-    partial.replace(path)
 
 
 def _declared(library: Any) -> Any:

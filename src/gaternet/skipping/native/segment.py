@@ -60,7 +60,9 @@ def packed_spec(plan: Plan, step: Step) -> ConvSpec | None:
     if call is None or call.target is not _aten.linear.default or len(plan.shapes.get(step.sources[0], ())) != 1:
         return None
     weight, bias = (plan.constants.get(getattr(arg, "name", "")) for arg in (*call.args, None)[1:3])
-    return None if weight is None else ConvSpec(step.out, weight[:, :, None, None], bias, (1, 1), (0, 0), (1, 1), 1)
+    if weight is None or (bias is not None and bias.shape != weight.shape[:1]):
+        return None
+    return ConvSpec(step.out, weight[:, :, None, None], bias, (1, 1), (0, 0), (1, 1), 1)
 
 
 def _subsampling(step: Step) -> tuple[int, int] | None:
@@ -150,6 +152,8 @@ class Segment:
                 continue
             if name in values:
                 tensor = values[name]
+                if tensor.shape != (images, *self.plan.shapes[name]) or tensor.dtype != torch.float32:
+                    raise RuntimeError(f"{name} is {tensor.dtype}, {tuple(tensor.shape)}, which was not planned")
                 image_like = tensor.ndim == 4
                 tensor = tensor.contiguous(memory_format=torch.channels_last if image_like else torch.contiguous_format)
             else:

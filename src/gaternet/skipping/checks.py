@@ -1,0 +1,81 @@
+"""What a plan from a file must satisfy: files come from anywhere, and compiled code trusts a plan's shapes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gaternet.channels import ALIVE
+from gaternet.skipping.plan import DENSE, Plan, Step
+
+
+def check_plan(plan: Plan) -> None:
+    """Carry the plan out on tensors without data, and compare what comes out with what it says.
+
+    Raises:
+        ValueError: a shape, a pattern or a reference is not what the operations give.
+    """
+    for pattern in plan.patterns:
+        _require(pattern.ndim == 1 and pattern.dtype == torch.int64, "patterns")
+        _require(bool(((pattern >= ALIVE) & (pattern < plan.num_gates)).all()), "patterns")
+    _require(plan.shapes.get(plan.input) == plan.input_shape, plan.input)
+    constants: dict[str, Any] = {name: _without_data(tensor) for name, tensor in plan.constants.items()}
+    values = {plan.input: torch.empty(1, *plan.input_shape, dtype=plan.dtype, device="meta")}
+    for step in plan.steps:
+        _require(step.out not in values, step.out)
+        try:
+            value = _value(plan, step, values, constants)
+        except (RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"its step {step.out} does not fit those before it ({error})") from error
+        single = isinstance(value, Tensor) and value.shape[:1] == (1,)
+        _require(plan.shapes.get(step.out) == (tuple(value.shape[1:]) if single else None), step.out)
+        _check_channels(plan, step)
+        values[step.out] = value
+    _require(plan.output in values, plan.output)
+
+
+def _value(plan: Plan, step: Step, values: dict[str, Any], constants: dict[str, Any]) -> Any:
+    sources = [values[name] for name in step.sources]
+    if step.kind == "conv":
+        conv, added = step.conv, sources[1:]
+        assert conv is not None
+        bias = conv.bias
+        _require(conv.weight.dtype == plan.dtype and (bias is None or bias.dtype == plan.dtype), step.out)
+        _require(bias is None or bias.shape == conv.weight.shape[:1], step.out)
+        _require(not step.held and step.adds == (step.sources[1] if added else None), step.out)
+        _require(min(*conv.stride, *conv.dilation) >= 1 and min(conv.padding) >= 0, step.out)
+        options = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        value = F.conv2d(sources[0], _without_data(conv.weight), None, *options)
+        _require(all(other.shape == value.shape for other in added), step.out)
+        return value
+    if step.kind in ("add", "scale"):
+        first, second = sources
+        _require(step.kind == "scale" or first.shape == second.shape, step.out)
+        _require(step.in_place in (None, 0, 1), step.out)
+        return first + second if step.kind == "add" else first * second
+    if step.kind == "cat":
+        return torch.cat(sources, 1)
+    _require(step.kind in ("keep", "aten") and step.call is not None, step.out)
+    assert step.call is not None
+    _require(step.kind == "aten" or step.pattern == plan.pattern_of[step.sources[0]], step.out)
+    return step.call.to(torch.device("meta"))({**constants, **dict(zip(step.sources, sources, strict=True))})
+
+
+def _check_channels(plan: Plan, step: Step) -> None:
+    for number in (step.pattern, step.filters):
+        if number != DENSE:
+            _require(0 <= number < len(plan.patterns), step.out)
+            _require(len(plan.patterns[number]) == (*plan.shapes.get(step.out, ()), 0)[0], step.out)
+    if step.mask is not None:
+        _require(len(step.mask) == (*plan.shapes.get(step.out, ()), 0)[0], step.out)
+        _require(all(ALIVE <= column < plan.num_gates for column in step.mask), step.out)
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    return tensor.to("meta")
+
+
+def _require(condition: bool, name: str) -> None:
+    if not condition:
+        raise ValueError(f"what it says of {name} contradicts its operations")

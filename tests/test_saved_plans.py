@@ -1,0 +1,118 @@
+"""A Skipper that was saved computes the same, and a file from anywhere does no harm."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from small_networks import IMAGES
+from test_sites import chain_of
+from test_skipping import KERNELS, THREE, gated, plan_of, random_gates
+from torch import Tensor
+
+import gaternet
+from gaternet.skipping import Skipper
+from gaternet.skipping.saved import load_plan, save_plan
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_saved_and_loaded_it_computes_the_same(name, tmp_path):
+    model = gated(chain_of(["residual with SE", "inverted residual", "dense", "shuffle", "windows"]))
+    fast, gates = gaternet.skip(model, IMAGES, "slice", kernels=name), random_gates(model, 0.5)
+    fast.save(tmp_path / "fast")
+    for other in KERNELS:
+        loaded = Skipper.load(tmp_path / "fast", kernels=other)
+        torch.testing.assert_close(loaded(IMAGES), fast(IMAGES))
+        found = loaded.forward_gated(THREE, gates)
+        assert torch.equal(found, fast.forward_gated(THREE, gates)) or other != name
+        assert str(loaded.plan) == str(fast.plan)
+
+
+def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path):
+    model = gated(chain_of(["residual"]))
+    with pytest.raises(ValueError, match="the engine mask runs the model itself"):
+        gaternet.skip(model, IMAGES, "mask").save(tmp_path)
+    gaternet.skip(model, IMAGES, "slice").save(tmp_path)
+    (tmp_path / "gater.safetensors").write_bytes(b"no plan")
+    with pytest.raises(ValueError, match=r"gater\.safetensors is not a plan"):
+        Skipper.load(tmp_path)
+    with pytest.raises(OSError, match="config"):
+        Skipper.load(tmp_path / "elsewhere")
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> Path:
+    """The plan in a file, changed by hand."""
+    with safe_open(path, "pt") as file:
+        plan = json.loads(file.metadata()["plan"])
+    tensors = load_file(path)
+    change(plan, tensors)
+    save_file(tensors, path.with_name("changed"), {"plan": json.dumps(plan)})
+    return path.with_name("changed")
+
+
+@pytest.mark.parametrize(
+    "name", ["__class__.mro", "copy_.default", "from_file.default", "_sparse_coo_tensor_unsafe.default"]
+)
+def test_a_file_cannot_call_what_does_more_than_compute(name, tmp_path):
+    save_plan(plan_of(gated(chain_of(["windows"]))), tmp_path / "plan")
+
+    def rename(plan, tensors):
+        next(step for step in plan["steps"] if step["call"])["call"][0] = name
+
+    with pytest.raises(ValueError, match="none of PyTorch's that a plan may hold"):
+        load_plan(rewritten(tmp_path / "plan", rename))
+
+
+def first(plan, kind):
+    return next(step for step in plan["steps"] if step["kind"] == kind)
+
+
+LIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
+    "larger values": lambda plan, tensors: plan["shapes"].update({first(plan, "conv")["out"]: [8, 800, 800]}),
+    "larger images": lambda plan, tensors: plan["shapes"].update({plan["input"]: [3, 800, 800]}),
+    "no such source": lambda plan, tensors: first(plan, "conv").update(sources=["nothing"]),
+    "a value twice": lambda plan, tensors: first(plan, "add").update(out=first(plan, "conv")["out"]),
+    "strides": lambda plan, tensors: first(plan, "conv")["conv"].update(stride=[3, 3]),
+    "no stride": lambda plan, tensors: first(plan, "conv")["conv"].update(stride=[0, 0]),
+    "negative padding": lambda plan, tensors: first(plan, "conv")["conv"].update(padding=[-1, -1]),
+    "no dilation": lambda plan, tensors: first(plan, "conv")["conv"].update(dilation=[0, 0]),
+    "weights held": lambda plan, tensors: first(plan, "conv").update(held=True),
+    "no such pattern": lambda plan, tensors: first(plan, "conv").update(filters=99),
+    "no such gate": lambda plan, tensors: tensors["pattern.0"].fill_(plan["num_gates"]),
+    "a short pattern": lambda plan, tensors: tensors.update({"pattern.0": tensors["pattern.0"][:1].clone()}),
+    "a mask of no gates": lambda plan, tensors: first(plan, "conv").update(mask=[9999] * 8),
+    "a short bias": lambda plan, tensors: [
+        tensors.update({k: v[:1].clone()}) for k, v in tensors.items() if "bias" in k
+    ],
+    "half a bias": lambda plan, tensors: [tensors.update({k: v.half()}) for k, v in tensors.items() if "bias" in k],
+    "no output": lambda plan, tensors: plan.update(output="nothing"),
+    "another field": lambda plan, tensors: first(plan, "conv").update(surprise=1),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_file_whose_shapes_are_not_those_of_its_operations_is_refused(lie, tmp_path):
+    save_plan(plan_of(gated(chain_of(["residual"]))), tmp_path / "plan")
+    load_plan(rewritten(tmp_path / "plan", lambda plan, tensors: None))
+    with pytest.raises(ValueError, match="is not a plan of this version"):
+        load_plan(rewritten(tmp_path / "plan", LIES[lie]))
+
+
+def test_a_gater_of_another_backbone_is_refused(tmp_path):
+    for name, parts in (("one", ["residual"]), ("other", ["residual", "dense"])):
+        gaternet.skip(gated(chain_of(parts)), IMAGES, "slice").save(tmp_path / name)
+    shutil.copy(tmp_path / "other" / "gater.safetensors", tmp_path / "one" / "gater.safetensors")
+    with pytest.raises(ValueError, match="holds a gater for another backbone"):
+        Skipper.load(tmp_path / "one")
+
+
+def test_a_plan_moves_to_another_device(tmp_path):
+    save_plan(plan_of(gated(chain_of(["residual with SE", "windows"]))), tmp_path / "plan")
+    plan = load_plan(tmp_path / "plan", device="meta")
+    assert all(tensor.is_meta for tensor in plan._weights)
+    assert all(tensor.device.type == "cpu" for tensor in plan.patterns)
