@@ -167,6 +167,19 @@ def test_files_are_augmented_as_seed_epoch_and_index_say(folder, accelerator):
     assert same(first, list(batches.epoch(0)))
 
 
+def test_a_process_of_several_goes_on_with_the_files_of_the_epoch(folder, accelerator, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    seen = []
+    for rank in range(2):
+        monkeypatch.setattr(Accelerator, "process_index", rank)
+        images = load_data(str(folder), Augmentation(), 8).train
+        whole = list(make_batches(images, 4, CPU, accelerator, seed=0).epoch(3))
+        resumed = make_batches(images, 4, CPU, accelerator, seed=0)  # as in a new process
+        assert same(whole[1:], list(resumed.epoch(3, skip=1)))
+        seen += [pixels for batch, _ in whole for pixels in batch]
+    assert len({pixels.numpy().tobytes() for pixels in seen}) == 8  # no image twice
+
+
 def test_files_to_test_on_are_fitted_and_nothing_else(folder, accelerator):
     images = load_data(str(folder), Augmentation(), 8).test
     found = torch.cat([pixels for pixels, _ in make_batches(images, 4, CPU, accelerator).epoch()])

@@ -53,10 +53,11 @@ class FileBatches:
         self, images: ImageSet, batch_size: int, runtime: Runtime, accelerator: Accelerator, seed: int | None
     ) -> None:
         self._images = images
+        self._sampler = None if seed is None else EpochSampler(len(images), seed)
         loader = DataLoader(
             images,
             max(1, batch_size // accelerator.num_processes),
-            sampler=None if seed is None else EpochSampler(len(images), seed),
+            sampler=self._sampler,
             num_workers=min(8, os.cpu_count() or 1) if runtime.workers is None else runtime.workers,
             drop_last=seed is not None,
             pin_memory=accelerator.device.type == "cuda",
@@ -71,7 +72,9 @@ class FileBatches:
         """The batches of an epoch, but for the first `skip`."""
         loader: Any = skip_first_batches(self._loader, skip) if skip else self._loader
         self._images.set_epoch(epoch)
-        loader.set_epoch(epoch)  # reaches the sampler
+        loader.set_epoch(epoch)  # would set another one itself
+        if self._sampler is not None:  # which it does not reach where it skips for one process of several
+            self._sampler.set_epoch(epoch)
         return iter(loader)
 
 
