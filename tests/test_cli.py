@@ -10,6 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from gaternet import cli
+from gaternet.cli.training import _varied
 from gaternet.data import load_data
 from gaternet.recipe import GROUPS, Augmentation, Distillation, Gating, Optimizer, Recipe, Runtime
 from gaternet.recipes import RECIPES
@@ -27,9 +28,8 @@ def run(tmp_path_factory, gaternet_command) -> Path:
         text=True,
         check=True,
     )
-    lines = done.stdout.splitlines()
-    assert lines[1].startswith("epoch 1/1  train loss ")  # plain lines where the output is no terminal
-    assert json.loads(lines[-1])["epoch"] == 1
+    assert done.stderr.splitlines()[1].startswith("epoch 1/1  train loss ")  # plain lines, for it is no terminal
+    assert json.loads(done.stdout)["epoch"] == 1
     return path
 
 
@@ -136,6 +136,14 @@ def test_an_exported_file_predicts_what_the_run_does(run, tmp_path, capsys, monk
         assert error.count("\n") == 1, error
 
 
+def test_values_to_vary_have_the_type_of_their_option():
+    assert _varied("anneal-noise=True,false") == ("anneal_noise", [True, False])
+    assert _varied("--epochs=1,20") == ("epochs", [1, 20])
+    assert _varied("noise-std=0,1e-1") == ("noise_std", [0.0, 0.1])
+    assert _varied("extractor=resnet8,auto") == ("extractor", ["resnet8", "auto"])
+    assert _varied("gater-lr=1") == ("gater_lr", [1.0])
+
+
 def test_recipes_lists_all():
     assert [item["name"] for item in json.loads(call("recipes", "--json"))] == list(RECIPES)
     assert "cifar100_resnet164_gated" in call("recipes")
@@ -161,6 +169,17 @@ def test_user_errors_are_one_sentence_and_an_exit_code(run, tmp_path, capsys, mo
             "--out",
             tmp_path / "a",
         ): "no gater that --noise-std",
+        ("train", "digits_resnet20_gated", "--sites", "all", "--out", tmp_path / "a"): "name backbone resnet20 in its",
+        ("sweep", "digits_resnet20_gated", "--vary", "open=maybe", "--out", tmp_path / "a"): "open takes true or false",
+        ("sweep", "digits_resnet20", "--vary", "epochs=1.5", "--out", tmp_path / "a"): "epochs takes a whole number",
+        (
+            "sweep",
+            "digits_resnet20",
+            "--vary",
+            "milestones=0.5",
+            "--out",
+            tmp_path / "a",
+        ): "milestones, which is a list",
         ("train", "digits_resnet20", "--precision", "fp16", "--cpu", "--out", tmp_path / "a"): "fp16",
         ("evaluate", tmp_path / "none"): "no run or saved model",
         ("evaluate", tmp_path / "damaged"): "damaged",

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gaternet.objective import distillation_loss, gate_noise, gate_penalty, learning_rate
+from gaternet.objective import distillation_loss, gate_penalty, learning_rate, noise_scale
 from gaternet.recipe import Gating, Optimizer
 from gaternet.recipes import find_recipe
 
@@ -109,8 +109,8 @@ def test_penalty_has_the_gradient_of_its_formula():
 
 
 def test_noise_stays_or_falls_linearly_to_0():
-    assert [gate_noise(Gating(noise_std=0.5), done) for done in (0.0, 0.5, 1.0)] == [0.5] * 3
-    assert [gate_noise(Gating(noise_std=0.5, anneal_noise=True), done) for done in (0.0, 0.5, 1.0)] == [0.5, 0.25, 0]
+    assert [noise_scale(Gating(), done) for done in (0.0, 0.5, 1.0)] == [1.0] * 3
+    assert [noise_scale(Gating(anneal_noise=True), done) for done in (0.0, 0.25, 1.0)] == [1.0, 0.75, 0.0]
 
 
 def test_distillation_loss_in_other_words():

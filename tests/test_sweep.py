@@ -15,7 +15,7 @@ from gaternet.ledger import add_run, changed_options, describe_run, find_line, r
 from gaternet.recipe import Recipe, Runtime, override
 from gaternet.recipes import RECIPES, find_recipe
 from gaternet.run import RunDirectory
-from gaternet.sweep import make_jobs, sweep
+from gaternet.sweep import Job, make_jobs, sweep
 from gaternet.train import Stopped, TrainingError, train
 
 CPU = Runtime(cpu=True, precision="no")
@@ -115,6 +115,27 @@ def test_a_failing_run_is_reported_and_does_not_keep_the_others_from_finishing(t
     assert re.search(r"/seed0  failed  0/1  error: no file .*none.npz", capsys.readouterr().out)
 
 
+def test_runs_share_the_gpus_that_were_given(tmp_path, monkeypatch):
+    found = []
+
+    def start(job, runtime, ledger, environment):
+        found.append(environment.get("CUDA_VISIBLE_DEVICES"))
+        job.state = "finished"
+
+    monkeypatch.setattr(Job, "start", start)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-1f")
+    sweep(make_jobs([PLAIN], [0, 1], tmp_path), tmp_path / "ledger.jsonl", at_once=2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    sweep(make_jobs([PLAIN], [0, 1], tmp_path), tmp_path / "ledger.jsonl", at_once=2)
+    assert found == ["2", "GPU-1f", "0", "1"]
+
+
+def test_the_last_words_of_an_error_in_a_frame_are_its_words(tmp_path):
+    (tmp_path / "log.txt").write_text("Usage: gaternet\n╭─ Error ───╮\n│ No such option: --x │\n╰───────────╯\n\n")
+    assert Job(PLAIN, 0, tmp_path).last_words() == "No such option: --x"
+
+
 def test_a_sweep_that_is_stopped_goes_on(tmp_path, gaternet_command):
     words = ["sweep", "digits_resnet20", "--seeds", "1", "--epochs", "8", "--out", str(tmp_path), "--cpu", "--json"]
     run = tmp_path / "digits_resnet20,epochs=8" / "seed0"
@@ -129,7 +150,7 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path, gaternet_command):
     assert "with all saved in" in (run / "log.txt").read_text()
     config = (run / "config.json").read_text()
     done = subprocess.run([*gaternet_command, *words], check=True, **pipes)
-    (line,) = json.loads(done.stdout.splitlines()[-1])
+    (line,) = json.loads(done.stdout)
     assert line == read_ledger(tmp_path / "ledger.jsonl")[0]
     assert (run / "config.json").read_text() == config  # resumed, not begun anew
 

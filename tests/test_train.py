@@ -427,8 +427,15 @@ def test_the_gates_noise_falls(tmp_path, monkeypatch):
         return training_step(model, *rest)
 
     monkeypatch.setattr(gaternet.train, "training_step", noted)
-    train(small(anneal_noise=True, noise_std=0.5), tmp_path, CPU)
+    recipe = small(anneal_noise=True, noise_std=0.5)
+    train(recipe, tmp_path / "own", CPU)
     assert found == pytest.approx([0.5 * (1 - step / 10) for step in range(10)])
+    trained, _ = load_model(tmp_path / "own" / "last")
+    assert isinstance(trained, GaterNet)
+    assert trained.gater.noise_std == 0.5  # to go on with
+    given = create_model("resnet8_gated", 10, 1, extractor="resnet8", noise_std=0.25)
+    train(recipe, tmp_path / "given", CPU, network=given)
+    assert found[10:] == pytest.approx([0.25 * (1 - step / 10) for step in range(10)])
 
 
 def test_bad_sizes_are_refused(tmp_path, monkeypatch):

@@ -25,9 +25,9 @@ def gate_penalty(density: Float[Tensor, "*densities"], gating: Gating, epoch: fl
     return ramp * gating.sparsity * density.mean()
 
 
-def gate_noise(gating: Gating, done: float) -> float:
-    """Standard deviation of the noise on the gates' logits when a share `done`, in [0, 1], of training is done."""
-    return gating.noise_std * (1 - done) if gating.anneal_noise else gating.noise_std
+def noise_scale(gating: Gating, done: float) -> float:
+    """Factor, in [0, 1], of the noise on the gates' logits when a share `done`, in [0, 1], of training is done."""
+    return 1 - done if gating.anneal_noise else 1.0
 
 
 def distillation_loss(

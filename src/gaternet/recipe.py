@@ -177,6 +177,13 @@ class Recipe:
         _check(self, "image_size", self.image_size is None or self.image_size >= 1, "at least 1")
         _check(self, "epochs", self.epochs >= 1, "at least 1")
         _check(self, "batch_size", self.batch_size >= 1, "at least 1")
+        for name in ("sites", "group_size", "open"):
+            if self.model is not None and self.gated and getattr(self.gating, name) != getattr(Gating(), name):
+                plain = self.model.removesuffix("_gated")
+                raise ValueError(
+                    f"{name} acts on a backbone, and the model {self.model} is gated as published: "
+                    f"name backbone {plain} in its place"
+                )
 
     @property
     def gated(self) -> bool:

@@ -23,6 +23,7 @@ from gaternet.recipe import Recipe, Runtime, override
 from gaternet.run import CONFIG, RunDirectory
 from gaternet.train import Stopped, TrainingError
 
+_FRAME = " │╭╮╰╯─"  # which errors in options come in
 _PATIENCE = 300  # seconds in which stopped runs must have saved what they have
 
 
@@ -85,7 +86,8 @@ class Job:
     def last_words(self) -> str:
         """The last line that the process printed."""
         lines = (self.path / "log.txt").read_text(errors="replace").splitlines()
-        return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+        words = (line.strip(_FRAME) for line in reversed(lines))
+        return next(filter(None, words), "it printed nothing")
 
     def row(self) -> list[str]:
         """For the overview: name, state, epochs, and what the last of them gave, or why it failed."""
@@ -140,7 +142,7 @@ def sweep(
     """
     runtime = runtime or Runtime()
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
-    gpus = 0 if runtime.cpu else torch.cuda.device_count()
+    gpus = [] if runtime.cpu else _visible_gpus()
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
     waiting, running = deque(jobs), dict[int, Job]()
     with _Overview(jobs) as overview, collect_signals() as received:
@@ -149,8 +151,8 @@ def sweep(
                 if slot not in running and waiting:
                     running[slot] = waiting.popleft()
                     environment = {"OMP_NUM_THREADS": threads}
-                    if gpus > 1:
-                        environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+                    if len(gpus) > 1:
+                        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
                     running[slot].start(runtime, ledger, environment)
             for job in running.values():
                 job.watch()
@@ -168,6 +170,12 @@ def sweep(
         raise TrainingError(f"{len(bad)} of {len(jobs)} runs failed, {bad[0].name} with: {bad[0].last_words()}")
     lines = [find_line(ledger, job.path) for job in jobs]
     return [line for line in lines if line is not None]
+
+
+def _visible_gpus() -> list[str]:
+    """Those that this process was given, by the names that CUDA_VISIBLE_DEVICES has for them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def _stop_all(jobs: Sequence[Job]) -> None:

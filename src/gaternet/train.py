@@ -7,8 +7,8 @@ of (seed, epoch). So no generator's state needs saving, and a run that is killed
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from gaternet.network import (
     prepared_for,
     set_training_mode,
 )
-from gaternet.objective import distillation_loss, gate_noise, gate_penalty, learning_rate
+from gaternet.objective import distillation_loss, gate_penalty, learning_rate, noise_scale
 from gaternet.progress import TrainingDisplay
 from gaternet.recipe import Recipe, Runtime
 from gaternet.run import RunDirectory
@@ -71,7 +71,8 @@ def train(
         runtime: how to use this machine.
         seed: of the weights, the order of images, the augmentation and the gates' noise.
         resume: continue the run that is there.
-        network: train this one, a GaterNet say that `gate` made, in place of the recipe's own.
+        network: train this one, a GaterNet say that `gate` made, in place of the recipe's own; its gater's settings
+            stay, and the recipe's do not act on it.
 
     Returns:
         The metrics of the last epoch, as in metrics.jsonl; accuracies and densities lie in [0, 1].
@@ -141,13 +142,12 @@ def train(
                     group["lr"] = rate * group["scale"]
                 seed_step(mix_seed(seed, progress.step, accelerator.process_index), accelerator.device)
                 epochs_done = progress.step / steps_per_epoch
-                if gater is not None:
-                    gater.noise_std = gate_noise(recipe.gating, epochs_done / recipe.epochs)
                 optimizer.zero_grad()
                 inputs, targets = to_input(images), teacher(images) if teacher else None
-                progress.add(
-                    training_step(model, inputs, labels, recipe, epochs_done, accelerator, density_of, targets)
-                )
+                with _scaled_noise(gater, noise_scale(recipe.gating, epochs_done / recipe.epochs)):
+                    progress.add(
+                        training_step(model, inputs, labels, recipe, epochs_done, accelerator, density_of, targets)
+                    )
                 optimizer.step()
                 if ema is not None:
                     ema.update_parameters(network)
@@ -236,6 +236,20 @@ def training_step(
             loss = loss + recipe.gating.auxiliary_weight * auxiliary
     accelerator.backward(loss)
     return sums | {"images": torch.full_like(loss, len(labels)).detach()}
+
+
+@contextmanager
+def _scaled_noise(gater: Gater | None, scale: float) -> Iterator[None]:
+    """The gater's noise times `scale`, for a step; what is saved is the whole."""
+    if gater is None:
+        yield
+        return
+    whole = gater.noise_std
+    gater.noise_std = whole * scale
+    try:
+        yield
+    finally:
+        gater.noise_std = whole
 
 
 class Progress:

@@ -3,8 +3,10 @@
 import dataclasses
 import inspect
 import json
+import sys
 import types
 import typing
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,11 +59,12 @@ def _train(
     from gaternet.train import train
 
     path = out or Path("runs") / recipe
-    record = train(changed, path, runtime, seed, resume)
-    if ledger is not None:
-        from gaternet.ledger import add_run
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        record = train(changed, path, runtime, seed, resume)
+        if ledger is not None:
+            from gaternet.ledger import add_run
 
-        add_run(ledger, path)
+            add_run(ledger, path)
     if as_json:
         print(json.dumps(record))
 
@@ -100,26 +103,34 @@ def _sweep(
     from gaternet.sweep import make_jobs
     from gaternet.sweep import sweep as run_sweep
 
-    lines = run_sweep(
-        make_jobs(chosen, range(seeds), out, varied), ledger or out / "ledger.jsonl", runtime, jobs, minutes
-    )
+    planned = make_jobs(chosen, range(seeds), out, varied)
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        lines = run_sweep(planned, ledger or out / "ledger.jsonl", runtime, jobs, minutes)
     if as_json:
         print(json.dumps(lines))
 
 
 def _varied(text: str) -> tuple[str, list[Any]]:
-    """ "noise-std=0,0.5" -> ("noise_std", [0, 0.5])."""
-    name, equals, values = text.partition("=")
+    """ "noise-std=0,0.5" -> ("noise_std", [0.0, 0.5])."""
+    flag, equals, values = text.partition("=")
     if not equals or not values:
         raise ValueError(f"--vary takes an option and its values, say noise-std=0,0.5, not {text!r}")
+    name = flag.removeprefix("--").replace("-", "_")
+    fields = {field.name: field for owner in _PANELS if owner is not Runtime for field in dataclasses.fields(owner)}
+    kind = _cli_type(fields[name].type) if name in fields else str
+    return name, [_parsed(flag, kind, value) for value in values.split(",")]
 
-    def parsed(value: str) -> Any:
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            return value
 
-    return name.removeprefix("--").replace("-", "_"), [parsed(value) for value in values.split(",")]
+def _parsed(flag: str, kind: Any, value: str) -> Any:
+    if kind == list[float]:
+        raise ValueError(f"--vary cannot vary {flag}, which is a list itself: train once with each")
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[value.lower()]
+        return kind(value) if kind in (int, float) else value
+    except (KeyError, ValueError) as error:
+        words = {bool: "true or false", int: "a whole number", float: "a number"}
+        raise ValueError(f"--vary {flag} takes {words[kind]}, not {value!r}") from error
 
 
 def _changes_and_runtime(options: dict[str, Any]) -> tuple[dict[str, Any], Runtime]:
