@@ -184,12 +184,20 @@ def test_without_labels_predictions_take_their_place(truth):
 
 def test_inputs_that_are_no_pixels_make_pictures_too(truth):
     inputs = PIXELS.normalize(IMAGES)
-    found = analyze(MODEL.train(), [(inputs, LABELS)], classes=list("abcdefg"), samples=5)
-    assert MODEL.training  # left as it was
-    MODEL.eval()
+    found = analyze(MODEL, [(inputs, LABELS)], classes=list("abcdefg"), samples=5)
     assert np.array_equal(found.open_counts, truth["gates"].sum(0))
     assert found.classes == tuple("abcdefg")
     assert all(p.dtype == np.uint8 and p.min() == 0 and p.max() in (254, 255) for p in found.thumbnails.values())
+
+
+def test_each_module_stays_in_its_mode(analysis):
+    model = make_model().train()
+    model.backbone.get_submodule("bn1").eval()  # frozen
+    before = [module.training for module in model.modules()]
+    analyze(model, batches(), preprocessing=PIXELS, samples=5)
+    assert [module.training for module in model.modules()] == before
+    force_gates(model, batches(), analysis, preprocessing=PIXELS, images=10, draws=1, gates=1, classes=1)
+    assert [module.training for module in model.modules()] == before
 
 
 def test_a_gater_without_logits_has_no_extremes():

@@ -260,11 +260,12 @@ def test_evaluation_equals_a_recount():
     data = load_data("digits")
     network = create_model("resnet20_gated", 10, 1)
     assert isinstance(network, GaterNet)
+    network.gater.eval()  # frozen
     accelerator = make_accelerator(CPU)
     metrics = evaluate(
         network, make_batches(data.test, 100, CPU, accelerator), ToInput(data.preprocessing), accelerator
     )
-    assert network.training  # left as it was
+    assert (network.training, network.backbone.training, network.gater.training) == (True, True, False)  # as before
     network.eval()
     pixels, labels = torch.stack([data.test[i][0] for i in range(360)]), torch.tensor(data.test.labels)
     with torch.no_grad():

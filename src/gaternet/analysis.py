@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from gaternet.cost import CostModel, count_dense_macs
 from gaternet.data import Preprocessing
-from gaternet.graph import read_graph
+from gaternet.graph import evaluation_mode, read_graph
 from gaternet.measures import mutual_information, selectivity
 from gaternet.method import Gater, GaterNet, improved_semhash
 
@@ -201,17 +201,13 @@ def analyze(
     Raises:
         ValueError: there are no images, or labels that do not go with the model or the names.
     """
-    training = model.training
-    model.eval()
     pass_ = None
-    try:
+    with evaluation_mode(model):
         for batch in loader:
             images, labels = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
             images = images[0] if isinstance(images, list | tuple) else images
             pass_ = pass_ or _Pass(model, images, labels, preprocessing, samples, extremes, seed)
             pass_.add(images, labels)
-    finally:
-        model.train(training)
     if pass_ is None or not pass_.seen:
         raise ValueError("there are no images to analyze: the loader is empty")
     return pass_.result(classes)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gaternet.channels import ALIVE, gate_columns
-from gaternet.graph import Conv, Graph, read_graph, shape
+from gaternet.graph import Conv, Graph, evaluation_mode, read_graph, shape
 from gaternet.method import GaterNet, GateSite
 
 
@@ -104,14 +104,8 @@ def count_macs(model: GaterNet, images: Float[Tensor, "batch channels height wid
 @torch.no_grad()
 def count_dense_macs(network: nn.Module, images: Tensor) -> int:
     """Multiply-accumulates of one image in a plain network, as PyTorch's FlopCounterMode counts them."""
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        with FlopCounterMode(display=False) as counter:
-            network(images[:1])
-    finally:
-        for module in training:
-            module.training = True
+    with evaluation_mode(network), FlopCounterMode(display=False) as counter:
+        network(images[:1])
     return counter.get_total_flops() // 2
 
 

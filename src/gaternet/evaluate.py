@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from gaternet.checkpoint import load_model
 from gaternet.cost import CostModel, count_dense_macs
 from gaternet.data import DataError, ImageSet, Preprocessing, load_data
-from gaternet.graph import read_graph
+from gaternet.graph import evaluation_mode, read_graph
 from gaternet.loader import Batches, make_batches
 from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
@@ -44,7 +44,7 @@ def evaluate(
     accelerator: Accelerator,
     cost: CostModel | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a network in its evaluation mode; it is left in the mode it was in.
+    """Evaluate a network in its evaluation mode; it is left as it was.
 
     Args:
         network: a GaterNet, or a plain network; not wrapped for several processes.
@@ -58,14 +58,12 @@ def evaluate(
         entropy (of each gate over the images, in bits, the mean over gates), the shares of gates that are always_on,
         always_off and dependent on the input, and site_density, one number a site; with `cost` also gated_macs.
     """
-    was_training = network.training
-    network.eval()
     num_gates = network.num_gates if isinstance(network, GaterNet) else 0
     # Loss, right, right among five, images, MACs as shares of the open backbone's: nothing waits for them
     sums = torch.zeros(5, device=accelerator.device)
     opened = torch.zeros(num_gates, device=accelerator.device)
     macs = torch.zeros(())
-    try:
+    with evaluation_mode(network):
         for images, labels in batches.epoch():
             with accelerator.autocast():
                 if isinstance(network, GaterNet):
@@ -79,8 +77,6 @@ def evaluate(
             loss = F.cross_entropy(logits, labels, reduction="sum")
             count = torch.full_like(loss, len(labels))
             sums += torch.stack([loss, ranks[:, 0].sum(), ranks.any(1).sum(), count, macs.to(loss)])
-    finally:
-        network.train(was_training)
     totals = accelerator.reduce(torch.cat([sums, opened]), "sum")
     assert isinstance(totals, Tensor)
     loss, right, right5, count, macs_share = totals[:5].tolist()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gaternet.analysis import GateAnalysis
 from gaternet.data import Preprocessing
+from gaternet.graph import evaluation_mode
 from gaternet.method import GaterNet
 
 SHARE = 0.05  # of the gates that depend on the input: so many are taken from a class
@@ -102,9 +103,7 @@ def force_gates(
     Raises:
         ValueError: the loader has no images or no labels.
     """
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         inputs, labels = _first(loader, images, preprocessing, next(model.parameters()).device)
         own, count, named = model.gates(inputs), len(analysis.classes), labels.cpu().numpy()
         counts = np.bincount(named, minlength=count)
@@ -153,8 +152,6 @@ def force_gates(
             classes=np.array(list(tops), np.int64),
             own=effect(list(tops.values()), True),
         )
-    finally:
-        model.train(training)
 
 
 def _right(model: GaterNet, inputs: Tensor, gates: Tensor, labels: Tensor) -> Tensor:

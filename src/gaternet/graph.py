@@ -9,6 +9,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -265,10 +266,8 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
     Raises:
         ValueError: the network cannot be exported, or does not take such images.
     """
-    training = [module for module in backbone.modules() if module.training]
-    backbone.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with evaluation_mode(backbone), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of caches that a network fills when it runs: the trace does not want them
             program = torch.export.export(backbone, (example_input,), strict=False)
     except Exception as error:  # tracing runs the network's own code, which may raise anything
@@ -277,10 +276,19 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
             f"{type(backbone).__name__} cannot be exported with images {tuple(example_input.shape)} ({reason}): try "
             "torch.export.export on it, and mend what that names or give images of another shape"
         ) from error
+    return Graph(backbone, program, example_input)
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; then each module is in the mode it was in, so that frozen ones stay frozen."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
     finally:
         for module in training:
             module.training = True
-    return Graph(backbone, program, example_input)
 
 
 def walk(node: Node) -> Iterator[Node]:
