@@ -340,6 +340,6 @@ def test_blocks_are_left_as_they_were():
 def test_images_to_compare_on_are_taken_from_all_of_a_set():
     """A folder's are sorted by class: the first ones would be of one class."""
     images = ImageSet(torch.zeros(10, 1, 2, 2, dtype=torch.uint8), range(10))
-    assert list(_spread(images, 4)) == [0, 2, 4, 6]
-    assert list(_spread(images, 7)) == list(range(7))
-    assert list(_spread(images, 100)) == list(range(10))
+    assert _spread(images, 4) == [0, 2, 5, 7]
+    assert _spread(images, 7) == [0, 1, 2, 4, 5, 7, 8]
+    assert _spread(images, 100) == list(range(10))

@@ -1,7 +1,7 @@
 """Exporting a run's model with what was saved beside it, compared on its own test images."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -96,20 +96,19 @@ def export_saved(
         return report | {"int8": asdict(compare_int8(exact, out, batches))}
 
 
-def _spread(images: ImageSet, count: int) -> range:
-    """Which images to take: at equal distances, for those of a folder are sorted by class."""
+def _spread(images: ImageSet, count: int) -> list[int]:
+    """Which images to take: at equal distances over all of the set, for those of a folder are sorted by class."""
     count = min(count, len(images))
-    step = len(images) // count
-    return range(0, step * count, step)
+    return [number * len(images) // count for number in range(count)]
 
 
-def _parts(indices: range) -> Iterator[range]:
+def _parts(indices: Sequence[int]) -> Iterator[Sequence[int]]:
     return (indices[start : start + _BATCH] for start in range(0, len(indices), _BATCH))
 
 
-def _stack(images: ImageSet, indices: range) -> Tensor:
+def _stack(images: ImageSet, indices: Sequence[int]) -> Tensor:
     return torch.stack([torch.as_tensor(images[i][0]) for i in indices])
 
 
-def _labels(images: ImageSet, indices: range) -> Tensor:
+def _labels(images: ImageSet, indices: Sequence[int]) -> Tensor:
     return torch.tensor([int(images.labels[i]) for i in indices])
