@@ -51,6 +51,7 @@ def test_numbers_are_those_of_the_analysis(pages):
     assert found["gates"]["information_bits"] == pytest.approx(analysis.information().tolist(), abs=1e-6)
     assert [row["class"] for row in found["classes"]] == NAMES
     assert sum(row["images"] for row in found["classes"]) == 90
+    assert [row["right"] for row in found["classes"]] == analysis.class_right.tolist()
     assert found["classes"][6]["macs"] is None  # it has no images
     dependent = [site["dependent"] * site["channels"] for site in found["sites"]]
     assert sum(dependent) == pytest.approx(analysis.dependent.sum())
@@ -60,6 +61,18 @@ def test_numbers_are_those_of_the_analysis(pages):
     assert found["gates"]["selectivity"] == pytest.approx(analysis.selectivity().tolist(), abs=1e-6)
     assert len(found["gates"]["selectivity_by_chance"]) == 336
     assert "NaN" not in (pages / "gates.json").read_text()
+
+
+def test_without_labels_nothing_is_said_to_be_right(tmp_path):
+    analysis_of(labels=None).save(tmp_path)
+    found = json.loads((tmp_path / "gates.json").read_text())
+    assert not found["summary"]["labeled"]
+    assert found["summary"]["accuracy"] is None
+    assert [row["right"] for row in found["classes"]] == [None] * 7
+    assert sum(row["images"] for row in found["classes"]) == 90
+    page = (tmp_path / "index.html").read_text()
+    assert "predicted rightly" not in page
+    assert "% right" not in page
 
 
 def test_numbers_of_forced_gates(pages):

@@ -61,7 +61,8 @@ class GateAnalysis:
         histogram: images with n open gates, for n from 0 to C, (C + 1,).
         counts: images of each class, (K,).
         class_open: images of each class that each gate is open for, (K, C).
-        class_right: images of each class that are predicted as such, (K,).
+        class_right: images of each class that are predicted as such, (K,); without labels the same as `counts`, which
+            says nothing.
         class_macs: mean MACs of the backbone over the images of each class, (K,); NaN for a class without any.
         backbone_macs, gater_macs: of one image, all gates open.
         samples: images drawn at random, without repetition.

@@ -11,7 +11,10 @@ from gaternet.report.figures import site_shares
 
 
 def numbers(analysis: GateAnalysis, forced: Forced | None = None) -> dict[str, Any]:
-    """The summary, figures of each site, gate and class, and what forcing gates did."""
+    """The summary, figures of each site, gate and class, and what forcing gates did.
+
+    Without labels, classes are predicted ones, and there is no accuracy and no number of right predictions.
+    """
     lows = np.flatnonzero(analysis.histogram)
     summary = {
         "images": analysis.images,
@@ -41,10 +44,10 @@ def numbers(analysis: GateAnalysis, forced: Forced | None = None) -> dict[str, A
         "selectivity": _rounded(analysis.selectivity()),
         "selectivity_by_chance": _rounded(analysis.selectivity_by_chance().mean(0)),
     }
-    columns = (analysis.counts.tolist(), analysis.class_right.tolist())
+    right = analysis.class_right.tolist() if analysis.labeled else [None] * len(analysis.classes)
     means = (_rounded(analysis.class_densities), _rounded(analysis.class_macs))
     names = ("class", "images", "right", "density", "macs")
-    rows = zip(analysis.classes, *columns, *means, strict=True)
+    rows = zip(analysis.classes, analysis.counts.tolist(), right, *means, strict=True)
     classes = [dict(zip(names, row, strict=True)) for row in rows]
     histogram = {str(n): int(analysis.histogram[n]) for n in lows}
     found = {"summary": summary, "sites": sites, "gates": gates, "classes": classes, "open_gates_histogram": histogram}
