@@ -39,6 +39,12 @@ def test_answers_are_the_models(explorer):
     assert not np.allclose(explorer.answer(pixels, every).probabilities, answer.probabilities)
 
 
+def test_classes_of_one_name_are_kept_apart():
+    shown = ImageSet(IMAGES[:10], LABELS[:10].tolist())
+    explorer = Explorer(MODEL, PIXELS, ["crane", "crane", *NAMES[2:]], shown, IMAGES[:1], LABELS[:1].tolist())
+    assert explorer.classes == ["crane", "crane (2)", *NAMES[2:]]
+
+
 def test_nearest_images_are_those_whose_gates_differ_least(explorer):
     with torch.no_grad():
         gates = MODEL.gates(PIXELS.normalize(IMAGES)).bool().numpy()

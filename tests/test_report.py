@@ -18,6 +18,7 @@ from gaternet.data import Preprocessing, load_data
 from gaternet.forcing import force_gates
 from gaternet.recipe import Runtime
 from gaternet.report import figures, runs, write_report
+from gaternet.report.comparison import write_comparison
 from gaternet.report.numbers import numbers
 from gaternet.report.reading import arrange, embed, probe
 from gaternet.report.runs import class_names
@@ -109,6 +110,11 @@ def test_figures_show_the_analysis():
     assert heat.z[row][column] == pytest.approx(100 * analysis.class_rates[2, heat.customdata[row][column]])
     measured = traces(figures.information(analysis))[1]
     assert sum(measured.y) == analysis.dependent.sum()
+
+
+def test_equal_names_get_numbers():
+    assert figures.distinct_names(["crane", "crane", "crane (2)"]) == ["crane", "crane (2)", "crane (2) (2)"]
+    assert figures.plotly_names(["<b>", "<b>", "'"]) == ["&lt;b&gt;", "&lt;b&gt; (2)", "'"]
 
 
 def test_clusters_stand_together():
@@ -251,6 +257,31 @@ def test_gates_can_be_chosen(pages, browser):
     assert "Forced shut, " in said
     assert page.locator("#gate-surest .thumb").count() == 3
     assert page.locator("#cheapest .thumb").count() == 12
+
+
+STRANGE = ["crane", "crane", "<i>x</i><br>y", "a &lt; b", "<a href='https://example.org'>z</a>", "crane (2)", "g"]
+
+
+def test_names_of_classes_are_shown_as_they_are_and_kept_apart(tmp_path, browser):
+    analysis = analysis_of(classes=STRANGE)
+    forced = force_gates(MODEL, [(IMAGES, LABELS)], analysis, preprocessing=PIXELS, images=60, gates=5)
+    page = Shown(browser, analysis.save(tmp_path, forced=forced)).page
+
+    def texts(where: str) -> set[str]:
+        return set(page.eval_on_selector_all(where, "all => all.map(one => one.textContent)"))
+
+    wanted = {"crane", "crane (2)", *STRANGE[2:5]}  # the others have no images
+    for y in ("class-map", "class-costs", "class-densities", "forced-site-classes"):
+        assert texts(f"#{y} .ytick text") == wanted
+    for x in ("forced-classes", "gate-classes"):
+        assert texts(f"#{x} .xtick text") == wanted
+    assert texts("#map .legendtext") == wanted
+    assert page.locator(".figure a[href*=example]").count() == 0
+    pair = {"<b>one</b>": analysis, "R&amp;D": analysis}
+    page = Shown(browser, write_comparison(pair, tmp_path, ["one", "two"])).page
+    assert texts("#classes .xtick text") == wanted
+    for figure in ("off", "classes"):
+        assert texts(f"#{figure} .legendtext") == pair.keys()
 
 
 # --- Data that makes figures impossible

@@ -24,7 +24,7 @@ from gaternet.data import DataError, ImageSet, Preprocessing, load_data, read_im
 from gaternet.evaluate import load_test_set
 from gaternet.graph import read_graph
 from gaternet.method import GaterNet
-from gaternet.report.figures import figure
+from gaternet.report.figures import distinct_names, figure, plotly_names
 from gaternet.report.runs import class_names
 from gaternet.run import find_model
 
@@ -70,7 +70,7 @@ class Explorer:
         known: UInt8[torch.Tensor, "m chans h w"],
         labels: Sequence[int],
     ) -> None:
-        self.network, self.preprocessing, self.classes = network.eval(), preprocessing, tuple(classes)
+        self.network, self.preprocessing, self.classes = network.eval(), preprocessing, distinct_names(classes)
         self.shown, self.known, self.labels = shown, known, list(labels)
         self.cost = CostModel(read_graph(network.backbone, preprocessing.normalize(known[:1])), network.sites)
         parts = [preprocessing.normalize(part) for part in known.split(_BATCH)]
@@ -168,7 +168,7 @@ class Explorer:
         starts = np.array([[site.start] for site in sites]) + np.arange(width)
         heat = go.Heatmap(
             z=grid,
-            y=[site.conv for site in sites],
+            y=plotly_names(site.conv for site in sites),
             customdata=starts,
             colorscale=[[0, "#B8B8B8"], [1, "#0072B2"]],
             zmin=0,

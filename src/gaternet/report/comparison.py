@@ -70,10 +70,10 @@ def _table(runs: Mapping[str, GateAnalysis], links: Sequence[str]) -> str:
 
 def _accuracies(runs: Mapping[str, GateAnalysis]) -> go.Figure:
     bars = []
-    for name, analysis in runs.items():
-        present = np.flatnonzero(analysis.counts)
+    for name, analysis in zip(figures.plotly_names(runs), runs.values(), strict=True):
+        present, names = np.flatnonzero(analysis.counts), figures.plotly_names(analysis.classes)
         share = 100 * analysis.class_right[present] / analysis.counts[present]
-        bars.append(go.Bar(x=[analysis.classes[row] for row in present], y=share, name=name))
+        bars.append(go.Bar(x=[names[row] for row in present], y=share, name=name))
     drawn = figures.figure(bars, "", "% right", barmode="group")
     drawn.update_xaxes(type="category")
     return drawn

@@ -1,6 +1,7 @@
 """The figures of the report, as Plotly figures: what `GateAnalysis` and `Forced` hold, drawn."""
 
-from collections.abc import Mapping, Sequence
+import html
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,26 @@ def figure(traces: Sequence[Any], x: str = "", y: str = "", height: int = _HEIGH
     return drawn
 
 
+def distinct_names(names: Iterable[str]) -> list[str]:
+    """Names of which no two are equal: ImageNet has two classes "crane", the second becomes "crane (2)"."""
+    found: dict[str, None] = {}
+    for name in names:
+        distinct, number = name, 1
+        while distinct in found:
+            number += 1
+            distinct = f"{name} ({number})"
+        found[distinct] = None
+    return list(found)
+
+
+def plotly_names(names: Iterable[str]) -> list[str]:
+    """Names as Plotly wants them: it reads text as markup, and takes equal names for one category."""
+    return [html.escape(name, quote=False) for name in distinct_names(names)]
+
+
 def units(analysis: GateAnalysis) -> go.Figure:
     """Paper, figure 3: of each gated layer the share of gates that are always off, always on, dependent."""
-    names, shares = [site["conv"] for site in analysis.sites], site_shares(analysis)
+    names, shares = plotly_names(site["conv"] for site in analysis.sites), site_shares(analysis)
     numbers = list(range(1, len(names) + 1))
     kinds = (("always off", OFF), ("always on", ON), ("dependent on the image", DEPENDENT))
     bars = [
@@ -84,7 +102,7 @@ def map_of_samples(analysis: GateAnalysis, points: NDArray[np.float32]) -> go.Fi
     """Paper, figure 6: gate vectors of images, laid out in the plane; hovering shows the image (see page.js)."""
     samples = analysis.samples
     chosen = samples.label if analysis.labeled else samples.prediction
-    dots = []
+    names, dots = plotly_names(analysis.classes), []
     for label in np.unique(chosen):
         rows = np.flatnonzero(chosen == label)
         dots.append(
@@ -92,7 +110,7 @@ def map_of_samples(analysis: GateAnalysis, points: NDArray[np.float32]) -> go.Fi
                 x=points[rows, 0],
                 y=points[rows, 1],
                 mode="markers",
-                name=analysis.classes[label],
+                name=names[label],
                 marker={"size": 6, "color": PALETTE[label % len(PALETTE)], "symbol": int(label) % 8},
                 customdata=samples.index[rows],
                 hoverinfo="none",
@@ -110,10 +128,11 @@ def class_map(analysis: GateAnalysis) -> go.Figure:
     gates = analysis.telling_gates(300)
     rows = np.flatnonzero(analysis.counts)
     rates = analysis.class_rates[np.ix_(rows, gates)]
+    names = plotly_names(analysis.classes)
     rows_order, columns_order = arrange(rates), arrange(rates.T)
     heat = go.Heatmap(
         z=100 * rates[np.ix_(rows_order, columns_order)],
-        y=[analysis.classes[row] for row in rows[rows_order]],
+        y=[names[row] for row in rows[rows_order]],
         customdata=np.broadcast_to(gates[columns_order], rates.shape),
         colorscale="Cividis",
         zmin=0,
@@ -159,9 +178,10 @@ def class_costs(analysis: GateAnalysis) -> go.Figure:
     """MACs of the backbone, and open gates, by class."""
     rows = np.flatnonzero(analysis.counts)
     rows = rows[np.argsort(analysis.class_macs[rows])]
+    names = plotly_names(analysis.classes)
     dots = go.Scatter(
         x=analysis.class_macs[rows] / 1e6,
-        y=[analysis.classes[row] for row in rows],
+        y=[names[row] for row in rows],
         mode="markers",
         marker={"color": ON, "size": 11},
         customdata=100 * analysis.class_densities[rows],
@@ -195,7 +215,7 @@ def costs_per_sample(analysis: GateAnalysis) -> go.Figure:
 
 def forced_sites(analysis: GateAnalysis, forced: Forced) -> go.Figure:
     """Accuracy with all gates of a layer shut or open, beside as many gates at random."""
-    numbers, names = list(range(1, len(analysis.sites) + 1)), [site["conv"] for site in analysis.sites]
+    numbers, names = list(range(1, len(analysis.sites) + 1)), plotly_names(site["conv"] for site in analysis.sites)
     kinds = (
         ("layer shut", forced.sites.forced[SHUT], PALETTE[1], "circle", "solid"),
         ("as many gates shut, at random", forced.sites.by_chance[SHUT], PALETTE[1], "circle-open", "dot"),
@@ -225,10 +245,11 @@ def forced_site_classes(analysis: GateAnalysis, forced: Forced) -> go.Figure:
     change = 100 * (forced.sites.forced[SHUT] - forced.before)  # (S, K)
     present = np.flatnonzero(forced.counts)
     rows = present[np.argsort(change[:, present].min(0), kind="stable")[:30]]
+    names = plotly_names(analysis.classes)
     heat = go.Heatmap(
         z=change[:, rows].T,
         x=list(range(1, len(analysis.sites) + 1)),
-        y=[analysis.classes[row] for row in rows],
+        y=[names[row] for row in rows],
         colorscale=[[0, PALETTE[1]], [0.5, "#F2F2F2"], [1, PALETTE[0]]],
         zmid=0,
         colorbar={"title": {"text": "points of accuracy", "side": "right"}, "thickness": 12},
@@ -249,8 +270,9 @@ def forced_classes(analysis: GateAnalysis, forced: Forced) -> go.Figure:
         ("its own open", forced.own.forced[OPEN, places, rows], PALETTE[0]),
         ("as many opened, at random", forced.own.by_chance[OPEN, places, rows], "rgba(0, 114, 178, 0.4)"),
     )
-    names = [analysis.classes[row] for row in rows]
-    bars = [go.Bar(x=names, y=100 * shares, name=name, marker_color=colour) for name, shares, colour in kinds]
+    names = plotly_names(analysis.classes)
+    shown = [names[row] for row in rows]
+    bars = [go.Bar(x=shown, y=100 * shares, name=name, marker_color=colour) for name, shares, colour in kinds]
     for bar in bars:
         bar.hovertemplate = "%{x}: %{y:.1f} %"
     drawn = figure(bars, "", "% right", barmode="group")
@@ -261,7 +283,7 @@ def forced_classes(analysis: GateAnalysis, forced: Forced) -> go.Figure:
 def comparison(runs: Mapping[str, GateAnalysis], row: int) -> go.Figure:
     """One of `site_shares`' rows, of several runs, along the depth of their networks."""
     lines, symbols = [], ("circle", "diamond", "square", "x", "triangle-up", "cross")
-    for number, (name, analysis) in enumerate(runs.items()):
+    for number, (name, analysis) in enumerate(zip(plotly_names(runs), runs.values(), strict=True)):
         share = site_shares(analysis)[row]
         depth = (np.arange(len(share)) + 0.5) / len(share)
         marker = {"color": PALETTE[number % len(PALETTE)], "symbol": symbols[number % len(symbols)], "size": 8}

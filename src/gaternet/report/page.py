@@ -77,7 +77,7 @@ def report_page(analysis: GateAnalysis, forced: Forced | None, title: str, subti
     places |= {int(place) for group in groups for place in group.index}
     data = {
         "figures": {name: figure.to_plotly_json() for name, figure in drawn.items()},
-        "classes": analysis.classes,
+        "classes": figures.distinct_names(analysis.classes),
         "images": {place: analysis.facts[place] for place in sorted(places)},
         "gates": gates,
         "gateFigure": _gate_figure(analysis).to_plotly_json(),
@@ -284,14 +284,14 @@ def _shown(analysis: GateAnalysis, forced: Forced | None) -> list[dict[str, Any]
 
 def _forced_sayings(analysis: GateAnalysis, forced: Forced) -> dict[int, str]:
     """A sentence for each gate that was forced by itself."""
-    sayings = {}
+    sayings, names = {}, figures.distinct_names(analysis.classes)
     for row, gate in enumerate(forced.gates.tolist()):
         parts = []
         for word, value in (("shut", SHUT), ("open", OPEN)):
             shares, chance = forced.single.forced[value, row], forced.single.by_chance[value, row]
             lost = np.nan_to_num(forced.before - shares)
             worst = int(lost.argmax())
-            hurt = f"{analysis.classes[worst]} loses most, {100 * lost[worst]:.1f} points"
+            hurt = f"{names[worst]} loses most, {100 * lost[worst]:.1f} points"
             parts.append(
                 f"Forced {word}, {100 * forced.overall(shares):.1f}\u00a0% are right (another such gate at random: "
                 f"{100 * forced.overall(chance):.1f}\u00a0%); {hurt if lost[worst] > 0 else 'no class loses'}."
@@ -301,8 +301,9 @@ def _forced_sayings(analysis: GateAnalysis, forced: Forced) -> dict[int, str]:
 
 
 def _gate_figure(analysis: GateAnalysis) -> go.Figure:
-    names = [analysis.classes[row] for row in np.flatnonzero(analysis.counts)]
-    bars = go.Bar(x=names, y=[], marker_color=figures.ON, hovertemplate="%{x}: open for %{y:.1f} %<extra></extra>")
+    names = figures.plotly_names(analysis.classes)
+    shown = [names[row] for row in np.flatnonzero(analysis.counts)]
+    bars = go.Bar(x=shown, y=[], marker_color=figures.ON, hovertemplate="%{x}: open for %{y:.1f} %<extra></extra>")
     drawn = figures.figure([bars], "", "% of its images", height=240)
     drawn.update_xaxes(type="category")
     drawn.update_yaxes(range=[0, 100])
