@@ -2,6 +2,7 @@
 
 import socket
 import struct
+import tomllib
 import zlib
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from packaging.requirements import Requirement
 from PIL import Image
 from test_analysis import IMAGES, LABELS, MODEL, PIXELS
 from test_report import browser  # noqa: F401 (a fixture)
@@ -129,6 +131,14 @@ def test_addresses_that_cannot_be_served_are_refused(explorer):
             explore(explorer, "none", port=port)
     with pytest.raises(OSError, match=r"cannot serve at 256\.1\.1\.1 "):
         explore(explorer, "none", "256.1.1.1")
+
+
+@pytest.mark.parametrize("extra", ["explore", "dev"])
+def test_no_gradio_is_taken_that_the_page_cannot_use(extra):
+    """Images' `buttons`, and a theme and footer given to `launch`, came with Gradio 6."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    wanted = {one.name: one for one in map(Requirement, project["optional-dependencies"][extra])}["gradio"]
+    assert [version for version in ("5.50.0", "6.0.0") if wanted.specifier.contains(version)] == ["6.0.0"]
 
 
 def test_gradio_is_an_extra(explorer, monkeypatch):
