@@ -24,6 +24,12 @@ def test_engines_compute_the_same(name, unchecked_types):
         torch.testing.assert_close(found, network(IMAGES))
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_engines_of_the_cpu_refuse_other_devices(name):
+    with pytest.raises(ValueError, match=f"{name} runs on the CPU only here: move the network"):
+        build_dense(chain_of(["residual"]), IMAGES.to("meta"), name)
+
+
 def test_functions_take_turns():
     seen: list[str] = []
     times = time_interleaved({name: lambda n=name: seen.append(n) for name in "ab"}, rounds=3, seconds=0.001)

@@ -90,7 +90,7 @@ def bench(
         model: a GaterNet; it is put in evaluation mode.
         images: the batch (B, channels, H, W), on the model's device.
         densities: shares of open gates, drawn anew for each gate and image (seed 0); none: the model's own gates.
-        engines: dense engines to compare with; those that are not installed are left out.
+        engines: dense engines to compare with; those that are not installed or cannot run here are left out.
         calibration: gates (N, C) that images really have, to time "specialise" as well, see `skip`.
         rounds, seconds: how often each takes its turn, and for how long.
         note: told what is left out, and why.

@@ -20,11 +20,15 @@ def build_dense(network: nn.Module, example_input: Tensor, name: str) -> Dense:
         network: maps images to logits; it is left as it was.
         example_input: images (B, channels, H, W).
         name: "eager" or "channels_last", PyTorch; "inductor", torch.compile with frozen weights; "onnxruntime" or
-            "openvino", with as many threads as PyTorch has, in full float32.
+            "openvino", on the CPU alone, with as many threads as PyTorch has, in full float32.
 
     Raises:
-        ValueError: what the engine needs is not installed.
+        ValueError: what the engine needs is not installed, or the images are not on the CPU and it runs there alone.
     """
+    if name in ("onnxruntime", "openvino") and example_input.device.type != "cpu":
+        raise ValueError(
+            f"{name} runs on the CPU only here: move the network and the images to it, or leave {name} out"
+        )
     network = copy.deepcopy(network).eval()
     if name == "eager":
         return network
