@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from small_networks import IMAGES, Block, Net, conv, norm, seeded
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms.functional import normalize
 
 from gaternet import GaterNet, count_macs, create_model, gate, load_pretrained, skip
-from gaternet.checkpoint import load_model
+from gaternet.checkpoint import load_model, save_model
 from gaternet.cost import CostModel, count_dense_macs
 from gaternet.graph import read_graph
 from gaternet.method import Gater
@@ -400,6 +402,24 @@ def test_torchvisions_trained_weights_fill_all_but_another_classifier(monkeypatc
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, trained[name]) if not name.startswith("fc.") else tensor.shape[0] == 4
     assert not torch.equal(fresh.get_parameter("conv1.weight"), trained["conv1.weight"])
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_torchvisions_networks_that_transform_their_input_come_back_as_they_were(monkeypatch, tmp_path, name):
+    torch.manual_seed(0)
+    theirs: Any = torchvision.models.get_model(name, weights=None, transform_input=True, init_weights=False).eval()
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url", lambda *args, **kwargs: dict(theirs.state_dict())
+    )
+    network: Any = create_backbone(f"torchvision:{name}", 1000, pretrained=True).eval()
+    save_model(network, tmp_path, {"backbone": network.gaternet_source})
+    loaded, _ = load_model(tmp_path)
+    pixels = torch.rand(2, 3, 96, 96)
+    known = normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    images = normalize(pixels, network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
+    torch.testing.assert_close(images, theirs._transform_input(known))
+    torch.testing.assert_close(network(images), theirs(known))
+    assert torch.equal(loaded(images), network(images))
 
 
 def test_a_named_gater_can_see_a_smaller_image():

@@ -65,7 +65,8 @@ def create_model(
         shrink: for gated models, the extractor sees averages of so many pixels by so many; the paper's is 1.
         bottleneck: for gated models, width of D's middle; default: the paper's, 8 for CIFAR's and 256 for ImageNet's.
         batch_norm, initial_bias, noise_std, hard_probability, threshold: for gated models, see `Gater`.
-        pretrained: for timm's and torchvision's models, take their trained weights, which are downloaded.
+        pretrained: for timm's and torchvision's models, take their trained weights, which are downloaded; images are
+            then to be normalised by the mean and std in the network's `pretrained_cfg`.
 
     Raises:
         ValueError: for a name that is not known, or weights that cannot be had.
@@ -230,7 +231,7 @@ def _torchvision(name: str, num_classes: int, in_chans: int, pretrained: bool) -
     auxiliary = name in ("googlenet", "inception_v3")  # with heads for training that nothing here wants
     options: dict[str, Any] = {"aux_logits": False, "init_weights": True} if auxiliary else {}
     if auxiliary and pretrained:
-        options |= {"init_weights": False, "transform_input": True}
+        options["init_weights"] = False
     network = models.get_model(name, weights=None, num_classes=num_classes, **options)
     if pretrained:
         try:
@@ -241,6 +242,8 @@ def _torchvision(name: str, num_classes: int, in_chans: int, pretrained: bool) -
         fitting = {key: value for key, value in trained.items() if shapes.get(key) == value.shape}
         network.load_state_dict(fitting, strict=False)  # all but the classifier, where the classes are others
         config: Any = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+        if auxiliary:  # their transform_input makes these inputs of the usual ones
+            config = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
         network.pretrained_cfg = config  # as timm's models have it
     return network
 
