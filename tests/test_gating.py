@@ -437,6 +437,15 @@ def test_a_named_gater_can_see_a_smaller_image():
         create_model("resnet20_gated", shrink=0)
 
 
+@pytest.mark.parametrize("shrink", [1, 2])
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "lcnet_035"])
+def test_an_extractor_may_have_a_layer_between_pooling_and_classifier(tmp_path, name, shrink):
+    model = create_model("resnet20_gated", extractor=name, shrink=shrink).eval()
+    assert isinstance(model, GaterNet)
+    model.save_pretrained(tmp_path)
+    assert_same(load_pretrained(tmp_path), model, PIXELS)
+
+
 @pytest.mark.parametrize("shrink", [1, 3])
 def test_extractor_sees_averages_of_pixels(shrink):
     torch.manual_seed(0)

@@ -126,7 +126,7 @@ def create_extractor(name: str, in_chans: int = 3, shrink: int = 1) -> nn.Module
     if shrink == 1:
         return network
     shrunk: Any = nn.Sequential(nn.AvgPool2d(shrink), network)
-    shrunk.num_features = network.num_features
+    shrunk.num_features = _num_features(network)
     return shrunk
 
 
@@ -169,9 +169,14 @@ def build_gated(
     extractor = create_extractor(**metadata["extractor"]) if extractor is None else extractor
     sites = _published_sites(backbone) if sites is None else sites
     options = dict(gater_options)
-    num_features: Any = options.pop("num_features", None) or extractor.num_features
+    num_features = options.pop("num_features", None) or _num_features(extractor)
     gater = Gater(extractor, num_features, max(site.stop for site in sites), **options)
     return GaterNet(backbone, gater, sites, metadata)
+
+
+def _num_features(extractor: Any) -> int:
+    """h; some of timm's have a layer between pooling and classifier, and `num_features` is the width before it."""
+    return getattr(extractor, "head_hidden_size", None) or extractor.num_features
 
 
 def _published_sites(backbone: nn.Module) -> list[GateSite]:
