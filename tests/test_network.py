@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gaternet.checkpoint import load_model
+from gaternet.checkpoint import load_model, save_model
 from gaternet.cost import CostModel, count_macs
 from gaternet.data import ImageData, load_data
 from gaternet.graph import read_graph
@@ -180,6 +180,37 @@ def test_weights_of_another_network_are_refused(digits, tmp_path, change):
     torch.save(dict(state), tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth holds another model than the backbone of this recipe"):
         build_network(finetune(backbone_from=str(tmp_path / "other.pth")), digits, seed=0)
+
+
+@pytest.mark.parametrize("shrink", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "classifier"),
+    [("resnet20", "fc."), ("timm:test_efficientnet", "classifier."), ("timm:test_byobnet", "head.fc.")],
+)
+def test_an_extractor_starts_from_a_network_of_its_kind(digits, tmp_path, name, classifier, shrink):
+    plain: Any = create_model(name, 7, 1)
+    save_model(plain, tmp_path / "plain", {"backbone": plain.gaternet_source})
+    expected = {key: value for key, value in plain.state_dict().items() if not key.startswith(classifier)}
+
+    def start(source: Path, shrink: int) -> GaterNet:
+        options = {"extractor": name, "shrink": shrink, "extractor_from": str(source)}
+        network = build(override(find_recipe("digits_resnet20_gated"), options), digits)
+        state = network.gater.get_submodule("extractor").state_dict()
+        found = {key.removeprefix("1."): value for key, value in state.items()}
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in found.items())
+        return network
+
+    network = start(tmp_path / "plain", shrink)
+    network.save_pretrained(tmp_path / "gated")
+    torch.save(network.gater.get_submodule("extractor").state_dict(), tmp_path / "extractor.pth")
+    for source in ("gated", "extractor.pth"):  # with another shrink, too
+        start(tmp_path / source, 1)
+        start(tmp_path / source, 2)
+    del expected[next(iter(expected))]
+    torch.save(expected, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth holds another model than the extractor of this recipe"):
+        start(tmp_path / "other.pth", shrink)
 
 
 def test_a_pretrained_backbone_gets_the_inputs_that_it_knows(digits):

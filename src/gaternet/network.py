@@ -180,9 +180,15 @@ def _start_from(part: nn.Module, source: str, name: str, num_classes: int) -> No
 
     `source` is a run, a saved model, or a file with a state_dict. A classifier for other classes is left as it is.
     """
-    wanted = part.state_dict()
     found = {key.removeprefix("module."): value for key, value in _trained_weights(source, name).items()}
-    foreign = {key for key in found if key not in wanted and name == "extractor" and key.startswith("fc.")}
+    foreign: set[str] = set()
+    if name == "extractor":
+        part = part[1] if isinstance(part, nn.Sequential) else part  # behind what shrinks the images
+        found = {key.removeprefix("1."): value for key, value in found.items()}
+        config: Any = getattr(part, "pretrained_cfg", {})  # timm's
+        classifier = f"{config.get('classifier', 'fc')}."
+        foreign = {key for key in found.keys() - part.state_dict().keys() if key.startswith(classifier)}
+    wanted = part.state_dict()
     others = {key for key in found if key in wanted and found[key].shape != wanted[key].shape}
     foreign |= {key for key in others if num_classes and wanted[key].shape[:1] == (num_classes,)}
     try:
