@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -222,6 +223,37 @@ def test_a_pretrained_backbone_gets_the_inputs_that_it_knows(digits):
     found = prepared_for(data, network).preprocessing
     assert (found.mean, found.std) == ((0.5,) * 3, (0.4,) * 3)
     assert prepared_for(digits, network) is digits  # grey images
+
+
+@pytest.mark.parametrize(
+    ("backbone_from", "model", "mean"),
+    [
+        ("weights.pth", "timm:test_resnet", 0.5),  # as timm has it
+        ("weights.pth", "resnet20", None),  # as the data have it: nobody knows
+        ("run", "timm:test_resnet", 0.3),  # as it was trained
+        ("run/last/model.safetensors", "resnet20", 0.3),
+        ("saved", "timm:test_resnet", 0.5),  # which does not say
+        (None, "timm:test_resnet", None),
+    ],
+)
+def test_a_backbone_that_starts_from_trained_weights_gets_the_inputs_that_they_know(
+    tmp_path, backbone_from, model, mean
+):
+    images, labels = torch.randint(256, (16, 32, 32, 3), dtype=torch.uint8).numpy(), torch.arange(16).numpy() % 4
+    np.savez(tmp_path / "rgb.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    data = load_data(str(tmp_path / "rgb.npz"))
+    plain: Any = create_model(model, 4)
+    torch.save(plain.state_dict(), tmp_path / "weights.pth")
+    saved = {"preprocessing": {"height": 32, "width": 32, "mean": (0.3,) * 3, "std": (0.2,) * 3}}
+    save_model(plain, tmp_path / "run" / "last", {"backbone": plain.gaternet_source, **saved})
+    save_model(plain, tmp_path / "saved", {"backbone": plain.gaternet_source})
+    changes: dict[str, Any] = {"model": model, "data": str(tmp_path / "rgb.npz"), "batch_size": 16, "epochs": 1}
+    if backbone_from:
+        changes["backbone_from"] = str(tmp_path / backbone_from)
+    train(override(find_recipe("digits_resnet20"), changes), tmp_path / "new", CPU)
+    _, metadata = load_model(tmp_path / "new" / "last")
+    expected = data.preprocessing.mean if mean is None else (mean,) * 3
+    assert metadata["preprocessing"]["mean"] == list(expected)
 
 
 def test_a_gated_model_is_no_backbone(digits):

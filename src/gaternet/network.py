@@ -106,10 +106,17 @@ def load_teacher(recipe: Recipe, data: ImageData, accelerator: Accelerator) -> C
     return ask
 
 
-def prepared_for(data: ImageData, network: nn.Module) -> ImageData:
-    """The data, normalised as a trained network wants it: by its `pretrained_cfg`, timm's, where it has one."""
+def prepared_for(data: ImageData, network: nn.Module, recipe: Recipe | None = None) -> ImageData:
+    """The data, normalised as the network's trained weights want it.
+
+    As it was where backbone_from was trained, if that was saved, or else by the network's `pretrained_cfg`, timm's,
+    where it has one. With a recipe that starts from no trained weights, the data as it is.
+    """
+    source = recipe.gating.backbone_from if recipe else None
+    if recipe and not (source or recipe.pretrained):
+        return data
     backbone = network.backbone if isinstance(network, GaterNet) else network
-    config: Any = getattr(backbone, "pretrained_cfg", None)
+    config: Any = (source and _saved_preprocessing(Path(source))) or getattr(backbone, "pretrained_cfg", None)
     if not config or len(config["mean"]) != data.preprocessing.channels:
         return data
     mean, std = tuple(config["mean"]), tuple(config["std"])
@@ -199,6 +206,15 @@ def _start_from(part: nn.Module, source: str, name: str, num_classes: int) -> No
         raise ValueError(
             f"{source} holds another model than the {name} of this recipe: name one of its kind"
         ) from error
+
+
+def _saved_preprocessing(source: Path) -> Mapping[str, Any] | None:
+    """What a run or a saved model, or its file of weights, says of its inputs; None for weights alone."""
+    if source.is_file() and source.name != checkpoint.WEIGHTS:
+        return None
+    config = (source.parent if source.is_file() else find_model(source)) / checkpoint.CONFIG
+    metadata = checkpoint.read_json(config).get("metadata") if config.is_file() else None
+    return (metadata or {}).get("preprocessing")
 
 
 def _trained_weights(source: str, name: str) -> Mapping[str, Tensor]:

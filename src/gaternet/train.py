@@ -90,10 +90,10 @@ def train(
         data = load_data(recipe.data, recipe.augmentation, recipe.image_size, runtime.data_root, seed)
     if len(data.train) < recipe.batch_size:
         raise ValueError(f"batch_size {recipe.batch_size} is more than the {len(data.train)} training images: lower it")
-    trained = network is not None or recipe.pretrained
+    built_from = recipe if network is None else None
     network = build_network(recipe, data, seed) if network is None else network
     network.to(accelerator.device)
-    data = prepared_for(data, network) if trained else data
+    data = prepared_for(data, network, built_from)
     set_training_mode(network, recipe)
     if runtime.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
