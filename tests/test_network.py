@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -254,6 +255,29 @@ def test_a_backbone_that_starts_from_trained_weights_gets_the_inputs_that_they_k
     _, metadata = load_model(tmp_path / "new" / "last")
     expected = data.preprocessing.mean if mean is None else (mean,) * 3
     assert metadata["preprocessing"]["mean"] == list(expected)
+
+
+def test_a_plain_network_of_the_users_is_saved_with_what_it_is(tmp_path):
+    network: Any = timm.create_model("test_resnet", num_classes=10, in_chans=1)
+    recipe = override(find_recipe("digits_resnet20"), {"batch_size": 256, "epochs": 1})
+    train(recipe, tmp_path / "run", CPU, network=network)
+    loaded, _ = load_model(tmp_path / "run" / "last")
+    images = torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(loaded(images), network.eval()(images))
+
+
+def test_a_changed_plain_network_must_be_given_again(tmp_path):
+    network: Any = create_model("resnet20", 10, 1)
+    network.bn1 = nn.Identity()
+    recipe = override(find_recipe("digits_resnet20"), {"batch_size": 256, "epochs": 1})
+    train(recipe, tmp_path / "run", CPU, network=network)
+    with pytest.raises(ValueError, match="does not say how its backbone was built: load it with backbone="):
+        load_model(tmp_path / "run" / "last")
+    again: Any = create_model("resnet20", 10, 1)
+    again.bn1 = nn.Identity()
+    loaded, _ = load_model(tmp_path / "run" / "last", backbone=again)
+    images = torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(loaded(images), network.eval()(images))
 
 
 def test_a_gated_model_is_no_backbone(digits):

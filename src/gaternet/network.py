@@ -17,6 +17,7 @@ from gaternet.gating import gate
 from gaternet.graph import read_graph
 from gaternet.method import Gater, GaterNet
 from gaternet.models import create_model
+from gaternet.models.create import describe_backbone
 from gaternet.recipe import Gating, Recipe
 from gaternet.run import find_model
 
@@ -176,7 +177,7 @@ def model_metadata(
     """What is saved beside the weights: how to rebuild and use the model, and how it was trained."""
     source: Mapping[str, Any] | None = network.metadata if isinstance(network, GaterNet) else None
     if source is None:
-        source = {"backbone": getattr(network, "gaternet_source", None)}
+        source = {"backbone": describe_backbone(network, data.preprocessing.channels)}
     trained = {"recipe": recipe.name, "data": recipe.data, "seed": seed, "epochs": epochs}
     trained |= {"test_accuracy": tested["accuracy"]} | {name: tested[name] for name in ("density",) if name in tested}
     return {**source, **data.metadata(), "trained": trained}
