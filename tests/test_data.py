@@ -111,6 +111,23 @@ def test_folder_with_and_without_a_test_part(tmp_path):
     assert split.train[0][0].shape == (3, 8, 8)
 
 
+@pytest.mark.parametrize("name", ["test", "val", "valid", "validation"])
+def test_a_folders_test_part_has_one_of_four_names(tmp_path, name):
+    data = load_data(write_folder(tmp_path / "a", "train", name), image_size=8)
+    assert (len(data.train), len(data.test), data.classes) == (6, 6, ("cat", "dog"))
+
+
+def test_parts_of_a_folder_are_not_taken_for_classes(tmp_path):
+    folder = write_folder(tmp_path / "a", "train", "testing", per_class=10)
+    with pytest.raises(DataError, match="no folder named test, val, valid or validation: add one, or name"):
+        load_data(folder)
+    assert load_data(f"{folder}/train").classes == ("cat", "dog")
+    (tmp_path / "b").mkdir()
+    for name in ("car", "train"):  # a class of that name
+        (tmp_path / "a" / "train" / ("cat" if name == "car" else "dog")).rename(tmp_path / "b" / name)
+    assert load_data(str(tmp_path / "b")).classes == ("car", "train")
+
+
 def test_folder_problems_are_named(tmp_path):
     folder = tmp_path / "a"
     write_folder(folder, "train", "test")

@@ -26,6 +26,7 @@ from gaternet.recipe import Augmentation
 
 EMBEDDED = ("digits",)
 TORCHVISION = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion_mnist": datasets.FashionMNIST}
+TEST_FOLDERS = ("test", "val", "valid", "validation")
 _KNOWN_STATISTICS = {  # mean and deviation of the training pixels, per channel, in [0, 1]; CIFAR-10's are the paper's
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -165,8 +166,8 @@ def load_data(
     Args:
         source: "digits" (embedded in scikit-learn), "cifar10", "cifar100" or "fashion_mnist" (torchvision's, found
             under `root` or downloaded there), a .npz file in Keras' layout (x_train, y_train, x_test, y_test; uint8,
-            NHWC or NHW), or a folder: train/CLASS/* with test/CLASS/* or val/CLASS/*, or CLASS/*, of which every
-            tenth image is then held out as the test set.
+            NHWC or NHW), or a folder: train/CLASS/* with test/CLASS/* (or val, valid, validation), or CLASS/*, of which
+            every tenth image is then held out as the test set.
         augmentation: of the training images.
         image_size: side in pixels to bring images to; default: as stored, folders 224.
         root: where torchvision's sets lie; default: $GATERNET_DATA, or ~/.cache/gaternet.
@@ -308,7 +309,12 @@ def _statistics(images: UInt8[Tensor, "n c h w"]) -> tuple[tuple[float, ...], tu
 
 
 def _folder(folder: Path, augmentation: Augmentation | None, size: int, seed: int) -> ImageData:
-    test_folder = next((folder / name for name in ("test", "val", "valid") if (folder / name).is_dir()), None)
+    test_folder = next((folder / name for name in TEST_FOLDERS if (folder / name).is_dir()), None)
+    if not test_folder and any(path.is_dir() for path in folder.glob("train/*")):
+        raise DataError(
+            f"{folder} has classes under train, but no folder named {', '.join(TEST_FOLDERS[:-1])} or "
+            f"{TEST_FOLDERS[-1]}: add one, or name {folder / 'train'} to hold every tenth image of it out"
+        )
     train_samples, classes = _list_images(folder / "train" if test_folder else folder)
     if test_folder:
         test_samples, test_classes = _list_images(test_folder)
