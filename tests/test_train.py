@@ -310,6 +310,24 @@ def test_evaluation_refuses_data_of_another_kind(finished, tmp_path):
         evaluate_saved(finished, data=str(tmp_path / "few.npz"), runtime=Runtime(cpu=True))
 
 
+def test_numbers_stand_for_the_names_of_classes(finished, tmp_path, monkeypatch):
+    """CIFAR-10 has names for its classes in torchvision's files, and none in a .npz file."""
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    named = Path(shutil.copytree(finished / "last", tmp_path / "named"))
+    config = json.loads((named / "config.json").read_text())
+    config["metadata"]["classes"] = names
+    (named / "config.json").write_text(json.dumps(config))
+    metrics = evaluate_saved(finished, runtime=Runtime(cpu=True))
+    assert evaluate_saved(named, runtime=Runtime(cpu=True)) == metrics  # on digits, whose classes are numbers
+    train(small("resnet20", teacher=str(named), epochs=1), tmp_path / "taught", CPU)
+    data = load_data("digits")
+    monkeypatch.setattr("gaternet.evaluate.load_data", lambda *_, **__: replace(data, classes=tuple(names)))
+    assert evaluate_saved(finished, runtime=Runtime(cpu=True)) == metrics
+    monkeypatch.setattr("gaternet.evaluate.load_data", lambda *_, **__: replace(data, classes=tuple(sorted(names))))
+    with pytest.raises(ValueError, match="not those that the model knows"):
+        evaluate_saved(named, runtime=Runtime(cpu=True))
+
+
 def test_target_density_is_steered_to(tmp_path):
     options = {"sparsity_start": 0.0, "sparsity_ramp": 0.0, "density_weight": 100.0, "epochs": 4, "lr": 0.2}
     densities = []

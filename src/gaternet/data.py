@@ -216,6 +216,12 @@ def read_image(path: str | Path, channels: int) -> UInt8[Tensor, "chans h w"]:
         raise DataError(f"cannot read image {path} ({error}): repair or remove the file") from error
 
 
+def same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether these may be the same classes: a .npz file does not name them, so "0", "1", ... stand for any others."""
+    numbers = [str(label) for label in range(len(names))]
+    return list(names) == list(others) or (len(names) == len(others) and numbers in (list(names), list(others)))
+
+
 def mix_seed(*numbers: int) -> int:
     """One 64-bit seed from several numbers, such that neighbours get unlike seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

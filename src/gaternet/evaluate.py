@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gaternet.checkpoint import load_model
 from gaternet.cost import CostModel, count_dense_macs
-from gaternet.data import DataError, ImageSet, Preprocessing, load_data
+from gaternet.data import DataError, ImageSet, Preprocessing, load_data, same_classes
 from gaternet.graph import evaluation_mode, read_graph
 from gaternet.loader import Batches, make_batches
 from gaternet.machine import make_accelerator
@@ -160,7 +160,7 @@ def load_sets(source: str, metadata: dict[str, Any], data_root: str | None = Non
         raise DataError(
             f"{source} has images of {has} channels, but the model was trained on {wants}: use its own data"
         )
-    if list(data.classes) != known:
+    if not same_classes(data.classes, known):
         raise DataError(f"{source} has {len(data.classes)} classes, not those that the model knows: {', '.join(known)}")
     for images in (data.train, data.test):
         if not isinstance(images.images, Tensor):

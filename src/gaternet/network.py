@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gaternet import checkpoint
 from gaternet.cost import CostModel
-from gaternet.data import ImageData, Preprocessing
+from gaternet.data import ImageData, Preprocessing, same_classes
 from gaternet.gating import gate
 from gaternet.graph import read_graph
 from gaternet.method import Gater, GaterNet
@@ -97,7 +97,7 @@ def load_teacher(recipe: Recipe, data: ImageData, accelerator: Accelerator) -> C
     network.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     preprocessing, ours = Preprocessing.from_metadata(metadata), data.preprocessing
     sizes = [(p.channels, p.height, p.width) for p in (preprocessing, ours)]
-    if metadata["classes"] != list(data.classes) or sizes[0] != sizes[1]:
+    if not same_classes(metadata["classes"], data.classes) or sizes[0] != sizes[1]:
         raise ValueError(f"the teacher {source} was trained on other classes or images of another size: name another")
 
     def ask(images: Tensor) -> Tensor:
