@@ -19,7 +19,7 @@ import gaternet.explore
 from gaternet.data import DataError, ImageSet
 from gaternet.explore import Explorer, explore
 
-NAMES = ["ape", "bee", "cat", "dog", "eel", "fox", "gnu"]
+NAMES = ["![ape](http://example.org)", "<b>bee</b>", "*cat*", "_dog_", "`eel`", "[fox](x)", "a\\\\*gnu &amp;"]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,9 @@ def test_the_page(explorer, browser: Any, tmp_path: Path):  # noqa: F811
         page.wait_for_selector("text=the gater's choice", timeout=60_000)
         assert page.locator("#near img").count() == 12
         page.click("text=Shut the layer")
-        page.wait_for_selector("text=flipped by hand. Under the gater's gates: ")
+        said = page.wait_for_selector("text=flipped by hand. Under the gater's gates: ").inner_text()
+        shown = said.split("gates: ")[1].rsplit(" ", 2)[0]  # the last class without its percentage
+        assert any(shown.endswith(name) for name in NAMES)
         page.click("text=As the gater says")
         page.wait_for_selector("text=the gater's choice")
         (tmp_path / "bad.png").write_text("this is no image")

@@ -5,7 +5,9 @@
 
 import os
 import random
+import re
 import socket
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -211,7 +213,7 @@ def build_app(explorer: Explorer, title: str) -> Any:
             before = explorer.answer(pixels, own).probabilities
             shown = dict.fromkeys([before.argmax(), answer.probabilities.argmax()])  # both where they differ
             said += f"{flipped} flipped by hand. Under the gater's gates: "
-            said += ", ".join(f"{explorer.classes[best]} {100 * before[best]:.1f} %" for best in shown)
+            said += ", ".join(f"{_markdown(explorer.classes[best])} {100 * before[best]:.1f} %" for best in shown)
         else:
             said += "the gater's choice"
         places, differ = explorer.nearest(gates)
@@ -286,6 +288,11 @@ def build_app(explorer: Explorer, title: str) -> Any:
         for what, button in buttons.items():
             button.click(partial(force, what=what), [state, layer, picker], outputs)
     return app
+
+
+def _markdown(name: str) -> str:
+    """A name as Markdown that shows just that, and loads no image that it names."""
+    return re.sub(f"[{re.escape(string.punctuation)}]", r"\\\g<0>", name)
 
 
 def explore(
