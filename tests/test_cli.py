@@ -4,14 +4,17 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from gaternet import cli
+from gaternet.checkpoint import save_model
 from gaternet.cli.training import _varied
 from gaternet.data import load_data
+from gaternet.models import create_model
 from gaternet.recipe import GROUPS, Augmentation, Distillation, Gating, Optimizer, Recipe, Runtime
 from gaternet.recipes import RECIPES
 
@@ -213,6 +216,19 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, gaternet_command):
     assert "continue with --resume" in errors
     assert "Traceback" not in errors
     assert (run / "training.pt").exists()
+
+
+def test_sites_of_a_run_are_those_of_its_backbone(run, tmp_path):
+    options = ["--image-size", 8, "--in-chans", 1]
+    expected = json.loads(call("sites", "resnet20", *options, "--sites", "all", "--json"))
+    found = json.loads(call("sites", run, "--sites", "all", "--json"))
+    assert [found[name] for name in ("sites", "left_out")] == [expected[name] for name in ("sites", "left_out")]
+    assert len(found["sites"]) > 9  # more than this run gates
+    assert "336 gates at 9 sites" in call("sites", run)
+    plain: Any = create_model("resnet20", 10, 1)
+    save_model(plain, tmp_path / "plain", {"backbone": plain.gaternet_source})  # which does not say what it sees
+    found = json.loads(call("sites", tmp_path / "plain", *options, "--sites", "all", "--json"))
+    assert found["sites"] == expected["sites"]
 
 
 def test_bench_times_dense_masked_and_skipped():

@@ -253,8 +253,12 @@ def _model_and_images(model: str, count: int, select: Any, image_size: int, data
 def sites(
     model: Annotated[str, typer.Argument(help="a network of timm's, torchvision's or ours, or a run or saved model")],
     select: Annotated[Literal["residual", "all"], typer.Option("--sites", help="which filters")] = "residual",
-    image_size: Annotated[int, typer.Option(min=1, help="side of the images in pixels")] = 224,
-    in_chans: Annotated[int, typer.Option(min=1, help="channels of the images")] = 3,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="side of the images in pixels; default: 224, of a run its own")
+    ] = None,
+    in_chans: Annotated[
+        int | None, typer.Option(min=1, help="channels of the images; default: 3, of a run its own")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Which filters of a network can be gated, what that saves, and for the others why not.
@@ -266,16 +270,17 @@ def sites(
       gaternet sites torchvision:mobilenet_v3_small --sites all --json
 
       gaternet sites resnet56 --image-size 32
+
+      gaternet sites runs/cifar10_resnet20 --sites all
     """
     import torch
 
     from gaternet.cost import CostModel
     from gaternet.graph import read_graph
-    from gaternet.models import create_model
     from gaternet.sites import examine
 
-    backbone = create_model(model.removesuffix("_gated"), 1000, in_chans)
-    graph = read_graph(backbone, torch.zeros(2, in_chans, image_size, image_size))
+    backbone, shape = _backbone_and_shape(model, image_size, in_chans)
+    graph = read_graph(backbone, torch.zeros(2, *shape))
     report = examine(graph, select)
     cost = CostModel(graph, report.sites)
     savings = cost.savings()
@@ -305,3 +310,20 @@ def sites(
         for reason, names in reasons.items():
             some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             console.print(escaped(f"  {some}: {reason}"))
+
+
+def _backbone_and_shape(model: str, image_size: int | None, in_chans: int | None) -> tuple[Any, list[int]]:
+    """A plain network, or the one in a run, and what its images are: [channels, height, width]."""
+    from gaternet.checkpoint import load_model
+    from gaternet.method import GaterNet
+    from gaternet.models import create_model
+    from gaternet.run import find_model
+
+    seen: Any = {"mean": (0, 0, 0), "height": 224, "width": 224}
+    if Path(model).exists():
+        network, metadata = load_model(find_model(Path(model)))
+        seen = metadata.get("preprocessing") or seen
+    else:
+        network = create_model(model.removesuffix("_gated"), 1000, in_chans or 3)
+    shape = [in_chans or len(seen["mean"]), image_size or seen["height"], image_size or seen["width"]]
+    return network.backbone if isinstance(network, GaterNet) else network, shape
