@@ -27,6 +27,7 @@ from gaternet.checkpoint import (
     save_state,
     write_atomically,
 )
+from gaternet.gating import gate
 from gaternet.method import Gater, GaterNet
 from gaternet.models import create_model
 
@@ -445,3 +446,34 @@ def test_an_official_layout_without_named_tensors_is_refused(tmp_path, backbone)
     torch.save({"backbone_state_dict": backbone, "gater_state_dict": {}}, tmp_path / "model.pth")
     with pytest.raises(ValueError, match="not in the public code's layout"):
         load_official_checkpoint(tmp_path / "model.pth")
+
+
+class OwnStem(nn.Module):
+    """A gater that looks through the backbone's first layers: they lie in two places of the model."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(backbone.get_submodule("conv1"), backbone.get_submodule("bn1"))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.stem(images).mean((2, 3))
+
+
+def test_layers_in_two_places_come_back(tmp_path):
+    images = torch.rand(2, 3, 32, 32)
+
+    def shared() -> GaterNet:
+        backbone = create_model("resnet8", 10).eval()
+        return gate(backbone, images, gater=OwnStem(backbone)).eval()
+
+    model, other = shared(), create_model("resnet8", 10)
+    model.save_pretrained(tmp_path)
+    loaded = GaterNet.from_pretrained(tmp_path, backbone=other, extractor=OwnStem(other))
+    assert loaded.gater.get_submodule("extractor.stem.0") is loaded.backbone.get_submodule("conv1")
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_options_that_there_are_not_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="there is no option 'num_classes': give backbone, extractor, or one of"):
+        GaterNet.from_pretrained(tmp_path, num_classes=7)

@@ -5,6 +5,7 @@ else `metadata` holds) and `model.safetensors`. Training state is one file besid
 machine that dies, sees the old file or the new one. No pickle is ever executed.
 """
 
+import inspect
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model as load_safetensors_
+from safetensors.torch import load_file
 from safetensors.torch import save_model as save_safetensors
 from torch import nn
 
@@ -169,13 +170,20 @@ def _gater_options(gater: nn.Module) -> dict[str, Any] | None:
 
 
 def load_weights_(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into `model`, in the file's precision; ValueError if damaged or of another model."""
+    """Load a safetensors file into `model`, in the file's precision; ValueError if damaged or of another model.
+
+    What lies in two places of the model is in the file once.
+    """
     try:
         with safe_open(path, "pt") as file:
             kinds = {file.get_slice(name).get_dtype() for name in file.keys()} & _PRECISIONS.keys()  # noqa: SIM118
         if len(kinds) == 1:
             model.to(_PRECISIONS[kinds.pop()])
-        load_safetensors_(model, path)
+        state, own = load_file(path), model.state_dict(keep_vars=True)
+        held = {id(own[name]): tensor for name, tensor in state.items() if name in own}
+        model.load_state_dict(
+            state | {name: held[id(own[name])] for name in own.keys() - state if id(own[name]) in held}
+        )
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}): restore it from a copy") from error
     except RuntimeError as error:  # PyTorch's list of keys and shapes that do not fit
@@ -195,7 +203,10 @@ def load_pretrained(
 
     Raises:
         ValueError: there is no GaterNet there, or it is damaged.
+        TypeError: for an option that there is not.
     """
+    if unknown := hub_options.keys() - inspect.signature(snapshot_download).parameters:
+        raise TypeError(f"there is no option {min(unknown)!r}: give backbone, extractor, or one of snapshot_download's")
     directory = Path(model_id)
     if not directory.is_dir():
         directory = Path(snapshot_download(str(model_id), allow_patterns=[CONFIG, WEIGHTS], **hub_options))
