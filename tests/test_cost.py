@@ -346,3 +346,17 @@ def test_savings_are_the_same_without_gradients():
     expected = cost.savings()
     with torch.no_grad():
         assert torch.equal(cost.savings(), expected)
+
+
+def test_attention_layers_are_counted():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    net = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.Flatten(2), Transposed(), layer).eval()
+    tokens, width = 4, 16
+    linear = tokens * (width * 3 * width + width * width + 2 * width * 32)
+    assert count_dense_macs(net, IMAGES) == tokens * 3 * 16 * width + linear + 2 * tokens * tokens * width
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Transposed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)

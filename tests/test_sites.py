@@ -677,3 +677,31 @@ def test_pooled_features_stay_pooled_where_ways_part_and_join():
         two=conv(8, 8, 1),
     )
     assert reasons(with_stem(unit)) == {"unit.one": POOLED, "unit.two": POOLED}
+
+
+class TwoNames(nn.Module):
+    """Its layers have two names each, and run by the second, as in networks whose head was cut off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second, self.fc = conv(3, 8), norm(8), conv(8, 8), nn.Linear(8, 4)
+        self.body = nn.Sequential(self.first, self.norm, nn.ReLU(), self.second, nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(x).mean((2, 3)))
+
+
+def test_a_layer_with_two_names_goes_by_its_first():
+    sites = find_sites(TwoNames().eval(), IMAGES, "all")
+    assert [(site.conv, site.name) for site in sites] == [("first", "norm"), ("second", "second")]
+    check_promises(TwoNames().eval(), "all")
+
+
+@pytest.mark.parametrize("pool", ["mean", "amax", "sum"])
+def test_channels_are_followed_through_pooling_of_one_side(pool):
+    """The image's columns become channels: 8 of them, as many as there are filters."""
+
+    def body(net: Any, x: Tensor) -> Tensor:
+        return net.last(getattr(net.conv(x), pool)(2).permute(0, 2, 1).unsqueeze(3))
+
+    check_promises(Net(body, conv=conv(3, 8), last=nn.Conv2d(8, 8, 1)).eval(), "all")

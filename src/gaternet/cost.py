@@ -103,9 +103,17 @@ def count_macs(model: GaterNet, images: Float[Tensor, "batch channels height wid
 
 @torch.no_grad()
 def count_dense_macs(network: nn.Module, images: Tensor) -> int:
-    """Multiply-accumulates of one image in a plain network, as PyTorch's FlopCounterMode counts them."""
-    with evaluation_mode(network), FlopCounterMode(display=False) as counter:
-        network(images[:1])
+    """Multiply-accumulates of one image in a plain network, as PyTorch's FlopCounterMode counts them.
+
+    That is: of convolutions, linear layers and matrix products, attention's among them; not of recurrent layers.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()  # of attention layers, which is one operation and not counted
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with evaluation_mode(network), FlopCounterMode(display=False) as counter:
+            network(images[:1])
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() // 2
 
 

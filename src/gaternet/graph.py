@@ -120,6 +120,9 @@ class Graph:
     def __init__(self, backbone: nn.Module, program: torch.export.ExportedProgram, example_input: Tensor) -> None:
         self.backbone, self.example_input = backbone, example_input
         self.modules = dict(backbone.named_modules())
+        first = {module: name for name, module in self.modules.items()}
+        # A module that lies in two places is known by the first, whichever it was called by.
+        self._names = {name: first[module] for name, module in backbone.named_modules(remove_duplicate=False)}
         inputs = set(program.graph_signature.user_inputs)
         self.nodes = [node for node in program.graph.nodes if node.op == "call_function"]
         self.rewritten = _read_what_was_written(self.nodes)
@@ -239,11 +242,10 @@ class Graph:
         height, width = shape(args[1])[2:]
         return Conv(name, node, args[0], groups, (height, width), args[2] is not None)
 
-    @staticmethod
-    def _stack(node: Node) -> list[tuple[str, str]]:
+    def _stack(self, node: Node) -> list[tuple[str, str]]:
         """(call, module) from the network inwards; calls of one module differ."""
         stack = node.meta.get("nn_module_stack", {})
-        return [(key, path) for key, (path, _) in stack.items()] or [("", "")]
+        return [(key, self._names.get(path, path)) for key, (path, _) in stack.items()] or [("", "")]
 
     def _find_calls(self) -> dict[str, Call]:
         calls: dict[str, Call] = {}
