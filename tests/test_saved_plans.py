@@ -10,13 +10,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_networks import IMAGES
+from small_networks import IMAGES, Net, conv
 from test_sites import chain_of
 from test_skipping import KERNELS, THREE, gated, plan_of, random_gates
 from torch import Tensor
 
 import gaternet
 from gaternet.skipping import Skipper
+from gaternet.skipping.native import NativeProgram
+from gaternet.skipping.native.segment import is_native
 from gaternet.skipping.saved import load_plan, save_plan
 
 
@@ -72,6 +74,10 @@ def first(plan, kind):
     return next(step for step in plan["steps"] if step["kind"] == kind)
 
 
+def renamed(plan, old, new):
+    plan.update(json.loads(json.dumps(plan).replace(f'"{old}"', f'"{new}"')))
+
+
 LIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "larger values": lambda plan, tensors: plan["shapes"].update({first(plan, "conv")["out"]: [8, 800, 800]}),
     "larger images": lambda plan, tensors: plan["shapes"].update({plan["input"]: [3, 800, 800]}),
@@ -90,6 +96,9 @@ LIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
         tensors.update({k: v[:1].clone()}) for k, v in tensors.items() if "bias" in k
     ],
     "half a bias": lambda plan, tensors: [tensors.update({k: v.half()}) for k, v in tensors.items() if "bias" in k],
+    "one stride for both sides": lambda plan, tensors: first(plan, "conv")["conv"].update(stride=[1]),
+    "a name of the program's own": lambda plan, tensors: renamed(plan, first(plan, "conv")["out"], "added.mask"),
+    "another pattern than its sources'": lambda plan, tensors: first(plan, "add").update(pattern=0),
     "no output": lambda plan, tensors: plan.update(output="nothing"),
     "another field": lambda plan, tensors: first(plan, "conv").update(surprise=1),
 }
@@ -101,6 +110,37 @@ def test_a_file_whose_shapes_are_not_those_of_its_operations_is_refused(lie, tmp
     load_plan(rewritten(tmp_path / "plan", lambda plan, tensors: None))
     with pytest.raises(ValueError, match="is not a plan of this version"):
         load_plan(rewritten(tmp_path / "plan", LIES[lie]))
+
+
+def test_native_code_reads_what_was_checked_and_nothing_else(tmp_path):
+    """The call's argument is a large constant, its source a small value; a product of unlike channels; half weights."""
+    net = Net(lambda net, x: net.last(net.conv(x).sigmoid() * net.gate), conv=conv(3, 8), last=conv(8, 8), gate=GATE)
+    save_plan(plan_of(gated(net)), tmp_path / "plan")
+
+    def enlarge(plan, tensors):
+        step = next(step for step in plan["steps"] if step["call"] and step["call"][0].startswith("sigmoid"))
+        tensors["constant.large"] = torch.zeros(1, 8, 64, 64)
+        step["call"][1] = [{"ref": "large"}]
+        step.update(kind="aten", pattern=-1)
+        plan["shapes"][step["out"]] = [8, 64, 64]
+        plan["steps"] = plan["steps"][: plan["steps"].index(step) + 1]
+        plan["output"] = step["out"]
+
+    plan = load_plan(rewritten(tmp_path / "plan", enlarge))
+    assert not is_native(plan, plan.steps[-1])
+    found = NativeProgram(plan)(IMAGES, torch.ones(2, plan.num_gates))
+    assert torch.equal(found, torch.full((1, 8, 64, 64), 0.5))
+
+    def halve(plan, tensors):
+        step = next(step for step in plan["steps"] if step["call"] and step["call"][0].startswith("linear"))
+        for name in [arg["ref"] for arg in step["call"][1][1:]]:
+            tensors[f"constant.{name}"] = tensors[f"constant.{name}"].half()
+
+    plan = load_plan(rewritten(tmp_path / "plan", halve))
+    assert not any(is_native(plan, step) for step in plan.steps if step.out == "linear")
+
+
+GATE = torch.rand(1, 8, 1, 1)
 
 
 def test_a_gater_of_another_backbone_is_refused(tmp_path):

@@ -1,6 +1,6 @@
 """Skipping computes what masking computes, with open filters only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from small_networks import IMAGES, Block, Net, conv, norm, seeded, squeeze_excite
 from test_sites import LINKS, chain_of
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import gaternet
@@ -245,6 +246,10 @@ def test_what_does_not_fit_is_refused(unchecked_types):
     cases: list[tuple[str, Callable[[], Any]]] = [
         (rf"gates must be \(2, {model.num_gates}\)", lambda: fast.forward_gated(IMAGES, torch.ones(2, 1))),
         (r"images must be \(B, 3, 8, 8\).*call skip again", lambda: fast(torch.ones(2, 3, 9, 9))),
+        (
+            r"gates must be on cpu, as the images are, but are on meta",
+            lambda: fast.forward_gated(IMAGES, gates.to("meta")),
+        ),
         (r"images must be torch.float32 on cpu", lambda: fast.forward_gated(IMAGES.double(), gates)),
     ]
     for message, call in cases:
@@ -252,6 +257,54 @@ def test_what_does_not_fit_is_refused(unchecked_types):
             call()
     with pytest.raises(RuntimeError, match="move the model, and call skip again"):
         fast.double()
+
+
+@pytest.fixture
+def other_defaults() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_default_precision_does_not_matter(name, other_defaults):
+    torch.set_default_dtype(torch.float32)
+    model = gated(chain_of(["residual with SE", "windows", "dense"]))
+    torch.set_default_dtype(torch.float64)
+    fast, gates = gaternet.skip(model, IMAGES, "slice", kernels=name), random_gates(model, 0.5).float()
+    with torch.no_grad():
+        expected = model.forward_gated(THREE, gates)
+    assert fast.forward_gated(THREE, gates).dtype == torch.float32
+    torch.testing.assert_close(fast.forward_gated(THREE, gates), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_it_keeps_its_precision_under_autocast(name):
+    model = gated(chain_of(["grouped", "windows", "residual"]))
+    fast, gates = gaternet.skip(model, IMAGES, "slice", kernels=name), random_gates(model, 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fast.forward_gated(THREE, gates)
+    assert torch.equal(found, fast.forward_gated(THREE, gates))
+
+
+MIXED: dict[str, Callable[[Any, Tensor], Tensor]] = {  # with more than one precision, or one option for both sides
+    "threshold": lambda net, x: net.last(net.conv(x) * (net.conv2(x) > 0.1)),
+    "sum with a condition": lambda net, x: net.last((y := net.conv(x)) + (y > 0)),
+    "double in between": lambda net, x: net.last(net.conv(x).double().relu().float()),
+    "double convolution": lambda net, x: net.last(F.conv2d(net.conv(x).double(), net.weight, padding=1).float()),
+    "one stride": lambda net, x: F.conv2d(net.conv(x), net.last.weight, None, (2,), 1),
+    "one dilation": lambda net, x: F.conv2d(net.conv(x), net.last.weight, None, 1, (2,), (2,)),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_what_mixes_precisions_or_names_one_side_skips_exactly(name):
+    torch.manual_seed(0)
+    parts = {"conv": conv(3, 8), "conv2": conv(3, 8), "last": conv(8, 8)}
+    model = gated(Net(MIXED[name], **parts, weight=torch.rand(8, 8, 3, 3, dtype=torch.float64)))
+    assert_skips_exactly(model, THREE, random_gates(model, 0.5))
 
 
 def test_an_empty_batch_gives_no_logits():

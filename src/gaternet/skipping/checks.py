@@ -20,6 +20,8 @@ def check_plan(plan: Plan) -> None:
         _require(pattern.ndim == 1 and pattern.dtype == torch.int64, "patterns")
         _require(bool(((pattern >= ALIVE) & (pattern < plan.num_gates)).all()), "patterns")
     _require(plan.shapes.get(plan.input) == plan.input_shape, plan.input)
+    for name in (*plan.shapes, *(step.out for step in plan.steps)):
+        _require("." not in name, name)  # such names are given to what a program makes of a plan
     constants: dict[str, Any] = {name: _without_data(tensor) for name, tensor in plan.constants.items()}
     values = {plan.input: torch.empty(1, *plan.input_shape, dtype=plan.dtype, device="meta")}
     for step in plan.steps:
@@ -28,7 +30,7 @@ def check_plan(plan: Plan) -> None:
             value = _value(plan, step, values, constants)
         except (RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"its step {step.out} does not fit those before it ({error})") from error
-        single = isinstance(value, Tensor) and value.shape[:1] == (1,)
+        single = isinstance(value, Tensor) and value.shape[:1] == (1,) and value.dtype == plan.dtype
         _require(plan.shapes.get(step.out) == (tuple(value.shape[1:]) if single else None), step.out)
         _check_channels(plan, step)
         values[step.out] = value
@@ -51,25 +53,50 @@ def _value(plan: Plan, step: Step, values: dict[str, Any], constants: dict[str, 
         return value
     if step.kind in ("add", "scale"):
         first, second = sources
-        _require(step.kind == "scale" or first.shape == second.shape, step.out)
         _require(step.in_place in (None, 0, 1), step.out)
-        return first + second if step.kind == "add" else first * second
+        value = first + second if step.kind == "add" else first * second
+        alike = first.shape == second.shape if step.kind == "add" else first.shape[1] == second.shape[1]
+        _require(alike and value.shape == first.shape, step.out)
+        return value
     if step.kind == "cat":
         return torch.cat(sources, 1)
     _require(step.kind in ("keep", "aten") and step.call is not None, step.out)
     assert step.call is not None
-    _require(step.kind == "aten" or step.pattern == plan.pattern_of[step.sources[0]], step.out)
     return step.call.to(torch.device("meta"))({**constants, **dict(zip(step.sources, sources, strict=True))})
 
 
 def _check_channels(plan: Plan, step: Step) -> None:
+    """That each channel which is held is decided by the gate that the step's sources say."""
+    channels = (*plan.shapes.get(step.out, ()), 0)[0]
     for number in (step.pattern, step.filters):
         if number != DENSE:
-            _require(0 <= number < len(plan.patterns), step.out)
-            _require(len(plan.patterns[number]) == (*plan.shapes.get(step.out, ()), 0)[0], step.out)
+            _require(0 <= number < len(plan.patterns) and len(plan.patterns[number]) == channels, step.out)
     if step.mask is not None:
-        _require(len(step.mask) == (*plan.shapes.get(step.out, ()), 0)[0], step.out)
+        _require(len(step.mask) == channels, step.out)
         _require(all(ALIVE <= column < plan.num_gates for column in step.mask), step.out)
+    reads = [plan.pattern_of[name] for name in step.sources]
+    if step.kind == "conv":
+        assert step.conv is not None
+        whole = step.conv.groups > 1 and not step.conv.depthwise
+        allowed = {DENSE} if step.adds is not None or whole else {DENSE, step.filters}
+        _require(reads[1:] == [DENSE] * len(reads[1:]) and not (whole and step.filters != DENSE), step.out)
+    elif step.kind == "keep":
+        allowed = {reads[0]}
+    elif step.kind == "scale":
+        allowed = {reads[0]} if reads[1] in (DENSE, reads[0]) else set[int]()
+    elif step.kind == "add":
+        allowed = {reads[0]} if reads[0] == reads[1] else {DENSE}
+    elif step.kind == "cat" and step.pattern != DENSE:
+        parts = [
+            torch.full(plan.shapes[name][:1], ALIVE) if number == DENSE else plan.patterns[number]
+            for name, number in zip(step.sources, reads, strict=True)
+        ]
+        _require(torch.equal(torch.cat(parts), plan.patterns[step.pattern]), step.out)
+        return
+    else:
+        allowed = {DENSE}
+    _require(step.pattern in allowed, step.out)
+    _require(step.kind == "conv" or step.filters == DENSE, step.out)
 
 
 def _without_data(tensor: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Kernels:
         self.offsets = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
         self.fixed = [not (pattern >= 0).any() for pattern in plan.patterns]  # whether they are the same for all gates
         self.bounds = torch.tensor([*self.offsets, sum(self.sizes)], device=plan.device)
-        self.columns = torch.cat([*plan.patterns, torch.zeros(0, dtype=torch.long)]).to(plan.device)
+        self.columns = torch.cat([*plan.patterns, torch.zeros(0, dtype=torch.long, device="cpu")]).to(plan.device)
         self.prepare()
 
     def prepare(self) -> None:

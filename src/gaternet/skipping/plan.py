@@ -127,7 +127,8 @@ class Plan:
         input_shape: (channels, height, width) of the images.
         num_gates: C; 0 for a network without sites.
         steps: the operations.
-        shapes: of each value that is a tensor with one image in front, without that: (channels, height, width).
+        shapes: of each tensor of the images' precision with one image in front, without that: (channels, height,
+            width).
         patterns: for each pattern, the column of the gates for each channel, `ALIVE` for none, `NEVER` for channels
             that are not held for any gates; (channels,).
         constants: values that do not depend on the images.
@@ -174,7 +175,8 @@ class Plan:
     @property
     def dtype(self) -> torch.dtype:
         """The weights' precision."""
-        return next((t.dtype for t in reversed(self._weights) if t.is_floating_point()), torch.float32)
+        weights = [*(step.conv.weight for step in self.steps if step.conv), *self.constants.values()]
+        return next((tensor.dtype for tensor in weights if tensor.is_floating_point()), torch.float32)
 
     @property
     def weight_bytes(self) -> int:

@@ -47,6 +47,7 @@ class _Planner:
         self._values: dict[Node, str] = {graph.input: graph.input.name}  # which value stands for a node's
         self._pattern_of: dict[str, int] = {graph.input.name: DENSE}
         self._shapes: dict[str, tuple[int, ...]] = {graph.input.name: shape(graph.input)}
+        self._dtype = _dtype(graph.input)
 
     def plan(self) -> Plan:
         graph = self.graph
@@ -80,6 +81,8 @@ class _Planner:
         plain = op(conv.node) == "conv2d" and not any(isinstance(arg, str) for arg in conv.node.args)
         if weight is None or not plain or shape(conv.source)[0] != 1:  # the image makes the weights, or is cut up
             return self._add(conv.node)
+        if weight.dtype != self._dtype:
+            return self._add(conv.node)
         bias = self.constants.get(_node(conv.node.args[2])) if len(conv.node.args) > 2 else None
         step = Step("conv", conv.node.name, [self._values[conv.source]])
         end = conv.node
@@ -99,7 +102,7 @@ class _Planner:
         step.filters = step.pattern
         self._absorb_relu(end, step)
         options: list[Any] = [*conv.node.args[3:6]]
-        stride, padding, dilation = (tuple(option) for option in [*options, *[(1, 1), (0, 0), (1, 1)][len(options) :]])
+        stride, padding, dilation = (_pair(option) for option in [*options, *[(1, 1), (0, 0), (1, 1)][len(options) :]])
         name, bias = conv.name or conv.node.name, None if bias is None else bias.detach().clone()
         step.conv = ConvSpec(name, weight.detach().clone(), bias, stride, padding, dilation, conv.groups)
         self._append(step, conv.node)
@@ -152,7 +155,7 @@ class _Planner:
         sources = graph.sources(node)
         held = [self._pattern_of[self._values[source]] for source in sources]
         step = Step("aten", node.name, list(dict.fromkeys(self._values[source] for source in sources)))
-        if any(len(shape(n)) != 4 or shape(n)[0] != 1 for n in [node, *sources]):
+        if any(len(shape(n)) != 4 or shape(n)[0] != 1 or _dtype(n) != self._dtype for n in [node, *sources]):
             return step
         pair = len(sources) == 2 and len(node.args) == 2 and not node.kwargs
         kind: Kind = "aten"
@@ -175,7 +178,8 @@ class _Planner:
     def _append(self, step: Step, node: Node) -> None:
         self._values[node] = step.out
         self._pattern_of[step.out] = step.pattern
-        self._shapes[step.out] = shape(node)
+        if _dtype(node) == self._dtype:
+            self._shapes[step.out] = shape(node)
         self.steps.append(step)
 
     def _pattern(self, node: Node) -> int:
@@ -237,6 +241,15 @@ def _first(node: Node) -> Any:
 def _node(arg: Any) -> Any:
     """An argument that is a node, or None."""
     return arg
+
+
+def _dtype(node: Node) -> torch.dtype | None:
+    return getattr(node.meta.get("val"), "dtype", None)
+
+
+def _pair(option: Sequence[int]) -> tuple[int, int]:
+    """Height's and width's value of an option of a convolution, which may name one for both."""
+    return (option[0], option[-1])
 
 
 def _target(node: Node) -> Callable[..., Any]:

@@ -35,10 +35,11 @@ class Program:
         if gates is None:
             gates = images.new_ones(len(images), self.plan.num_gates)
         run = Run(self.plan, self.kernels, images, gates, self.kernels.open_channels(gates))
-        for step in self.plan.steps:
-            run.values[step.out] = run.step(step)
-            for name in step.free:
-                del run.values[name]
+        with torch.autocast(images.device.type, enabled=False):  # the plan says in which precision
+            for step in self.plan.steps:
+                run.values[step.out] = run.step(step)
+                for name in step.free:
+                    del run.values[name]
         return run.values[self.plan.output]
 
 

@@ -70,6 +70,8 @@ class Skipper(nn.Module):
                 f"gates must be ({images.shape[0]}, {self.plan.num_gates}), a row per image and a column per gated "
                 f"filter, but are {tuple(gates.shape)}"
             )
+        if gates.device != images.device:
+            raise ValueError(f"gates must be on {images.device}, as the images are, but are on {gates.device}")
         if not ((gates == 0) | (gates == 1)).all():
             raise ValueError("gates must be 0 or 1 for filters to be skipped: use the model itself for others")
         if len(images) == 0:

@@ -51,12 +51,13 @@ class NativeProgram:
         self.plan = replace(plan, steps=steps, constants=plan.constants | held)
         self.kernels = _Moves(self.plan)
         sizes = self.kernels.sizes
-        self._offsets = torch.tensor([*self.kernels.offsets, sum(sizes)])
+        self._offsets = torch.tensor([*self.kernels.offsets, sum(sizes)], device="cpu")
         self._weights = self._pack(specs)
         self._arenas = threading.local()
         self._parts = self._split()
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)  # the plan says in which precision
     def __call__(self, images: Tensor, gates: Tensor | None = None) -> Tensor:
         """The network's output for images (B, channels, H, W) under gates (B, C), each 0 or 1."""
         if gates is None:
@@ -131,15 +132,15 @@ class NativeProgram:
         if spec.depthwise:
             return packed.t().reshape(spec.weight.shape)
         filters, channels, height, width = spec.weight.shape
-        weight = torch.empty(spec.weight.shape)
+        weight = torch.empty(spec.weight.shape, dtype=torch.float32, device="cpu")
         self._library.unpack_weights(packed.data_ptr(), filters, channels, height * width, weight.data_ptr())
         return weight
 
     def _open_channels(self, gates: Tensor) -> Live:
         gates = gates.float().contiguous()
         sizes, kernels = self.kernels.sizes, self.kernels
-        counts = torch.zeros(len(gates), len(sizes), dtype=torch.int32)
-        memory = torch.zeros(len(gates) * sum(sizes) + 1, dtype=torch.int32)
+        counts = torch.zeros(len(gates), len(sizes), dtype=torch.int32, device="cpu")
+        memory = torch.zeros(len(gates) * sum(sizes) + 1, dtype=torch.int32, device="cpu")
         where = kernels.columns.data_ptr(), self._offsets.data_ptr(), len(sizes), counts.data_ptr(), memory.data_ptr()
         self._library.open_channels(gates.data_ptr(), len(gates), gates.shape[1], *where)
         return Live(counts, memory[:-1].view(len(gates), sum(sizes)), sizes)

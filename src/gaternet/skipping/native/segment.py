@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gaternet.skipping.native import library as lib
 from gaternet.skipping.native.memory import large_pages, round_up
-from gaternet.skipping.plan import DENSE, ConvSpec, Plan, Step
+from gaternet.skipping.plan import DENSE, ConvSpec, Plan, Ref, Step
 from gaternet.skipping.program import Run
 
 _aten = torch.ops.aten
@@ -30,6 +30,8 @@ _NO_SHAPE = (0,) * 14
 def is_native(plan: Plan, step: Step) -> bool:
     """Whether the library can do the step."""
     shapes, call = plan.shapes, step.call
+    if step.out not in shapes or (call is not None and [*call.args][:1] != [Ref(step.sources[0])]):
+        return False
     ranks = {len(shapes.get(name, ())) for name in step.sources}
     if packed_spec(plan, step) is not None:
         return ranks <= {1, 3}
@@ -60,7 +62,9 @@ def packed_spec(plan: Plan, step: Step) -> ConvSpec | None:
     if call is None or call.target is not _aten.linear.default or len(plan.shapes.get(step.sources[0], ())) != 1:
         return None
     weight, bias = (plan.constants.get(getattr(arg, "name", "")) for arg in (*call.args, None)[1:3])
-    if weight is None or (bias is not None and bias.shape != weight.shape[:1]):
+    if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        return None
+    if any(tensor.dtype != torch.float32 for tensor in (weight, bias) if tensor is not None):
         return None
     return ConvSpec(step.out, weight[:, :, None, None], bias, (1, 1), (0, 0), (1, 1), 1)
 
@@ -158,7 +162,7 @@ class Segment:
                 tensor = tensor.contiguous(memory_format=torch.channels_last if image_like else torch.contiguous_format)
             else:
                 channels, *pixels = self.plan.shapes[name]
-                tensor = torch.empty(images, *pixels, channels).movedim(-1, 1)
+                tensor = torch.empty(images, *pixels, channels, dtype=torch.float32, device="cpu").movedim(-1, 1)
             held.append((name, tensor))
             table[number].data, table[number].step = tensor.data_ptr(), tensor[0].numel()
         factors = torch.cat([run.gates, run.gates.new_ones(images, 1)], 1).float()[:, self._columns].contiguous()
