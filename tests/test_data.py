@@ -162,6 +162,21 @@ def test_images_are_read_as_the_model_wants_them(tmp_path):
         read_image(tmp_path / "text.png", 3)
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "big-endian.tif", "a.pgm"])
+def test_grey_of_16_bits_keeps_the_higher_8(tmp_path, name):
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(values.astype(">u2") if "big" in name else values).save(tmp_path / name)
+    for channels in (1, 3):
+        assert np.array_equal(read_image(tmp_path / name, channels).numpy(), [values >> 8] * channels)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pixels_that_cannot_be_brought_to_8_bits_are_refused(tmp_path, kind):
+    Image.fromarray(np.full((5, 5), 200, kind)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=r"^image .*a\.tif holds signed, 32-bit or float pixels: convert it to 8 bits$"):
+        read_image(tmp_path / "a.tif", 1)
+
+
 @pytest.mark.parametrize("shape", [(3, 40, 20), (3, 20, 40), (3, 9, 9), (3, 16, 8)])
 @pytest.mark.parametrize("crop", [1.0, 0.875])
 def test_fit_gives_the_size_and_leaves_fitting_images_alone(shape, crop):

@@ -209,11 +209,14 @@ def read_image(path: str | Path, channels: int) -> UInt8[Tensor, "chans h w"]:
     """An image file as uint8 (channels, H, W), grey for 1 channel, RGB for 3; DataError if it is unreadable."""
     try:
         with Image.open(path) as image:
-            return tv.pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
+            pixels = _eight_bits(image)
+            if pixels.mode not in ("I", "F"):  # which `convert` would clip
+                return tv.pil_to_tensor(pixels.convert("L" if channels == 1 else "RGB"))
     except FileNotFoundError as error:
         raise DataError(f"no image {path}: check the path") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read image {path} ({error}): repair or remove the file") from error
+    raise DataError(f"image {path} holds signed, 32-bit or float pixels: convert it to 8 bits")
 
 
 def same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
@@ -225,6 +228,15 @@ def same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
 def mix_seed(*numbers: int) -> int:
     """One 64-bit seed from several numbers, such that neighbours get unlike seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The higher 8 bits of 16-bit grey, which `convert` would clip to white; any other image as it is."""
+    # Some of Pillow's versions and readers give it as 32-bit integers, in files that hold none wider than 16 bits
+    if not image.mode.startswith("I;16") and not (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return image
+    image.load()
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def _digits() -> tuple[Tensor, ...]:

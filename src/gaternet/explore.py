@@ -126,7 +126,7 @@ class Explorer:
         try:
             pixels = read_image(path, self.preprocessing.channels)
         except Exception as error:
-            raise DataError("this image is damaged: choose another") from error
+            raise DataError("this image is damaged, or of more than 16 bits: choose another") from error
         return self.preprocessing.fit(pixels).numpy()
 
     def at_random(self) -> Pixels:
