@@ -89,11 +89,19 @@ def test_bad_npz_is_refused_in_one_sentence(tmp_path, case):
     assert "\n" not in str(error.value)
 
 
-def test_truncated_or_missing_npz_is_refused(tmp_path):
+def test_damaged_or_missing_npz_is_refused(tmp_path):
     path = Path(write_npz(tmp_path / "a.npz"))
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(DataError, match="damaged"):
-        load_data(str(path))
+    whole = path.read_bytes()
+    np.savez_compressed(path, **np.load(path))
+    packed = path.read_bytes()
+    np.save(tmp_path / "a.npy", np.zeros((20, 6, 8, 3), np.uint8))
+    single = (tmp_path / "a.npy").read_bytes()
+    directory = packed.rindex(b"PK\1\2")  # says how the last array is packed: flags at 8, method at 10
+    flipped = [packed[:at] + bytes([packed[at] ^ 1]) + packed[at + 1 :] for at in (100, directory + 8, directory + 10)]
+    for damaged in (whole[:500], single, *flipped):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match="damaged or no"):
+            load_data(str(path))
     with pytest.raises(DataError, match="no file"):
         load_data(str(tmp_path / "b.npz"))
     with pytest.raises(DataError, match="no data 'cifar11'"):

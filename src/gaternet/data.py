@@ -5,6 +5,7 @@ Every source ends as two `ImageSet`s of uint8 images (C, H, W) and labels.
 
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -273,7 +275,7 @@ def _torchvision(name: str, root: Path) -> tuple[tuple[Tensor, ...], tuple[str, 
 def _npz(path: Path) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
     names = ("x_train", "y_train", "x_test", "y_test")
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        with path.open("rb") as stream, NpzFile(stream) as file:  # np.load would take a .npy file too
             if missing := [name for name in names if name not in file.files]:
                 raise DataError(f"{path} has no array {missing[0]}: it must hold {', '.join(names)}")
             arrays = {name: np.asarray(file[name]) for name in names}
@@ -281,7 +283,7 @@ def _npz(path: Path) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
         raise DataError(f"no file {path}: check --data") from error
     except DataError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{path} is damaged or no .npz file of plain arrays ({error}): make or fetch it again"
         ) from error
