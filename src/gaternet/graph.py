@@ -245,7 +245,7 @@ class Graph:
     def _stack(self, node: Node) -> list[tuple[str, str]]:
         """(call, module) from the network inwards; calls of one module differ."""
         stack = node.meta.get("nn_module_stack", {})
-        return [(key, self._names.get(path, path)) for key, (path, _) in stack.items()] or [("", "")]
+        return [(key, self._names.get(str(path), str(path))) for key, (path, _) in stack.items()] or [("", "")]
 
     def _find_calls(self) -> dict[str, Call]:
         calls: dict[str, Call] = {}
