@@ -1,6 +1,7 @@
 """What is saved comes back the same, what cannot be saved harms nothing, and what cannot be trusted is refused."""
 
 import errno
+import functools
 import inspect
 import json
 import os
@@ -269,6 +270,7 @@ def test_the_class_method_names_the_path_of_a_damaged_config_too(saved):
 def test_a_model_comes_from_the_hub_by_name(saved, monkeypatch, load):
     asked: dict[str, Any] = {}
 
+    @functools.wraps(checkpoint.snapshot_download)
     def snapshot_download(*args: Any, **kwargs: Any) -> str:
         asked.update(signature.bind(*args, **kwargs).arguments)  # refuses what the real one would
         return str(saved)
