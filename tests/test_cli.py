@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ from gaternet import cli
 from gaternet.checkpoint import save_model
 from gaternet.cli.training import _varied
 from gaternet.data import load_data
+from gaternet.explore import Explorer
 from gaternet.models import create_model
 from gaternet.recipe import GROUPS, Augmentation, Distillation, Gating, Optimizer, Recipe, Runtime
 from gaternet.recipes import RECIPES
@@ -101,6 +103,20 @@ def test_predict_names_classes_and_counts_open_filters(run, tmp_path):
         assert sum(shares) <= 1
         assert 0 < item["open_filters"] < item["gated_filters"] == 336
     assert "of 336" in call("predict", run, paths[0])
+
+
+def test_models_saved_in_half_precision_are_used(tmp_path):
+    data = load_data("digits")
+    model: Any = create_model("resnet8_gated", 10, 1)
+    about = {**model.metadata, **data.metadata(), "trained": {"data": "digits"}}
+    save_model(model.bfloat16(), tmp_path / "half", about)
+    save_model(model.float(), tmp_path / "whole", about)
+    Image.fromarray(data.test[0][0][0].numpy()).save(tmp_path / "0.png")
+    for arguments in (["evaluate", "--cpu"], ["predict", tmp_path / "0.png"]):
+        half, whole = (call(arguments[0], tmp_path / name, *arguments[1:], "--json") for name in ("half", "whole"))
+        assert half == whole
+    half, whole = (Explorer.of_run(tmp_path / name, images=50) for name in ("half", "whole"))
+    assert np.array_equal(half.gates(data.test[0][0].numpy()), whole.gates(data.test[0][0].numpy()))
 
 
 def test_an_exported_file_predicts_what_the_run_does(run, tmp_path, capsys, monkeypatch):

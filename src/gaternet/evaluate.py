@@ -119,6 +119,7 @@ def evaluate_saved(
         ValueError: there is no such model or data, or the two do not go together.
     """
     network, metadata = load_model(find_model(path, which))
+    network = network.float()  # it may have been saved in half precision, and its inputs are float32
     source = data or metadata.get("trained", {}).get("data")
     if source is None:
         raise ValueError(f"{path} does not say what it was trained on: name the data with --data")

@@ -105,7 +105,7 @@ class Explorer:
         rows = [train[place] for place in order]
         known = torch.stack([preprocessing.fit(row[0]) for row in rows])
         names = class_names(source, metadata["classes"])
-        return cls(network, preprocessing, names, test, known, [row[1] for row in rows])
+        return cls(network.float(), preprocessing, names, test, known, [row[1] for row in rows])
 
     def open(self, path: str | Path) -> Pixels:
         """An image file as the model sees it; DataError if it is no image, or too large."""

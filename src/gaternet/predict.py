@@ -37,6 +37,8 @@ class Prediction:
 def load(path: Path, which: Literal["last", "best"] = "last") -> tuple[nn.Module | ExportedModel, dict[str, Any]]:
     """What `predict` takes: the model of a run, a saved model, or an exported one, and its metadata.
 
+    A model that was saved in half precision computes in float32, which its inputs are.
+
     Raises:
         ValueError: there is no such thing, or it does not say how images become its input.
     """
@@ -50,7 +52,7 @@ def load(path: Path, which: Literal["last", "best"] = "last") -> tuple[nn.Module
         if "classes" not in metadata:
             raise ValueError(f"{path} was saved without its classes: save it with them in its metadata")
         Preprocessing.from_metadata(metadata)  # says what is wrong with it
-        return model, metadata
+        return model.float(), metadata
     exported = ExportedModel(path)
     if missing := {"classes", "preprocessing"} - exported.metadata.keys():
         raise ValueError(f"{path} was exported without its {min(missing)}: export it again with metadata=...")
