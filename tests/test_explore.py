@@ -16,8 +16,10 @@ from test_analysis import IMAGES, LABELS, MODEL, PIXELS
 from test_report import browser  # noqa: F401 (a fixture)
 
 import gaternet.explore
-from gaternet.data import DataError, ImageSet
+from gaternet.checkpoint import save_model
+from gaternet.data import DataError, ImageSet, load_data
 from gaternet.explore import Explorer, explore
+from gaternet.models import create_model
 
 NAMES = ["![ape](http://example.org)", "<b>bee</b>", "*cat*", "_dog_", "`eel`", "[fox](x)", "a\\\\*gnu &amp;"]
 
@@ -55,6 +57,18 @@ def test_nearest_images_are_those_whose_gates_differ_least(explorer):
     assert differ[0] == 0
     assert differ.tolist() == sorted((gates != gates[7]).sum(1).tolist())[:5]
     assert np.array_equal((gates[places] != gates[7]).sum(1), differ)
+
+
+def test_images_that_are_not_square_keep_their_shape(tmp_path):
+    x, y = np.random.default_rng(0).integers(0, 256, (20, 8, 16, 3), np.uint8), np.arange(20) % 4
+    np.savez(tmp_path / "wide.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    source = str(tmp_path / "wide.npz")
+    model: Any = create_model("resnet8_gated", 4)
+    about = {**model.metadata, **load_data(source).metadata(), "trained": {"data": source}}
+    save_model(model, tmp_path / "model", about)
+    explorer = Explorer.of_run(tmp_path / "model")
+    assert {image.tobytes() for image in explorer.known.numpy()} == {image.transpose(2, 0, 1).tobytes() for image in x}
+    assert explorer.at_random().shape == (3, 8, 16)
 
 
 def test_pictures_are_large_and_coloured(explorer):

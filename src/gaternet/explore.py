@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from gaternet.checkpoint import load_model
 from gaternet.cost import CostModel
-from gaternet.data import DataError, ImageSet, Preprocessing, load_data, read_image
-from gaternet.evaluate import load_test_set
+from gaternet.data import DataError, ImageSet, Preprocessing, read_image
+from gaternet.evaluate import load_sets
 from gaternet.graph import read_graph
 from gaternet.method import GaterNet
 from gaternet.report.figures import distinct_names, figure, plotly_names
@@ -99,8 +99,7 @@ class Explorer:
         source = data or metadata.get("trained", {}).get("data")
         if source is None:
             raise ValueError(f"{run} does not say what it was trained on: name the data with --data")
-        preprocessing, test = Preprocessing.from_metadata(metadata), load_test_set(source, metadata, data_root)
-        train = load_data(source, None, preprocessing.height, data_root).train
+        preprocessing, (train, test) = Preprocessing.from_metadata(metadata), load_sets(source, metadata, data_root)
         order = random.Random(0).sample(range(len(train)), min(images, len(train)))
         rows = [train[place] for place in order]
         known = torch.stack([preprocessing.fit(row[0]) for row in rows])
