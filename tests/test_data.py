@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_networks import seeded
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as tv
 
 from gaternet.data import DataError, Preprocessing, load_data, mix_seed, read_image
 
@@ -194,6 +196,32 @@ def test_fit_gives_the_size_and_leaves_fitting_images_alone(shape, crop):
     assert fitted.shape == (3, 16, 8)
     if shape == (3, 16, 8):
         assert torch.equal(fitted, image)
+
+
+@pytest.mark.parametrize("crop", [1.0, 0.875, 0.2])
+@pytest.mark.parametrize(("size", "tolerance"), [((30, 40), 0), ((30, 90), 0), ((20, 200), 2), ((200, 20), 2)])
+def test_long_images_are_fitted_as_others_are(size, tolerance, crop):
+    """As by resizing the whole; what is not long exactly so."""
+    preprocessing = Preprocessing(16, 16, (0.5,) * 3, (0.5,) * 3, crop)
+    image = torch.randint(0, 256, (3, *size), generator=seeded(0), dtype=torch.uint8)
+    scale = 16 / min(size) / crop
+    whole = tv.center_crop(tv.resize(image, [round(side * scale) for side in size]), [16, 16])
+    assert (preprocessing.fit(image).int() - whole.int()).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_extremely_long_images_take_no_memory(monkeypatch, axis):
+    """A file of a few bytes may hold one, and resized whole it would take gigabytes."""
+
+    def refuse(image: Tensor, size: list[int]) -> Tensor:
+        raise AssertionError(f"resized to {size}")
+
+    preprocessing = Preprocessing(224, 224, (0.5,) * 3, (0.5,) * 3)
+    strip = torch.randint(0, 256, (3, 1, 100_000), generator=seeded(0), dtype=torch.uint8)
+    middle = strip[:, :, 49_998:50_002].transpose(2, axis)
+    expected = preprocessing.fit(middle).int()  # not so long
+    monkeypatch.setattr(tv, "resize", refuse)
+    assert (preprocessing.fit(strip.transpose(2, axis)).int() - expected).abs().max() <= 2
 
 
 def test_mixed_seeds_of_neighbours_are_unlike():

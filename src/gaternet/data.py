@@ -76,8 +76,14 @@ class Preprocessing:
         target = self.height / self.width
         side = image.shape[1:]
         scale = (self.height / side[0] if side[0] / side[1] < target else self.width / side[1]) / self.crop
-        resized = tv.resize(image, [max(self.height, round(side[0] * scale)), max(self.width, round(side[1] * scale))])
-        return tv.center_crop(resized, [self.height, self.width])
+        height, width = max(self.height, round(side[0] * scale)), max(self.width, round(side[1] * scale))
+        if max(height / self.height, width / self.width) * self.crop > 4:  # resized whole, it might fill the memory
+            top, left = round((height - self.height) / 2), round((width - self.width) / 2)
+            down, right = side[0] / height, side[1] / width  # pixels of the image, a pixel of the resized one
+            box = (left * right, top * down, (left + self.width) * right, (top + self.height) * down)
+            part = tv.to_pil_image(image).resize((self.width, self.height), Image.Resampling.BILINEAR, box)
+            return tv.pil_to_tensor(part)
+        return tv.center_crop(tv.resize(image, [height, width]), [self.height, self.width])
 
     def open(self, path: str | Path) -> UInt8[Tensor, "chans h w"]:
         """An image file as pixels (channels, height, width), ready for `normalize`; DataError if it is unreadable."""
