@@ -115,6 +115,10 @@ def test_models_saved_in_half_precision_are_used(tmp_path):
     for arguments in (["evaluate", "--cpu"], ["predict", tmp_path / "0.png"]):
         half, whole = (call(arguments[0], tmp_path / name, *arguments[1:], "--json") for name in ("half", "whole"))
         assert half == whole
+    assert call("sites", tmp_path / "half", "--json") == call("sites", tmp_path / "whole", "--json")
+    call("report", tmp_path / "half", "--cpu", "--samples", 20)
+    assert json.loads(call("export", tmp_path / "half", "--json"))["compared"]["images"] == 64
+    call("bench", tmp_path / "half", "--engine", "eager", "--rounds", 1, "--batch-size", 2)
     half, whole = (Explorer.of_run(tmp_path / name, images=50) for name in ("half", "whole"))
     assert np.array_equal(half.gates(data.test[0][0].numpy()), whole.gates(data.test[0][0].numpy()))
 

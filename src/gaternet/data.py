@@ -281,7 +281,7 @@ def _torchvision(name: str, root: Path) -> tuple[tuple[Tensor, ...], tuple[str, 
 def _npz(path: Path) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
     names = ("x_train", "y_train", "x_test", "y_test")
     try:
-        with path.open("rb") as stream, NpzFile(stream) as file:  # np.load would take a .npy file too
+        with path.open("rb") as stream, NpzFile(stream, allow_pickle=False) as file:  # np.load takes .npy files too
             if missing := [name for name in names if name not in file.files]:
                 raise DataError(f"{path} has no array {missing[0]}: it must hold {', '.join(names)}")
             arrays = {name: np.asarray(file[name]) for name in names}

@@ -239,6 +239,7 @@ def _model_and_images(model: str, count: int, select: Any, image_size: int, data
     from gaternet.run import find_model
 
     network, metadata = load_model(find_model(Path(model), which))
+    network.float()  # its inputs are float32, in whatever precision it was saved
     if not isinstance(network, GaterNet):
         raise ValueError(f"{model} has no gates: name a network to gate it, or a gated run")
     source = data or metadata.get("trained", {}).get("data")
@@ -322,6 +323,7 @@ def _backbone_and_shape(model: str, image_size: int | None, in_chans: int | None
     seen: Any = {"mean": (0, 0, 0), "height": 224, "width": 224}
     if Path(model).exists():
         network, metadata = load_model(find_model(Path(model)))
+        network.float()  # its inputs are float32, in whatever precision it was saved
         seen = metadata.get("preprocessing") or seen
     else:
         network = create_model(model.removesuffix("_gated"), 1000, in_chans or 3)

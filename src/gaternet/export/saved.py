@@ -62,6 +62,7 @@ def export_saved(
     if file_format == "pt2" and form != "masked":
         raise ValueError("the skipping form is for ONNX files: leave the other format out")
     model, metadata = load_model(find_model(path, which))
+    model.float()  # its inputs are float32, in whatever precision it was saved
     gated = isinstance(model, GaterNet)
     source = data or metadata.get("trained", {}).get("data")
     sets: tuple[ImageSet, ImageSet] | None = None

@@ -83,6 +83,7 @@ def _report_run(
     forced: int,
 ) -> tuple[GateAnalysis, Path]:
     network, metadata = load_model(find_model(run, which))
+    network.float()  # its inputs are float32, in whatever precision it was saved
     if not isinstance(network, GaterNet):
         raise ValueError(f"{run} is a plain network without gates: name a gated run")
     trained = metadata.get("trained", {})
