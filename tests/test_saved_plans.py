@@ -30,6 +30,7 @@ def test_saved_and_loaded_it_computes_the_same(name, tmp_path):
     for other in KERNELS:
         loaded = Skipper.load(tmp_path / "fast", kernels=other)
         torch.testing.assert_close(loaded(IMAGES), fast(IMAGES))
+        assert loaded._hard
         found = loaded.forward_gated(THREE, gates)
         assert torch.equal(found, fast.forward_gated(THREE, gates)) or other != name
         assert str(loaded.plan) == str(fast.plan)
@@ -81,6 +82,8 @@ def renamed(plan, old, new):
 LIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "larger values": lambda plan, tensors: plan["shapes"].update({first(plan, "conv")["out"]: [8, 800, 800]}),
     "larger images": lambda plan, tensors: plan["shapes"].update({plan["input"]: [3, 800, 800]}),
+    "no source": lambda plan, tensors: first(plan, "add").update(sources=[], kind="keep"),
+    "images of negative size": lambda plan, tensors: plan.update(input_shape=[3, -8, 8]),
     "no such source": lambda plan, tensors: first(plan, "conv").update(sources=["nothing"]),
     "a value twice": lambda plan, tensors: first(plan, "add").update(out=first(plan, "conv")["out"]),
     "strides": lambda plan, tensors: first(plan, "conv")["conv"].update(stride=[3, 3]),

@@ -329,12 +329,14 @@ def test_the_weights_are_held_once():
     assert program.weight_bytes <= 1.1 * dense
 
 
-def test_a_gater_with_soft_gates_is_refused():
+def test_a_gater_with_soft_gates_is_refused(tmp_path):
     model = gated(chain_of(["residual"]))
     soft = gaternet.GaterNet(model.ungate(), Soft(model.num_gates), model.sites)
     fast = gaternet.skip(soft, IMAGES, "slice")
-    with pytest.raises(ValueError, match="gates must be 0 or 1 for filters to be skipped"):
-        fast(IMAGES)
+    fast.save(tmp_path)
+    for skipper in (fast, Skipper.load(tmp_path)):
+        with pytest.raises(ValueError, match="gates must be 0 or 1 for filters to be skipped"):
+            skipper(IMAGES)
 
 
 class Soft(nn.Module):

@@ -11,7 +11,6 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gaternet.checkpoint import load_model
 from gaternet.cost import CostModel, count_dense_macs
 from gaternet.data import DataError, ImageSet, Preprocessing, load_data, same_classes
 from gaternet.graph import evaluation_mode, read_graph
@@ -19,7 +18,7 @@ from gaternet.loader import Batches, make_batches
 from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
 from gaternet.recipe import Runtime
-from gaternet.run import find_model
+from gaternet.run import load_trained
 
 BATCH = 500  # images a step, over all processes together
 
@@ -118,8 +117,7 @@ def evaluate_saved(
     Raises:
         ValueError: there is no such model or data, or the two do not go together.
     """
-    network, metadata = load_model(find_model(path, which))
-    network = network.float()  # it may have been saved in half precision, and its inputs are float32
+    network, metadata = load_trained(path, which)
     source = data or metadata.get("trained", {}).get("data")
     if source is None:
         raise ValueError(f"{path} does not say what it was trained on: name the data with --data")

@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from numpy.typing import NDArray
 
-from gaternet.checkpoint import load_model
 from gaternet.cost import CostModel
 from gaternet.data import DataError, ImageSet, Preprocessing, read_image
 from gaternet.evaluate import load_sets
@@ -28,7 +27,7 @@ from gaternet.graph import read_graph
 from gaternet.method import GaterNet
 from gaternet.report.figures import distinct_names, figure, plotly_names
 from gaternet.report.runs import class_names
-from gaternet.run import find_model
+from gaternet.run import load_trained
 
 MAX_BYTES, MAX_PIXELS = 10 * 2**20, 40_000_000  # of an image that is uploaded
 _BATCH = 250
@@ -93,7 +92,7 @@ class Explorer:
         Raises:
             ValueError: there is no such gated model, or its data cannot be had.
         """
-        network, metadata = load_model(find_model(run, which))
+        network, metadata = load_trained(run, which)
         if not isinstance(network, GaterNet):
             raise ValueError(f"{run} is a plain network without gates: name a gated run")
         source = data or metadata.get("trained", {}).get("data")
@@ -104,7 +103,7 @@ class Explorer:
         rows = [train[place] for place in order]
         known = torch.stack([preprocessing.fit(row[0]) for row in rows])
         names = class_names(source, metadata["classes"])
-        return cls(network.float(), preprocessing, names, test, known, [row[1] for row in rows])
+        return cls(network, preprocessing, names, test, known, [row[1] for row in rows])
 
     def open(self, path: str | Path) -> Pixels:
         """An image file as the model sees it; DataError if it is no image, or too large."""

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from gaternet import checkpoint
 from gaternet.evaluate import evaluate_saved
 from gaternet.machine import make_accelerator
-from gaternet.recipe import GROUPS, Recipe, Runtime
+from gaternet.recipe import ACTS_ON_PLAIN, GROUPS, Recipe, Runtime
 from gaternet.recipes import RECIPES
 from gaternet.run import CONFIG, RunDirectory
 
@@ -28,7 +28,7 @@ def changed_options(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
     named = recipe if isinstance(recipe, Mapping) else dataclasses.asdict(recipe)
     base = dataclasses.asdict(RECIPES.get(named["name"], Recipe(named["name"])))
     plain = named["model"] and not named["model"].endswith("_gated")
-    ignored = set(named["gating"]) - {"backbone_from"} if plain else set()
+    ignored = set(named["gating"]) - ACTS_ON_PLAIN if plain else set()
     if Path(named["data"]).stem == base["data"]:
         ignored.add("data")
     if named["name"] in RECIPES:  # a model takes the place of the backbone, or the other way round

@@ -19,7 +19,7 @@ from gaternet.method import Gater, GaterNet
 from gaternet.models import create_model
 from gaternet.models.create import describe_backbone
 from gaternet.recipe import Gating, Recipe
-from gaternet.run import find_model
+from gaternet.run import find_model, load_trained
 
 
 def build_network(recipe: Recipe, data: ImageData, seed: int) -> nn.Module:
@@ -93,7 +93,7 @@ def load_teacher(recipe: Recipe, data: ImageData, accelerator: Accelerator) -> C
     source = recipe.distillation.teacher
     if source is None:
         return None
-    network, metadata = checkpoint.load_model(find_model(Path(source)))
+    network, metadata = load_trained(Path(source))
     network.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     preprocessing, ours = Preprocessing.from_metadata(metadata), data.preprocessing
     sizes = [(p.channels, p.height, p.width) for p in (preprocessing, ours)]
@@ -224,7 +224,7 @@ def _trained_weights(source: str, name: str) -> Mapping[str, Tensor]:
         state = load_file(path) if path.suffix == ".safetensors" else checkpoint.load_tensors(path)
         nested: list[Any] = [state[key] for key in ("state_dict", "model") if isinstance(state.get(key), dict)]
         return nested[0] if nested else state
-    trained, _ = checkpoint.load_model(find_model(path))
+    trained, _ = load_trained(path)
     if isinstance(trained, GaterNet):
         trained = trained.backbone if name == "backbone" else trained.gater.get_submodule("extractor")
     return trained.state_dict()

@@ -8,11 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gaternet.checkpoint import load_model
 from gaternet.data import Preprocessing
 from gaternet.export.exported import ExportedModel
 from gaternet.method import GaterNet
-from gaternet.run import find_model
+from gaternet.run import load_trained
 
 _BATCH = 64
 
@@ -48,11 +47,11 @@ def load(path: Path, which: Literal["last", "best"] = "last") -> tuple[nn.Module
             "with torch.export.load if you trust its author"
         )
     if not path.is_file() and path.suffix != ".onnx":
-        model, metadata = load_model(find_model(path, which))
+        model, metadata = load_trained(path, which)
         if "classes" not in metadata:
             raise ValueError(f"{path} was saved without its classes: save it with them in its metadata")
         Preprocessing.from_metadata(metadata)  # says what is wrong with it
-        return model.float(), metadata
+        return model, metadata
     exported = ExportedModel(path)
     if missing := {"classes", "preprocessing"} - exported.metadata.keys():
         raise ValueError(f"{path} was exported without its {min(missing)}: export it again with metadata=...")

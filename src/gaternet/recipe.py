@@ -54,7 +54,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Gating:
-    """The gater and its losses; ignored by plain models."""
+    """The gater and its losses; plain models take `ACTS_ON_PLAIN` of it alone."""
 
     extractor: str = option("resnet20", "the gater's E: a network of ours or timm's by name; with --backbone also auto")
     shrink: int | None = option(None, "side in pixels of the squares that E sees as one; default: 1, auto chooses")
@@ -219,6 +219,7 @@ class Runtime:
         _check(self, "save_minutes", self.save_minutes >= 0, "at least 0")
 
 
+ACTS_ON_PLAIN = frozenset({"backbone_from"})  # of the options in `Gating`
 GROUPS = ("augmentation", "optimizer", "gating", "distillation")  # fields of a recipe that hold options themselves
 
 

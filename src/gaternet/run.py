@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from gaternet import checkpoint
 from gaternet.recipe import Recipe
@@ -144,6 +145,15 @@ def find_model(path: Path, which: str = "last") -> Path:
     if (path / CONFIG).exists():
         raise ValueError(f"the run {path} has no finished epoch yet: continue it with gaternet train --resume")
     raise ValueError(f"{path} is neither a run nor a saved model: name a folder that gaternet train made")
+
+
+def load_trained(path: Path, which: str = "last") -> tuple[nn.Module, dict[str, Any]]:
+    """The model that `path` means, see `find_model`, and its metadata.
+
+    It is in evaluation mode and in float32, as its inputs are, in whatever precision it was saved.
+    """
+    model, metadata = checkpoint.load_model(find_model(path, which))
+    return model.float(), metadata
 
 
 def describe_machine() -> dict[str, Any]:

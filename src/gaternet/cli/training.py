@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from gaternet.cli.common import JsonOption, app, console
-from gaternet.recipe import Augmentation, Distillation, Gating, Optimizer, Recipe, Runtime, override
+from gaternet.recipe import ACTS_ON_PLAIN, Augmentation, Distillation, Gating, Optimizer, Recipe, Runtime, override
 from gaternet.recipes import RECIPES, find_recipe
 
 _PANELS = {
@@ -52,7 +52,7 @@ def _train(
     """
     changes, runtime = _changes_and_runtime(options)
     changed = override(find_recipe(recipe), changes)
-    without_effect = changes.keys() & {field.name for field in dataclasses.fields(Gating)} - {"backbone_from"}
+    without_effect = changes.keys() & {field.name for field in dataclasses.fields(Gating)} - ACTS_ON_PLAIN
     if without_effect and not changed.gated:
         flag = "--" + min(without_effect).replace("_", "-")
         raise ValueError(f"{changed.model} has no gater that {flag} could act on: leave it out, or name a gated recipe")

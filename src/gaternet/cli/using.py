@@ -232,14 +232,12 @@ def _model_and_images(model: str, count: int, select: Any, image_size: int, data
         torch.manual_seed(0)
         images = torch.randn(count, 3, image_size, image_size)
         return gate(create_model(model.removesuffix("_gated"), 1000).eval(), images[:1], sites=select), images
-    from gaternet.checkpoint import load_model
     from gaternet.data import Preprocessing
     from gaternet.evaluate import load_test_set
     from gaternet.method import GaterNet
-    from gaternet.run import find_model
+    from gaternet.run import load_trained
 
-    network, metadata = load_model(find_model(Path(model), which))
-    network.float()  # its inputs are float32, in whatever precision it was saved
+    network, metadata = load_trained(Path(model), which)
     if not isinstance(network, GaterNet):
         raise ValueError(f"{model} has no gates: name a network to gate it, or a gated run")
     source = data or metadata.get("trained", {}).get("data")
@@ -315,15 +313,13 @@ def sites(
 
 def _backbone_and_shape(model: str, image_size: int | None, in_chans: int | None) -> tuple[Any, list[int]]:
     """A plain network, or the one in a run, and what its images are: [channels, height, width]."""
-    from gaternet.checkpoint import load_model
     from gaternet.method import GaterNet
     from gaternet.models import create_model
-    from gaternet.run import find_model
+    from gaternet.run import load_trained
 
     seen: Any = {"mean": (0, 0, 0), "height": 224, "width": 224}
     if Path(model).exists():
-        network, metadata = load_model(find_model(Path(model)))
-        network.float()  # its inputs are float32, in whatever precision it was saved
+        network, metadata = load_trained(Path(model))
         seen = metadata.get("preprocessing") or seen
     else:
         network = create_model(model.removesuffix("_gated"), 1000, in_chans or 3)

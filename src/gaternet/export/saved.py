@@ -9,13 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gaternet.checkpoint import load_model
 from gaternet.data import DataError, ImageSet, Preprocessing
 from gaternet.evaluate import load_sets
 from gaternet.export import compare_int8, export_onnx, export_pt2, quantize_onnx
 from gaternet.export.source import Form
 from gaternet.method import GaterNet
-from gaternet.run import find_model
+from gaternet.run import load_trained
 
 FileFormat = Literal["onnx", "pt2"]
 Int8 = Literal["backbone", "all"]
@@ -61,8 +60,7 @@ def export_saved(
         raise ValueError("int8 is for ONNX files of the masked form: leave the other format or form out")
     if file_format == "pt2" and form != "masked":
         raise ValueError("the skipping form is for ONNX files: leave the other format out")
-    model, metadata = load_model(find_model(path, which))
-    model.float()  # its inputs are float32, in whatever precision it was saved
+    model, metadata = load_trained(path, which)
     gated = isinstance(model, GaterNet)
     source = data or metadata.get("trained", {}).get("data")
     sets: tuple[ImageSet, ImageSet] | None = None

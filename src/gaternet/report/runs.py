@@ -11,7 +11,6 @@ from torchvision import datasets
 
 from gaternet import checkpoint
 from gaternet.analysis import GateAnalysis, analyze
-from gaternet.checkpoint import load_model
 from gaternet.data import ImageSet, Preprocessing
 from gaternet.evaluate import BATCH, load_test_set
 from gaternet.forcing import force_gates
@@ -21,7 +20,7 @@ from gaternet.method import GaterNet
 from gaternet.recipe import Runtime
 from gaternet.report.comparison import write_comparison
 from gaternet.report.page import write_report
-from gaternet.run import find_model
+from gaternet.run import find_model, load_trained
 
 _NAMES = {
     "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
@@ -82,8 +81,7 @@ def _report_run(
     samples: int,
     forced: int,
 ) -> tuple[GateAnalysis, Path]:
-    network, metadata = load_model(find_model(run, which))
-    network.float()  # its inputs are float32, in whatever precision it was saved
+    network, metadata = load_trained(run, which)
     if not isinstance(network, GaterNet):
         raise ValueError(f"{run} is a plain network without gates: name a gated run")
     trained = metadata.get("trained", {})

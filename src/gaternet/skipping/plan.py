@@ -42,11 +42,19 @@ class Call:
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
         """Run it on values by name."""
-        return self.target(*_filled(self.args, values), **_filled(self.kwargs, values))
+
+        def value(arg: Any) -> Any:
+            return values[arg.name] if isinstance(arg, Ref) else arg
+
+        return self.target(*_mapped(self.args, value), **_mapped(self.kwargs, value))
 
     def to(self, device: torch.device) -> "Call":
         """The same on another device."""
-        return replace(self, args=_moved(self.args, device), kwargs=_moved(self.kwargs, device))
+
+        def moved(arg: Any) -> Any:
+            return device if isinstance(arg, torch.device) else arg
+
+        return replace(self, args=_mapped(self.args, moved), kwargs=_mapped(self.kwargs, moved))
 
 
 @dataclass(frozen=True)
@@ -210,21 +218,10 @@ def _names(args: Any) -> Iterator[str]:
             yield from _names(arg)
 
 
-def _filled(args: Any, values: Mapping[str, Any]) -> Any:
-    if isinstance(args, Ref):
-        return values[args.name]
-    if isinstance(args, list | tuple):
-        return [_filled(arg, values) for arg in args]
+def _mapped(args: Any, change: Callable[[Any], Any]) -> Any:
+    """Arguments with each that is no list or dict changed."""
+    if isinstance(args, list | tuple) and not isinstance(args, Ref):
+        return [_mapped(arg, change) for arg in args]
     if isinstance(args, dict):
-        return {name: _filled(arg, values) for name, arg in args.items()}
-    return args
-
-
-def _moved(args: Any, device: torch.device) -> Any:
-    if isinstance(args, Ref):
-        return args
-    if isinstance(args, list | tuple):
-        return [_moved(arg, device) for arg in args]
-    if isinstance(args, dict):
-        return {name: _moved(arg, device) for name, arg in args.items()}
-    return device if isinstance(args, torch.device) else args
+        return {name: _mapped(arg, change) for name, arg in args.items()}
+    return change(args)

@@ -81,7 +81,7 @@ class _Planner:
         plain = op(conv.node) == "conv2d" and not any(isinstance(arg, str) for arg in conv.node.args)
         if weight is None or not plain or shape(conv.source)[0] != 1:  # the image makes the weights, or is cut up
             return self._add(conv.node)
-        if weight.dtype != self._dtype:
+        if weight.dtype != self._dtype:  # no kernels but PyTorch's own mix precisions
             return self._add(conv.node)
         bias = self.constants.get(_node(conv.node.args[2])) if len(conv.node.args) > 2 else None
         step = Step("conv", conv.node.name, [self._values[conv.source]])
@@ -91,6 +91,8 @@ class _Planner:
         if norm is not None:
             weight, bias = self._folded(norm, weight, bias)
             end = self._absorb(norm, step)
+        else:  # copied: the network may go on learning
+            weight, bias = weight.clone(), None if bias is None else bias.clone()
         if site is not None and self._take_site(end, site):
             self._flow.set_gates(end, site.columns)
             if conv.groups == 1 or conv.depthwise:
@@ -103,8 +105,8 @@ class _Planner:
         self._absorb_relu(end, step)
         options: list[Any] = [*conv.node.args[3:6]]
         stride, padding, dilation = (_pair(option) for option in [*options, *[(1, 1), (0, 0), (1, 1)][len(options) :]])
-        name, bias = conv.name or conv.node.name, None if bias is None else bias.detach().clone()
-        step.conv = ConvSpec(name, weight.detach().clone(), bias, stride, padding, dilation, conv.groups)
+        name, bias = conv.name or conv.node.name, None if bias is None else bias.detach()
+        step.conv = ConvSpec(name, weight.detach(), bias, stride, padding, dilation, conv.groups)
         self._append(step, conv.node)
         return None
 

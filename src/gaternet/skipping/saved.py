@@ -64,7 +64,7 @@ def load_plan(path: Path, device: str | torch.device = "cpu") -> Plan:
             raise ValueError("it is of another version")
         plan = _read(data, tensors)
         check_plan(plan)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is not a plan of this version ({error}): save it anew with skip(...).save") from error
     return plan.to(torch.device(device))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gaternet.checkpoint import read_json, staged, write_json
 from gaternet.graph import read_graph
-from gaternet.method import GaterNet
+from gaternet.method import Gater, GaterNet
 from gaternet.skipping.engines import Backbone, KernelName, make_program, time_engines
 from gaternet.skipping.native import NativeProgram
 from gaternet.skipping.plan import Plan
@@ -35,16 +35,20 @@ class Skipper(nn.Module):
         timings: where the engine was chosen by measurement, the median seconds of each for the example.
     """
 
-    def __init__(self, plan: Plan, gater: Callable[[Tensor], Tensor], backbone: Backbone, engine: str) -> None:
+    def __init__(
+        self, plan: Plan, gater: Callable[[Tensor], Tensor], backbone: Backbone, engine: str, hard: bool
+    ) -> None:
         super().__init__()
         self.plan, self.engine = plan, engine
+        self._hard = hard  # whether the gater's gates are 0 or 1 however its weights are
         self.timings: Mapping[str, float] = {}
         self._gater, self.program = gater, backbone
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Logits (B, K), those of the model up to rounding; ValueError where a gater of yours gives soft gates."""
-        return self.forward_gated(images, self.gates(images))
+        gates = self.gates(images)
+        return self.program(images, gates) if self._hard and len(images) else self.forward_gated(images, gates)
 
     @torch.no_grad()
     def gates(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch gates"]:
@@ -86,7 +90,7 @@ class Skipper(nn.Module):
             OSError: the files cannot be written; the folder is as it was.
         """
         gater, backbone = self._gater, self.program
-        config: dict[str, Any] = {"engine": self.engine}
+        config: dict[str, Any] = {"engine": self.engine, "hard": self._hard}
         if isinstance(backbone, Specialised):
             config["kept"] = [kept.nonzero()[:, 0].tolist() for kept in backbone.kept]
             backbone = backbone.fallback
@@ -121,7 +125,9 @@ class Skipper(nn.Module):
             backbone = Specialised(plan, kept, kernels)
         else:
             backbone = make_program(plan, kernels)
-        return cls(backbone.plan, make_program(gater, kernels), backbone, str(config.get("engine")))
+        return cls(
+            backbone.plan, make_program(gater, kernels), backbone, str(config.get("engine")), config.get("hard") is True
+        )
 
     def _check_images(self, images: Tensor) -> None:
         if images.shape[1:] != self.plan.input_shape:
@@ -177,21 +183,22 @@ def skip(
         raise ValueError(f"subnetworks must be at least 1, not {subnetworks}")
     model.eval()
     plan = make_plan(read_graph(model.backbone, example_input[:1]), model.sites)
+    hard = type(model.gater) is Gater  # a subclass may give other gates
     if engine == "mask":
         own = copy.deepcopy(model)
-        return Skipper(plan, own.gates, own.forward_gated, engine)
+        return Skipper(plan, own.gates, own.forward_gated, engine, hard)
     try:
         gater: Callable[[Tensor], Tensor] = make_program(make_plan(read_graph(model.gater, example_input[:1])), kernels)
     except ValueError:  # it runs as it is
         gater = copy.deepcopy(model.gater)
     if engine == "slice":
         program = make_program(plan, kernels)
-        return Skipper(program.plan, gater, program, engine)
+        return Skipper(program.plan, gater, program, engine, hard)
     engines: dict[str, Backbone] = {"mask": model.forward_gated}
     if calibration is not None:
         specialised = Specialised(plan, choose_kept(calibration, subnetworks), kernels)
         if engine == "specialise":
-            return Skipper(specialised.plan, gater, specialised, engine)
+            return Skipper(specialised.plan, gater, specialised, engine, hard)
         engines |= {"slice": specialised.fallback, "specialise": specialised}
     else:
         engines["slice"] = make_program(plan, kernels)
@@ -200,6 +207,6 @@ def skip(
     best = min(timings, key=timings.__getitem__)
     if best == "mask":
         engines["mask"] = copy.deepcopy(model).forward_gated
-    skipper = Skipper(getattr(engines["slice"], "plan", plan), gater, engines[best], best)
+    skipper = Skipper(getattr(engines["slice"], "plan", plan), gater, engines[best], best, hard)
     skipper.timings = timings
     return skipper

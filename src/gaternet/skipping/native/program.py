@@ -14,7 +14,7 @@ from gaternet.skipping.native import library as lib
 from gaternet.skipping.native.memory import large_pages, round_up
 from gaternet.skipping.native.segment import Segment, is_native, packed_spec
 from gaternet.skipping.plan import ConvSpec, Plan, Step
-from gaternet.skipping.program import Run
+from gaternet.skipping.program import Run, without_autocast
 
 
 class _Moves(Kernels):
@@ -57,21 +57,19 @@ class NativeProgram:
         self._parts = self._split()
 
     @torch.no_grad()
-    @torch.autocast("cpu", enabled=False)  # the plan says in which precision
     def __call__(self, images: Tensor, gates: Tensor | None = None) -> Tensor:
         """The network's output for images (B, channels, H, W) under gates (B, C), each 0 or 1."""
         if gates is None:
             gates = images.new_ones(len(images), self.plan.num_gates)
         run = Run(self.plan, self.kernels, images, gates, self._open_channels(gates))
-        for part in self._parts:
-            if isinstance(part, Segment):
-                part.run(run, self._offsets, self._arenas)
-                free = part.free
-            else:
-                run.values[part.out] = run.step(part)
-                free = part.free
-            for name in free:
-                run.values.pop(name, None)
+        with without_autocast("cpu"):
+            for part in self._parts:
+                if isinstance(part, Segment):
+                    part.run(run, self._offsets, self._arenas)
+                else:
+                    run.values[part.out] = run.step(part)
+                for name in part.free:
+                    run.values.pop(name, None)
         return run.values[self.plan.output]
 
     @property
