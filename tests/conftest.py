@@ -16,6 +16,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the same in processes that tests start, w
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+@pytest.fixture(autouse=True)
+def random_numbers() -> None:
+    """Each test's weights and images are the same in every run and any order, so that a failure can be repeated."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real data and reference outputs that lies beside some checkouts; the test skips without it."""

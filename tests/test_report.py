@@ -361,7 +361,7 @@ def test_reports_of_runs_and_their_comparison(tmp_path, gaternet_command, browse
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
     metadata = load_data("digits").metadata() | {"trained": {"data": "digits"}}
-    monkeypatch.setattr(runs, "load_model", lambda _: (make_model(), metadata))
+    monkeypatch.setattr(runs, "load_trained", lambda *_: (make_model(), metadata))
     monkeypatch.setattr(runs, "find_model", lambda path, _: path)
     monkeypatch.setattr(runs, "analyze", lambda *_, **__: pytest.fail("worked in vain"))
     (tmp_path / "file").touch()
@@ -370,7 +370,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path, mo
 
 
 def test_a_wrong_name_among_several_is_found_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "load_model", lambda _: pytest.fail("worked in vain"))
+    monkeypatch.setattr(runs, "load_trained", lambda *_: pytest.fail("worked in vain"))
     MODEL.save_pretrained(tmp_path / "good")
     with pytest.raises(ValueError, match=r"no run or saved model .*missing"):
         runs.report_runs([tmp_path / "good", tmp_path / "missing"], out=tmp_path / "page")
