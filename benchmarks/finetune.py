@@ -1,10 +1,12 @@
-"""Fine-tune trained CIFAR-10 ResNets to half of their filters, and write docs/results/finetune.json.
+"""Fine-tune trained CIFAR-10 ResNets to half of their filters or MACs, and write docs/results/finetune.json.
 
 python benchmarks/finetune.py --data cifar10.npz --out runs WEIGHTS...
+python benchmarks/finetune.py --data cifar10.npz --out runs --half macs WEIGHTS...
 
 WEIGHTS are files of Y. Idelbayev's pytorch_resnet_cifar10 (resnet20-12fca82f.th, ...). Each is gated with every gate
-open, evaluated beside the plain network, fine-tuned to density 0.5 over all its filters, and evaluated again. A run
-that was cut goes on when the command is given again; a result stays in the file until the same is run anew.
+open, evaluated beside the plain network, fine-tuned and evaluated again: to density 0.5 over all its filters, or, with
+the small, guided gater of cifar10_resnet20_half and cifar10_resnet56_half, to half of the dense MACs, gater included.
+A run that was cut goes on when the command is given again; a result stays in the file until the same is run anew.
 """
 
 import argparse
@@ -33,7 +35,8 @@ from gaternet.run import RunDirectory, describe_machine
 from gaternet.train import train
 
 RESULT = Path(__file__).parents[1] / "docs" / "results" / "finetune.json"
-KEYS = ("model", "epochs", "group_size", "seed")
+KEYS = ("model", "half", "epochs", "group_size", "seed")
+SMALL_GATER = ("extractor", "shrink", "bottleneck", "target_density", "penalty", "auxiliary_weight", "anneal_noise")
 
 
 def mean_macs(model: GaterNet, batches: Any, to_input: ToInput) -> float:
@@ -48,12 +51,17 @@ def mean_macs(model: GaterNet, batches: Any, to_input: ToInput) -> float:
     return total / count
 
 
-def finetune(path: Path, data_path: str, out: Path, epochs: int, group_size: int, seed: int) -> dict[str, Any]:
+def finetune(
+    path: Path, data_path: str, out: Path, half: str, epochs: int, group_size: int, seed: int
+) -> dict[str, Any]:
     """Gate, evaluate, fine-tune and evaluate one network."""
     name = path.name.split("-")[0]
     changes = {"backbone": name, "pretrained": False, "data": data_path, "batch_size": 128, "epochs": epochs}
     changes |= {"lr": 0.05, "gater_lr": 0.5, "noise_std": 0.25, "penalty": "gates", "sparsity_ramp": 1.0}
     changes |= {"group_size": group_size}
+    if half == "macs":
+        small = find_recipe(f"cifar10_{name}_half").gating
+        changes |= {option: getattr(small, option) for option in SMALL_GATER} | {"sparsity_ramp": 2.0}
     recipe = override(find_recipe("finetune"), changes)
     network = load(path)
     runtime = Runtime(precision="no")
@@ -65,13 +73,16 @@ def finetune(path: Path, data_path: str, out: Path, epochs: int, group_size: int
     torch.manual_seed(seed)
     gating = recipe.gating
     options: Any = {"bottleneck": gating.bottleneck, "noise_std": gating.noise_std, "group_size": group_size}
+    if half == "macs":
+        options |= {"gater": gating.extractor, "shrink": gating.shrink}
     model = gaternet.gate(network, torch.zeros(2, 3, 32, 32), sites="all", open=True, **options)
     opened = evaluate(model, batches, to_input, accelerator)
-    run = out / f"finetune_{name}_group{group_size}_epochs{epochs}_seed{seed}"
+    run = out / f"finetune_{name}_{half}_group{group_size}_epochs{epochs}_seed{seed}"
     record = train(recipe, run, Runtime(), seed, resume=(run / "config.json").exists(), network=model)
     macs = gaternet.count_macs(model.eval(), torch.zeros(1, 3, 32, 32))
     return {
         "model": name,
+        "half": half,
         "group_size": group_size,
         "gates": model.num_gates,
         "sites": len(model.sites),
@@ -90,7 +101,7 @@ def finetune(path: Path, data_path: str, out: Path, epochs: int, group_size: int
         "minutes": sum(epoch["seconds"] for epoch in RunDirectory(run).epochs()) / 60,
         "seed": seed,
         **describe_machine(),
-        "command": f"python benchmarks/finetune.py --data {Path(data_path).name} --epochs {epochs} "
+        "command": f"python benchmarks/finetune.py --data {Path(data_path).name} --half {half} --epochs {epochs} "
         f"--group-size {group_size} --seed {seed} {path.name}",
     }
 
@@ -100,13 +111,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", nargs="+", type=Path)
     parser.add_argument("--data", required=True)
+    parser.add_argument("--half", choices=("filters", "macs"), default="filters")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--group-size", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs"))
     args = parser.parse_args()
     for path in args.weights:
-        found = finetune(path, args.data, args.out, args.epochs, args.group_size, args.seed)
+        found = finetune(path, args.data, args.out, args.half, args.epochs, args.group_size, args.seed)
         before = json.loads(RESULT.read_text()) if RESULT.exists() else []
         results = {tuple(line[key] for key in KEYS): line for line in [*before, found]}
         RESULT.write_text(json.dumps([results[key] for key in sorted(results)], indent=2) + "\n")

@@ -141,9 +141,9 @@ def finetuned() -> str:
     """Networks trained by others, before and after; runs that differ only in their seed on one line."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for line in read_finetuned():
-        groups.setdefault((line["model"], line["epochs"], line["group_size"]), []).append(line)
+        groups.setdefault((line["model"], line["half"], line["epochs"], line["group_size"]), []).append(line)
     rows, commands = [], []
-    for (model, epochs, group_size), lines in groups.items():
+    for (model, half, epochs, group_size), lines in groups.items():
         images = lines[0]["images"]
 
         def mean(key: str, lines: list[dict[str, Any]] = lines) -> float:
@@ -152,6 +152,7 @@ def finetuned() -> str:
         rows.append(
             [
                 model,
+                {"filters": "filters", "macs": "MACs"}[half],
                 str(group_size),
                 str(epochs),
                 f"{100 * (1 - mean('plain_correct') / images):.2f}",
@@ -166,7 +167,8 @@ def finetuned() -> str:
         )
         threads = lines[0]["machine"]["threads"]
         commands += [f"`{line['command']}` ({machines_of([line])}, {threads} threads)" for line in lines]
-    titles = ["network", "group_size", "epochs", "test error %", "images right, gated and open", "error % fine-tuned"]
+    titles = ["network", "half of its", "group_size", "epochs", "test error %", "images right, gated and open"]
+    titles.append("error % fine-tuned")
     titles += ["open gates", "dependent", "backbone's MACs", "with the gater", "minutes"]
     return table(titles, rows) + "\n" + "\n".join(f"- {command}" for command in commands) + "\n"
 
@@ -220,9 +222,10 @@ def page() -> str:
         f"### ResNet-8: what each option does\n\n{silent_points(ledger, EACH_OPTION)}\n"
         f"### ResNet-20: what closes the distance to the plain network\n\n{silent_points(ledger, GAP)}\n"
         "## Networks trained by others\n\n"
-        'Y. Idelbayev\'s CIFAR-10 ResNets, gated by `gaternet.gate(..., sites="all", open=True)`, then fine-tuned to '
-        "half of their filters, a few epochs on a CPU. MACs are means over the test images, relative to the plain "
-        "backbone.\n\n"
+        'Y. Idelbayev\'s CIFAR-10 ResNets, gated by `gaternet.gate(..., sites="all", open=True)`, then fine-tuned for a '
+        "few epochs on a CPU: to half of their filters, with a gater as large as ResNet-20, or to half of their MACs, "
+        "gater included, with one that is small and guided ([method.md](method.md)). MACs are means over the test "
+        "images, relative to the plain backbone.\n\n"
         f"{finetuned()}\n"
         f"## Generalisation\n\n{generalisation()}\n"
         f"## Skipping\n\n{skipping()}\n"
