@@ -222,10 +222,10 @@ def page() -> str:
         f"### ResNet-8: what each option does\n\n{silent_points(ledger, EACH_OPTION)}\n"
         f"### ResNet-20: what closes the distance to the plain network\n\n{silent_points(ledger, GAP)}\n"
         "## Networks trained by others\n\n"
-        'Y. Idelbayev\'s CIFAR-10 ResNets, gated by `gaternet.gate(..., sites="all", open=True)`, then fine-tuned for a '
-        "few epochs on a CPU: to half of their filters, with a gater as large as ResNet-20, or to half of their MACs, "
-        "gater included, with one that is small and guided ([method.md](method.md)). MACs are means over the test "
-        "images, relative to the plain backbone.\n\n"
+        'Y. Idelbayev\'s CIFAR-10 ResNets, gated by `gaternet.gate(..., sites="all", open=True)`, then fine-tuned for '
+        "a few epochs on a CPU: to half of their filters, with the default gater, or to half of their MACs, gater "
+        "included, with one that is small and guided ([method.md](method.md)). MACs are means over the test images, "
+        "relative to the plain backbone.\n\n"
         f"{finetuned()}\n"
         f"## Generalisation\n\n{generalisation()}\n"
         f"## Skipping\n\n{skipping()}\n"
