@@ -166,7 +166,7 @@ def _all_sites() -> list[Recipe]:
 def _digits() -> list[Recipe]:
     """For `make demo` and tests, seconds on a CPU: handwritten digits, 8x8 grey pixels, 1,437 of them to train on."""
     optimizer = Optimizer(lr=0.1, weight_decay=5e-4, schedule="cosine", warmup_epochs=2.0)
-    gating = Gating(target_density=0.6, sparsity_start=2.0, sparsity_ramp=4.0)
+    gating = Gating(target_density=0.6, sparsity_start=2.0, sparsity_ramp=4.0, **_GUIDED)
     models = ("resnet20", "resnet20_gated")
     return [
         Recipe(
