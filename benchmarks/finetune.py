@@ -32,7 +32,7 @@ from gaternet.network import prepared_for
 from gaternet.recipe import Runtime, override
 from gaternet.recipes import find_recipe
 from gaternet.run import RunDirectory, describe_machine
-from gaternet.train import train
+from gaternet.train import Stopped, train
 
 RESULT = Path(__file__).parents[1] / "docs" / "results" / "finetune.json"
 KEYS = ("model", "half", "epochs", "group_size", "seed")
@@ -118,7 +118,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs"))
     args = parser.parse_args()
     for path in args.weights:
-        found = finetune(path, args.data, args.out, args.half, args.epochs, args.group_size, args.seed)
+        try:
+            found = finetune(path, args.data, args.out, args.half, args.epochs, args.group_size, args.seed)
+        except Stopped as stopped:
+            sys.exit(str(stopped))
         before = json.loads(RESULT.read_text()) if RESULT.exists() else []
         results = {tuple(line[key] for key in KEYS): line for line in [*before, found]}
         RESULT.write_text(json.dumps([results[key] for key in sorted(results)], indent=2) + "\n")
