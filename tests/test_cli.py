@@ -1,7 +1,9 @@
 import dataclasses
 import json
+import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -274,3 +276,18 @@ def test_bench_refuses_what_has_no_gates_and_engines_that_are_not_there(capsys, 
     code, message = fail(capsys, monkeypatch, "bench", "resnet20", "--image-size", 16, "--engine", "abacus")
     assert code == 2
     assert "no dense engine 'abacus': choose of eager" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_waiting_threads_give_their_cores_away_before_pytorch_is_loaded(given, found):
+    code = """
+import os, sys
+from gaternet.cli import common
+common.app = lambda: print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
+common.main()
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == [str(found), "False"]
