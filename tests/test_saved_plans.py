@@ -162,6 +162,24 @@ def test_a_gater_of_another_backbone_is_refused(tmp_path):
         Skipper.load(tmp_path / "one")
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_gater_that_gives_fewer_gates_than_images_is_refused(name, tmp_path, unchecked_types):
+    """Its file says that its gates are hard, and for one image they are as many as they should be."""
+    gaternet.skip(gated(chain_of(["residual"])), IMAGES, "slice").save(tmp_path)
+
+    def hold(plan, tensors):
+        tensors["constant.held"] = torch.ones(1, *plan["shapes"][plan["output"]])
+        (step,) = [step for step in plan["steps"] if step["out"] == plan["output"]]
+        step.update(sources=[], call=["relu.default", [{"ref": "held"}], {"dict": {}}])
+
+    rewritten(tmp_path / "gater.safetensors", hold).rename(tmp_path / "gater.safetensors")
+    fast = Skipper.load(tmp_path, kernels=name)
+    assert fast._hard
+    fast(IMAGES[:1])
+    with pytest.raises(ValueError, match="gates must be"):
+        fast(IMAGES)
+
+
 def test_a_plan_moves_to_another_device(tmp_path):
     save_plan(plan_of(gated(chain_of(["residual with SE", "windows"]))), tmp_path / "plan")
     plan = load_plan(tmp_path / "plan", device="meta")

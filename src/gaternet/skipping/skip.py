@@ -47,8 +47,7 @@ class Skipper(nn.Module):
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Logits (B, K), those of the model up to rounding; ValueError where a gater of yours gives soft gates."""
-        gates = self.gates(images)
-        return self.program(images, gates) if self._hard and len(images) else self.forward_gated(images, gates)
+        return self._run(images, self.gates(images), self._hard)
 
     @torch.no_grad()
     def gates(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch gates"]:
@@ -69,6 +68,9 @@ class Skipper(nn.Module):
             ValueError: gates of another shape or with other values, or images of another size than planned for.
         """
         self._check_images(images)
+        return self._run(images, gates, hard=False)
+
+    def _run(self, images: Tensor, gates: Tensor, hard: bool) -> Tensor:
         if gates.shape != (images.shape[0], self.plan.num_gates):
             raise ValueError(
                 f"gates must be ({images.shape[0]}, {self.plan.num_gates}), a row per image and a column per gated "
@@ -76,7 +78,7 @@ class Skipper(nn.Module):
             )
         if gates.device != images.device:
             raise ValueError(f"gates must be on {images.device}, as the images are, but are on {gates.device}")
-        if not ((gates == 0) | (gates == 1)).all():
+        if not hard and not ((gates == 0) | (gates == 1)).all():
             raise ValueError("gates must be 0 or 1 for filters to be skipped: use the model itself for others")
         if len(images) == 0:
             return self.program(images.new_zeros(1, *self.plan.input_shape), gates.new_zeros(1, gates.shape[1]))[:0]

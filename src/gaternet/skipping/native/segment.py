@@ -30,7 +30,7 @@ _NO_SHAPE = (0,) * 14
 def is_native(plan: Plan, step: Step) -> bool:
     """Whether the library can do the step."""
     shapes, call = plan.shapes, step.call
-    if step.out not in shapes or (call is not None and [*call.args][:1] != [Ref(step.sources[0])]):
+    if step.out not in shapes or not step.sources or (call is not None and [*call.args][:1] != [Ref(step.sources[0])]):
         return False
     ranks = {len(shapes.get(name, ())) for name in step.sources}
     if packed_spec(plan, step) is not None:
