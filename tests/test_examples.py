@@ -28,7 +28,6 @@ def test_save_digits(monkeypatch, tmp_path):
 
 
 def test_pretrained_cifar_resnet(monkeypatch, tmp_path, capsys):
-    torch.manual_seed(0)
     state = {f"module.{name}": value for name, value in ResNet(3).state_dict().items()}
     torch.save({"state_dict": state, "best_prec1": 91.7}, tmp_path / "net.th")
     run(monkeypatch, "pretrained_cifar_resnet.py", tmp_path / "net.th")

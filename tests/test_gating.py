@@ -92,7 +92,6 @@ def test_open_gates_are_open_in_training_too():
 
 
 def test_default_begins_with_about_half_of_the_gates_open_and_they_depend_on_the_image():
-    torch.manual_seed(0)
     model = gate(custom(), IMAGES)
     gates = model.gates(torch.randn(64, 3, 8, 8, generator=seeded(4)) * 2)
     assert 0.2 < gates.mean() < 0.8
@@ -100,7 +99,6 @@ def test_default_begins_with_about_half_of_the_gates_open_and_they_depend_on_the
 
 
 def test_an_open_model_learns_to_close_gates():
-    torch.manual_seed(0)
     model = gate(custom().train(), IMAGES, open=True)
     images = torch.randn(8, 3, 8, 8, generator=seeded(5))
     optimizer = torch.optim.SGD(model.gater.parameters(), 1.0)
@@ -262,7 +260,6 @@ def test_a_gated_backbone_is_refused():
 
 
 def test_gated_timm_model_compiles_in_one_graph(unchecked_types):
-    torch.manual_seed(0)
     model = gate(create_backbone("timm:test_efficientnet").eval(), PIXELS, gater=features(), sites="all")
     assert {"inner", "depthwise"} == {site.role for site in model.sites}
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -270,7 +267,6 @@ def test_gated_timm_model_compiles_in_one_graph(unchecked_types):
 
 
 def test_gated_timm_model_in_distributed_data_parallel(tmp_path):
-    torch.manual_seed(0)
     model = gate(create_backbone("timm:test_resnet").eval(), PIXELS, gater="test_resnet")
     expected = model(PIXELS)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -406,7 +402,6 @@ def test_torchvisions_trained_weights_fill_all_but_another_classifier(monkeypatc
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_torchvisions_networks_that_transform_their_input_come_back_as_they_were(monkeypatch, tmp_path, name):
-    torch.manual_seed(0)
     theirs: Any = torchvision.models.get_model(name, weights=None, transform_input=True, init_weights=False).eval()
     monkeypatch.setattr(
         "torchvision.models._api.load_state_dict_from_url", lambda *args, **kwargs: dict(theirs.state_dict())
@@ -448,7 +443,6 @@ def test_an_extractor_may_have_a_layer_between_pooling_and_classifier(tmp_path, 
 
 @pytest.mark.parametrize("shrink", [1, 3])
 def test_extractor_sees_averages_of_pixels(shrink):
-    torch.manual_seed(0)
     extractor = create_extractor("resnet20", 1, shrink).eval()
     images = torch.rand(2, 1, 24, 24, generator=seeded(6))
     means = images.unflatten(3, (-1, shrink)).unflatten(2, (-1, shrink)).mean((3, 5))
@@ -474,7 +468,6 @@ def spoiled(model: GaterNet) -> GaterNet:
     [("timm:test_resnet", None), ("torchvision:resnet18", "test_resnet"), ("resnet20_se", "resnet20_wider")],
 )
 def test_a_gated_network_by_name_comes_back_by_itself(tmp_path, name, gater):
-    torch.manual_seed(0)
     model = spoiled(gate(create_backbone(name, 4), PIXELS, gater=gater, bottleneck=5, sites="all"))
     model.save_pretrained(tmp_path)
     for loaded in (GaterNet.from_pretrained(tmp_path), load_pretrained(tmp_path), load_model(tmp_path)[0]):
@@ -487,7 +480,6 @@ def test_a_gated_network_by_name_comes_back_by_itself(tmp_path, name, gater):
 
 
 def test_a_timm_model_of_the_users_comes_back_by_itself(tmp_path):
-    torch.manual_seed(0)
     network = timm.create_model("test_efficientnet", num_classes=4, in_chans=1)
     model = spoiled(gate(network, PIXELS[:, :1], open=True))
     model.save_pretrained(tmp_path)
@@ -497,7 +489,6 @@ def test_a_timm_model_of_the_users_comes_back_by_itself(tmp_path):
 
 
 def test_a_shrinking_gater_comes_back_by_itself(tmp_path):
-    torch.manual_seed(0)
     model = spoiled(gate(create_backbone("torchvision:squeezenet1_1", 4), PIXELS))
     assert shrink_of(model) == 4
     model.save_pretrained(tmp_path)

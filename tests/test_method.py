@@ -203,7 +203,6 @@ def test_gate_sparsity_is_the_mean_over_samples_of_the_l1_norm_per_gate(rows):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_gater_is_fc1_batchnorm_relu_fc2(images, training):
-    torch.manual_seed(0)
     g = gater().train(training)
     assert isinstance(g.norm, nn.BatchNorm1d)
     nn.init.normal_(g.norm.bias)
@@ -226,7 +225,6 @@ def test_gater_holds_h_plus_c_times_b_weights(batch_norm):
 
 
 def test_gater_passes_its_options_on(images):
-    torch.manual_seed(0)
     g = gater(noise_std=0.0, hard_probability=1.0)
     for training in (True, False):
         logits = g.train(training).logits(images)
@@ -325,7 +323,6 @@ def test_gates_of_one_sample_never_touch_another(model, images, gates, row):
 @pytest.mark.parametrize("batch_norm", [True, False])
 @pytest.mark.parametrize("hard_probability", [0.0, 1.0])
 def test_gradient_reaches_every_parameter(images, batch_norm, hard_probability):
-    torch.manual_seed(0)
     model = GaterNet(Toy(), gater(batch_norm=batch_norm, hard_probability=hard_probability), SITES).train()
     F.cross_entropy(model(images), torch.arange(6) % 4).backward()
     for name, parameter in model.named_parameters():
@@ -352,7 +349,6 @@ def test_gates_of_another_shape_are_refused(model, images, unchecked_types):
 
 
 def test_pretrained_weights_fit_before_and_after_gating(images):
-    torch.manual_seed(0)
     pretrained = Toy().eval()
     early = Toy().eval()
     early.load_state_dict(pretrained.state_dict())

@@ -124,7 +124,6 @@ def by_hand(net: CifarResNet, images: Tensor, gates: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet20_se", "resnet164"])
 def test_gated_network_is_the_one_written_by_hand(name):
-    torch.manual_seed(0)
     backbone, plain = create_backbone(name), create_backbone(name)
     assert isinstance(backbone, CifarResNet)
     assert isinstance(plain, CifarResNet)
@@ -160,7 +159,6 @@ CIFAR_MODELS = [name for name in model_names() if re.sub("_(gated|wider|se)$", "
 
 @pytest.mark.parametrize("name", CIFAR_MODELS)
 def test_every_model_runs_and_every_parameter_learns(name):
-    torch.manual_seed(0)
     model = create_model(name, num_classes=7, in_chans=1, batch_norm=False)  # which would take fc1's bias away
     logits = model(torch.rand(4, 1, 8, 8))
     assert logits.shape == (4, 7)
@@ -178,7 +176,6 @@ def test_without_classes_a_backbone_gives_its_features(name):
 
 
 def test_convs_start_kaiming_normal_and_biases_at_zero():
-    torch.manual_seed(0)
     net = create_backbone("resnet20_se")
     conv = net.get_submodule("layer3.0.conv1")  # 32 -> 64: its fan-out is not its fan-in
     assert isinstance(conv, nn.Conv2d)
@@ -343,7 +340,6 @@ def test_wider_resnets_are_wider_everywhere():
 
 
 def test_a_gated_imagenet_model_learns_in_all_its_parts():
-    torch.manual_seed(0)
     model = create_model("resnet34_gated", 7, 1, batch_norm=False)
     for module in model.modules():  # timm closes each unit at the start
         if isinstance(module, nn.BatchNorm2d):

@@ -95,7 +95,11 @@ LIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "a value twice": lambda plan, tensors: first(plan, "add").update(out=first(plan, "conv")["out"]),
     "strides": lambda plan, tensors: first(plan, "conv")["conv"].update(stride=[3, 3]),
     "no stride": lambda plan, tensors: first(plan, "conv")["conv"].update(stride=[0, 0]),
-    "negative padding": lambda plan, tensors: first(plan, "conv")["conv"].update(padding=[-1, -1]),
+    "negative padding": lambda plan, tensors: [
+        first(plan, "conv")["conv"].update(padding=[-1, -1]),
+        plan.update(steps=[first(plan, "conv")], output=first(plan, "conv")["out"]),
+        plan["shapes"].update({plan["output"]: [8, 4, 4]}),
+    ],
     "no dilation": lambda plan, tensors: first(plan, "conv")["conv"].update(dilation=[0, 0], padding=[0, 0]),
     "all below 0": lambda plan, tensors: first(plan, "conv")["conv"].update(dilation=[-1, -1], padding=[-1, -1]),
     "weights held": lambda plan, tensors: first(plan, "conv").update(held=True),

@@ -71,7 +71,6 @@ def test_random_networks_skip_exactly(names, seed):
 @pytest.mark.parametrize("name", ["resnet20", "resnet164", "timm:mobilenetv3_small_050", "timm:regnetx_002"])
 @pytest.mark.parametrize("sites", ["residual", "all"])
 def test_networks_skip_exactly(name, sites):
-    torch.manual_seed(0)
     images = torch.randn(3, 3, 32, 32)
     model = gated(create_backbone(name, 10), images, sites)
     assert_skips_exactly(model, images, random_gates(model, 0.5))
@@ -101,7 +100,6 @@ CONVS = st.fixed_dictionaries(
 @settings(max_examples=60, deadline=None)
 def test_convolutions_of_any_shape_skip_exactly(case):
     """Tiles and panels have many sizes; a second convolution reads what the first left open, a third is depthwise."""
-    torch.manual_seed(0)
     filters, shape = case["filters"], {name: case[name] for name in ("stride", "dilation", "padding", "bias")}
     images = torch.randn(3, case["channels"], case["height"], case["width"])
     network = nn.Sequential(
@@ -303,7 +301,6 @@ MIXED: dict[str, Callable[[Any, Tensor], Tensor]] = {  # with more than one prec
 
 @pytest.mark.parametrize("name", MIXED)
 def test_what_mixes_precisions_or_names_one_side_skips_exactly(name):
-    torch.manual_seed(0)
     parts = {"conv": conv(3, 8), "conv2": conv(3, 8), "last": conv(8, 8)}
     model = gated(Net(MIXED[name], **parts, weight=torch.rand(8, 8, 3, 3, dtype=torch.float64)))
     assert_skips_exactly(model, THREE, random_gates(model, 0.5))
