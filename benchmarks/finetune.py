@@ -28,7 +28,7 @@ from gaternet.graph import read_graph
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
-from gaternet.network import prepared_for
+from gaternet.network import gate_as, prepared_for
 from gaternet.recipe import Runtime, override
 from gaternet.recipes import find_recipe
 from gaternet.run import RunDirectory, describe_machine
@@ -71,11 +71,7 @@ def finetune(
     batches = make_batches(data.test, BATCH, runtime, accelerator)
     plain = evaluate(network, batches, to_input, accelerator)
     torch.manual_seed(seed)
-    gating = recipe.gating
-    options: Any = {"bottleneck": gating.bottleneck, "noise_std": gating.noise_std, "group_size": group_size}
-    if half == "macs":
-        options |= {"gater": gating.extractor, "shrink": gating.shrink}
-    model = gaternet.gate(network, torch.zeros(2, 3, 32, 32), sites="all", open=True, **options)
+    model = gate_as(recipe.gating, network, torch.zeros(2, 3, 32, 32))
     opened = evaluate(model, batches, to_input, accelerator)
     run = out / f"finetune_{name}_{half}_group{group_size}_epochs{epochs}_seed{seed}"
     record = train(recipe, run, Runtime(), seed, resume=(run / "config.json").exists(), network=model)

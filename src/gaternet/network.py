@@ -33,20 +33,8 @@ def build_network(recipe: Recipe, data: ImageData, seed: int) -> nn.Module:
         backbone = create_model(str(recipe.backbone), **shape, pretrained=recipe.pretrained)
         if isinstance(backbone, GaterNet):
             raise ValueError(f"backbone must be a plain network to gate, but {recipe.backbone} is gated already")
-        network = gate(
-            backbone.train(),
-            torch.zeros(2, data.preprocessing.channels, data.preprocessing.height, data.preprocessing.width),
-            gater=None if gating.extractor == "auto" else gating.extractor,
-            shrink=gating.shrink,
-            sites=gating.sites,
-            group_size=gating.group_size,
-            bottleneck=gating.bottleneck,
-            open=gating.open,
-            batch_norm=gating.batch_norm,
-            initial_bias=gating.initial_bias,
-            noise_std=gating.noise_std,
-            hard_probability=gating.hard_probability,
-        )
+        sizes = data.preprocessing.channels, data.preprocessing.height, data.preprocessing.width
+        network = gate_as(gating, backbone.train(), torch.zeros(2, *sizes))
     gated = isinstance(network, GaterNet)
     if gating.backbone_from:
         backbone = network.backbone if gated else network
@@ -56,6 +44,24 @@ def build_network(recipe: Recipe, data: ImageData, seed: int) -> nn.Module:
             raise ValueError(f"{recipe.model} has no gater that could start from {gating.extractor_from}")
         _start_from(network.gater.get_submodule("extractor"), gating.extractor_from, "extractor", 0)
     return network
+
+
+def gate_as(gating: Gating, backbone: nn.Module, example_input: Tensor) -> GaterNet:
+    """Gate a network as a recipe says; see `gaternet.gate`."""
+    return gate(
+        backbone,
+        example_input,
+        gater=None if gating.extractor == "auto" else gating.extractor,
+        shrink=gating.shrink,
+        sites=gating.sites,
+        group_size=gating.group_size,
+        bottleneck=gating.bottleneck,
+        open=gating.open,
+        batch_norm=gating.batch_norm,
+        initial_bias=gating.initial_bias,
+        noise_std=gating.noise_std,
+        hard_probability=gating.hard_probability,
+    )
 
 
 class WithAuxiliary(nn.Module):
