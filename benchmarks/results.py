@@ -179,7 +179,8 @@ def generalisation() -> str:
     if not path.exists():
         return "Not measured.\n"
     groups: dict[str, list[dict[str, Any]]] = {}
-    for line in json.loads(path.read_text()):
+    recorded = json.loads(path.read_text())
+    for line in recorded:
         words = [line["recipe"], *train_flags(line["options"])]
         groups.setdefault(f"`{' '.join(words)}`", []).append(line)
     kinds = ("noise", "blur", "contrast", "jpeg")
@@ -194,7 +195,8 @@ def generalisation() -> str:
         figures = [mean("train"), mean("test"), mean("test") - mean("train"), *corrupted, statistics.mean(corrupted)]
         size = f"{lines[0]['parameters'] / 1e6:.2f}M"
         rows.append([name, size, str(len(lines)), *(f"{figure:.1f}" for figure in figures)])
-    text = "`python benchmarks/generalisation.py`: errors in %, of each corruption the mean of three strengths.\n\n"
+    text = "`python benchmarks/generalisation.py`: errors in %, of each corruption the mean of three strengths "
+    text += f"({machines_of(recorded)}).\n\n"
     titles = ["recipe", "size", "n", "train", "test", "gap", *kinds, "corrupted"]
     return text + table(titles, rows)
 
