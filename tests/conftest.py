@@ -1,13 +1,17 @@
 """What all tests share."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import pytest
 import torch
+
+pytest.register_assert_rewrite("gated_models", "site_checks", "skipped_networks", "training_runs")
 
 # Tiny tensors, and often several test processes on few cores: more threads would only wait for each other.
 torch.set_num_threads(1)
@@ -36,6 +40,18 @@ def gaternet_command() -> list[str]:
     return [sys.executable, "-m", "gaternet"]
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """An uninterrupted run, with averaged weights, to compare others with."""
+    from training_runs import CPU, small
+
+    from gaternet.train import train
+
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    train(small(ema_decay=0.9), run, CPU)
+    return run
+
+
 @pytest.fixture
 def unchecked_types() -> Iterator[None]:
     """Switches the run-time check of annotations off: torch.compile cannot trace through it."""
@@ -43,3 +59,17 @@ def unchecked_types() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium, driven by Playwright; the test skips without it."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium is installed, say Debian's package chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield running
+        running.close()

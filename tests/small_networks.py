@@ -73,3 +73,33 @@ def squeeze_excite(channels: int = 8) -> Block:
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def with_stem(unit: nn.Module) -> Net:
+    """Reads the image with a convolution of 8 filters; what it gives is used by whatever the unit holds first."""
+    return Net(lambda net, x: net.unit(net.stem(x)), stem=conv(3, 8), unit=unit)
+
+
+PIXELS = torch.rand(2, 3, 64, 64, generator=seeded(1))  # for networks that shrink them 32 times
+
+
+def custom() -> Net:
+    """A stem of 8 filters and two residual units, the first of which runs 6 inner ones: 16 gates."""
+    torch.manual_seed(0)
+    return Net(
+        lambda net, x: net.two(net.one(net.stem(x))),
+        stem=nn.Sequential(conv(3, 8), norm(), nn.ReLU()),
+        one=Block(
+            lambda u, x: x + u.layers(x), layers=nn.Sequential(conv(8, 6), norm(6), nn.ReLU(), conv(6, 8), norm())
+        ),
+        two=Block(lambda u, x: x + u.layers(x), layers=nn.Sequential(conv(8, 8), norm())),
+    ).eval()
+
+
+def features(channels: int = 3, width: int = 5) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def replaced(module: nn.Module, name: str, part: nn.Module) -> nn.Module:
+    module.set_submodule(name, part)
+    return module

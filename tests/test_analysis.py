@@ -8,36 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from analyzed_model import IMAGES, LABELS, MODEL, PIXELS, make_model
 from sklearn.metrics import mutual_info_score
-from small_networks import seeded
 from torch import Tensor, nn
 
-from gaternet import GateAnalysis, Gater, GaterNet, analyze, count_macs, create_model, gate
+from gaternet import GateAnalysis, Gater, analyze, count_macs, create_model, gate
 from gaternet.analysis import THUMBNAIL, mutual_information, thumbnail
-from gaternet.data import Preprocessing
 from gaternet.forcing import class_gates, force_gates
-
-PIXELS = Preprocessing(16, 16, (0.5,) * 3, (0.25,) * 3)
-IMAGES = torch.randint(0, 256, (90, 3, 16, 16), generator=seeded(0), dtype=torch.uint8)
-LABELS = torch.randint(0, 5, (90,), generator=seeded(1))  # of 7 classes, two have no images
-
-
-def make_model(classes: int = 7) -> GaterNet:
-    torch.manual_seed(0)
-    model = create_model("resnet20_gated", classes)
-    assert isinstance(model, GaterNet)
-    assert isinstance(model.gater, Gater)
-    nn.init.normal_(model.gater.fc2.weight, 0, 2, generator=seeded(3))
-    nn.init.normal_(model.gater.fc2.bias, 0, 4, generator=seeded(4))
-    for module in model.modules():  # statistics of the images, so that gates and logits depend on them
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        model.train()(PIXELS.normalize(IMAGES))
-    return model.eval()
-
-
-MODEL = make_model()
 
 
 def batches(size: int = 32, labels: bool = True) -> list[Any]:

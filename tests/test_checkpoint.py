@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.hub_mixin
-import numpy as np
 import pytest
 import torch
+from gated_models import OPTIONS, assert_same, gated_model, truncate
 from safetensors import SafetensorError
+from small_networks import IMAGES
 from torch import Tensor, nn
 
 from gaternet import checkpoint
@@ -29,39 +30,8 @@ from gaternet.checkpoint import (
     write_atomically,
 )
 from gaternet.gating import gate
-from gaternet.method import Gater, GaterNet
+from gaternet.method import GaterNet
 from gaternet.models import create_model
-
-OPTIONS: dict[str, Any] = {
-    "bottleneck": 3,
-    "batch_norm": True,
-    "noise_std": 0.5,
-    "hard_probability": 0.25,
-    "threshold": 0.02,
-}
-IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def gated_model(name: str = "resnet20_gated", num_classes: int = 5, **options: Any) -> GaterNet:
-    """In evaluation mode, with BatchNorms that have seen images, so that nothing stands at its default."""
-    torch.manual_seed(0)
-    model = create_model(name, num_classes, **{**OPTIONS, **options})
-    assert isinstance(model, GaterNet)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            nn.init.normal_(parameter, 0.5, 0.5)
-    with torch.no_grad():
-        model.train()(IMAGES)
-        model.backbone(IMAGES)
-    return model.eval()
-
-
-def assert_same(model: nn.Module, other: nn.Module) -> None:
-    for ours, theirs in zip(model(IMAGES, return_gates=True), other(IMAGES, return_gates=True), strict=True):
-        assert torch.equal(ours, theirs)
-    state, other_state = model.state_dict(), other.state_dict()
-    assert state.keys() == other_state.keys()
-    assert all(torch.equal(state[name], other_state[name]) for name in state)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -222,10 +192,6 @@ def edit_config(directory: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda saved: (saved / "config.json").unlink(), "holds no saved model: config.json is missing"),
     (lambda saved: (saved / "model.safetensors").unlink(), "holds no saved model: model.safetensors is missing"),
@@ -349,105 +315,6 @@ def test_a_file_of_another_kind_is_refused_with_its_path(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.pth is (damaged|truncated)"):
         load_tensors(path)
-
-
-# --- The public evaluation code's layout
-
-
-def official_name(name: str) -> str:
-    """layer2.0.downsample.1.bias -> stage2.block1.shortcut.bn.bias; conv1, bn1 and fc outside stages lose the 1."""
-    parts = name.split(".")
-    if not parts[0].startswith("layer"):
-        return ".".join([parts[0].removesuffix("1"), *parts[1:]])
-    stage, unit, *rest = parts
-    if rest[0] == "downsample":
-        rest = ["shortcut", ("conv", "bn")[int(rest[1])], *rest[2:]]
-    return ".".join([stage.replace("layer", "stage"), f"block{int(unit) + 1}", *rest])
-
-
-def in_official_layout(model: GaterNet, prefix: str) -> dict[str, dict[str, Tensor]]:
-    assert isinstance(model.gater, Gater)
-    gater = {f"resnet.{official_name(name)}": t for name, t in model.gater.extractor.state_dict().items()}
-    gater |= {f"resnet.newfc.{name}": tensor for name, tensor in model.gater.fc1.state_dict().items()}
-    gater |= {f"fnn.fc.0.{name}": tensor for name, tensor in model.gater.fc2.state_dict().items()}
-    backbone = {official_name(name): tensor for name, tensor in model.backbone.state_dict().items()}
-    return {
-        "backbone_state_dict": {prefix + name: tensor for name, tensor in backbone.items()},
-        "gater_state_dict": {prefix + name: tensor for name, tensor in gater.items()},
-    }
-
-
-@pytest.mark.parametrize(("depth", "prefix"), [(20, "module."), (56, ""), (56, "module.")])
-def test_official_layout_says_depth_classes_and_bottleneck(tmp_path, depth, prefix):
-    model = gated_model(f"resnet{depth}_gated", num_classes=7, bottleneck=5, batch_norm=False)
-    torch.save(in_official_layout(model, prefix), tmp_path / "model.pth")
-    loaded = load_official_checkpoint(tmp_path / "model.pth")
-    assert isinstance(model.gater, Gater)
-    assert isinstance(loaded.gater, Gater)
-    assert 1.2 / (1 + np.exp(-loaded.gater.threshold)) - 0.1 == pytest.approx(0.49999, abs=1e-12)  # that code's rule
-    model.gater.threshold = loaded.gater.threshold
-    assert_same(loaded, model)
-    assert not loaded.training
-    loaded.save_pretrained(tmp_path / "again")
-    assert_same(load_pretrained(tmp_path / "again"), model)
-
-
-def test_official_checkpoint_gives_what_the_public_code_computes(shared):
-    model = load_official_checkpoint(shared / "data" / "official_layout" / "resnet20_gated.pth")
-    expected = np.load(shared / "data" / "official_layout" / "resnet20_gated_expected.npz")
-    images = torch.from_numpy(expected["images"])
-    with torch.no_grad():
-        logits, gates = model(images, return_gates=True)
-        assert isinstance(model.gater, Gater)
-        np.testing.assert_allclose(model.gater.logits(images), expected["gate_preactivations"], rtol=0, atol=1e-5)
-    assert np.array_equal(gates, expected["gates"])
-    np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-5)
-
-
-def without(state: dict[str, Any], part: str, name: str) -> dict[str, Any]:
-    return {**state, part: {key: value for key, value in state[part].items() if name not in key}}
-
-
-NOT_OFFICIAL: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda state: torch.ones(3), "does not hold a dict of tensors, but a Tensor"),
-    (lambda state: state["backbone_state_dict"], "not in the public code's layout: it has no backbone_state_dict"),
-    (lambda state: {**state, "gater_state_dict": 1}, "not in the public code's layout: it has no gater_state_dict"),
-    (lambda state: without(state, "backbone_state_dict", "stage"), "layout: its tensors do not fit"),
-    (lambda state: without(state, "backbone_state_dict", "stage3.block2"), "layout: its tensors do not fit"),
-    (lambda state: without(state, "gater_state_dict", "newfc"), "layout: its tensors do not fit"),
-    (lambda state: without(state, "backbone_state_dict", "block3"), "unknown model 'resnet14'"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), NOT_OFFICIAL)
-def test_a_file_of_another_layout_is_refused_with_its_path(tmp_path, change, message):
-    path = tmp_path / "model.pth"
-    torch.save(change(in_official_layout(gated_model(batch_norm=False), "module.")), path)
-    with pytest.raises(ValueError, match=message) as refused:
-        load_official_checkpoint(path)
-    assert str(path) in str(refused.value)
-
-
-def test_a_truncated_official_checkpoint_is_refused_with_its_path(tmp_path):
-    path = tmp_path / "model.pth"
-    torch.save(in_official_layout(gated_model(batch_norm=False), ""), path)
-    truncate(path)
-    with pytest.raises(ValueError, match=r"model\.pth is truncated or no PyTorch file"):
-        load_official_checkpoint(path)
-
-
-@pytest.mark.parametrize(
-    "backbone",
-    [
-        {0: torch.ones(1)},
-        {"stage1.block1.conv1.weight": 1},
-        {"stage1.block1.conv1.weight": torch.ones(1), "fc.weight": torch.tensor(5)},
-    ],
-)
-def test_an_official_layout_without_named_tensors_is_refused(tmp_path, backbone):
-    torch.save({"backbone_state_dict": backbone, "gater_state_dict": {}}, tmp_path / "model.pth")
-    with pytest.raises(ValueError, match="not in the public code's layout"):
-        load_official_checkpoint(tmp_path / "model.pth")
 
 
 class OwnStem(nn.Module):

@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
+from random_networks import chain_of
 from small_networks import IMAGES
-from test_sites import chain_of
 
 from gaternet.skipping.bench import time_interleaved
 from gaternet.skipping.dense import build_dense

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from analyzed_model import IMAGES, LABELS, MODEL, PIXELS
 from packaging.requirements import Requirement
 from PIL import Image
-from test_analysis import IMAGES, LABELS, MODEL, PIXELS
-from test_report import browser  # noqa: F401 (a fixture)
 
 import gaternet.explore
 from gaternet.checkpoint import save_model
@@ -108,7 +107,7 @@ def test_images_are_fitted_and_others_refused(explorer, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")  # of Gradio's own parts
-def test_the_page(explorer, browser: Any, tmp_path: Path):  # noqa: F811
+def test_the_page(explorer, browser: Any, tmp_path: Path):
     app = explore(explorer, "Gates of a test", block=False)
     try:
         assert app.local_url.startswith("http://127.0.0.1:")

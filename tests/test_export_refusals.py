@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from exported_networks import METADATA, PIXELS, gated, residual
 from small_networks import IMAGES, Block, Net, conv
-from test_export import METADATA, PIXELS, gated, residual
 from torch import Tensor, nn
 from torch.nn import functional as F
 

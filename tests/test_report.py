@@ -1,16 +1,14 @@
 """The report: its numbers, its page in a real browser, and data that makes figures impossible."""
 
 import json
-import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_analysis import IMAGES, LABELS, MODEL, PIXELS, make_model
+from analyzed_model import IMAGES, LABELS, MODEL, PIXELS, make_model
 from torch import nn
 
 from gaternet import Gater, GaterNet, analyze, create_model
@@ -151,19 +149,6 @@ def test_known_sets_have_names():
 
 
 # --- In a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium is installed, say Debian's package chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 class Shown:

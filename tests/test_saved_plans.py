@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from random_networks import chain_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from skipped_networks import KERNELS, THREE, gated, plan_of, random_gates
 from small_networks import IMAGES, Net, conv
-from test_sites import chain_of
-from test_skipping import KERNELS, THREE, gated, plan_of, random_gates
 from torch import Tensor
 
 import gaternet

@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_networks import IMAGES, Block, Net, conv, norm, seeded, squeeze_excite
-from test_sites import LINKS, chain_of
+from random_networks import LINKS, chain_of
+from skipped_networks import KERNELS, THREE, assert_skips_exactly, gated, inverted, plan_of, random_gates
+from small_networks import IMAGES, Block, Net, conv, seeded, squeeze_excite
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,42 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import gaternet
 from gaternet.cost import CostModel
 from gaternet.graph import read_graph
-from gaternet.method import GaterNet
 from gaternet.models.create import create_backbone
 from gaternet.skipping import Skipper, kernels
-from gaternet.skipping.engines import KernelName, make_program
 from gaternet.skipping.native import NativeProgram
-from gaternet.skipping.plan import Plan
-from gaternet.skipping.planner import make_plan
 from gaternet.skipping.program import Program
-from gaternet.skipping.specialise import Specialised, prune
-
-THREE = torch.cat([IMAGES, IMAGES[:1].flip(3)])
-KERNELS: list[KernelName] = ["torch", "native"]
-
-
-def gated(backbone: nn.Module, images: Tensor = IMAGES, sites: Any = "all") -> GaterNet:
-    extractor = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
-    return gaternet.gate(backbone.eval(), images, gater=extractor, sites=sites).eval()
-
-
-def random_gates(model: GaterNet, density: float, seed: int = 0, batch: int = 3) -> Tensor:
-    return (torch.rand(batch, model.num_gates, generator=seeded(seed)) < density).float()
-
-
-def plan_of(model: GaterNet, images: Tensor = IMAGES) -> Plan:
-    return make_plan(read_graph(model.backbone, images[:1]), model.sites)
-
-
-@torch.no_grad()
-def assert_skips_exactly(model: GaterNet, images: Tensor, gates: Tensor) -> None:
-    expected = model.forward_gated(images, gates)
-    scale = expected.abs().max().item()
-    for name in KERNELS:
-        fast = gaternet.skip(model, images, "slice", kernels=name)
-        for count in (1, len(images)):
-            found = fast.forward_gated(images[:count], gates[:count])
-            torch.testing.assert_close(found, expected[:count], rtol=1e-4, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("name", LINKS)
@@ -148,35 +117,6 @@ def test_a_result_does_not_depend_on_the_neighbours(name):
         torch.testing.assert_close(alone, together[i])  # a matrix product of one row may round otherwise
 
 
-def test_threads_change_no_bit():
-    model = gated(chain_of(["residual", "inverted residual", "residual with SE"]))
-    program, gates, threads = NativeProgram(plan_of(model)), random_gates(model, 0.5), torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(program(THREE, gates))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-
-
-def chain(net: Any, x: Tensor) -> Tensor:
-    x = net.stem(x)
-    return net.out(net.depthwise(net.expand(x))) + x
-
-
-def inverted() -> Net:
-    return Net(
-        chain,
-        stem=nn.Sequential(conv(3, 8), norm(), nn.ReLU()),
-        expand=nn.Sequential(conv(8, 12, 1), norm(12), nn.Hardswish()),
-        depthwise=nn.Sequential(conv(12, 12, groups=12), norm(12), nn.ReLU()),
-        out=nn.Sequential(conv(12, 8, 1), norm()),
-    )
-
-
 @pytest.mark.parametrize("density", [0.2, 0.6, 1.0])
 def test_only_open_filters_are_computed(density, monkeypatch):
     """The multiplications that really happen are those that the cost model counts."""
@@ -189,20 +129,6 @@ def test_only_open_filters_are_computed(density, monkeypatch):
         program(IMAGES[:1], gates)
     cost = CostModel(read_graph(model.backbone, IMAGES[:1]), model.sites)
     assert counter.get_total_flops() / 2 == cost(gates).item()
-
-
-def test_native_code_reads_no_closed_filter():
-    """Not a number in the weights of closed filters, and of what reads them, reaches the result."""
-    model = gated(inverted())
-    gates, plan = random_gates(model, 0.5, batch=1), plan_of(model)
-    expected = NativeProgram(plan)(IMAGES[:1], gates)
-    sites = {site.conv: gates[0, site.start : site.stop] == 0 for site in model.sites}
-    for step in plan.steps:
-        if step.conv is not None and step.conv.name in sites:
-            step.conv.weight[sites[step.conv.name]] = torch.nan
-            if step.conv.bias is not None:
-                step.conv.bias[sites[step.conv.name]] = torch.nan
-    assert torch.equal(NativeProgram(plan)(IMAGES[:1], gates), expected)
 
 
 def test_rounding_up_changes_nothing(monkeypatch):
@@ -364,45 +290,6 @@ def test_the_model_may_go_on_learning(name, engine):
     assert torch.equal(fast.forward_gated(THREE, gates), before[1])
 
 
-def test_without_a_compiler_it_is_slow_and_says_so(monkeypatch, tmp_path):
-    from gaternet.skipping.native import library
-
-    model = gated(chain_of(["residual"]))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    library.load_library.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match=r"skipped slowly: native code needs a C\+\+ compiler: install g\+\+"):
-            fast = gaternet.skip(model, IMAGES, "slice")
-        with pytest.raises(library.NativeUnavailableError):
-            gaternet.skip(model, IMAGES, "slice", kernels="native")
-    finally:
-        library.load_library.cache_clear()
-    with torch.no_grad():
-        torch.testing.assert_close(fast(IMAGES), model(IMAGES))
-
-
-def test_native_code_that_cannot_be_kept_is_compiled_for_now(monkeypatch, tmp_path):
-    from gaternet.skipping.native import library
-
-    def refuse(path, write):
-        raise OSError("read-only")
-
-    monkeypatch.setattr(library, "write_atomically", refuse)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library.load_library.cache_clear()
-    try:
-        assert library.load_library().half_lanes() > 0
-        assert not any(tmp_path.rglob("*.so"))
-        monkeypatch.undo()
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        library.load_library.cache_clear()
-        assert library.load_library().half_lanes() > 0
-        assert len(list(tmp_path.rglob("*.so"))) == 1
-    finally:
-        library.load_library.cache_clear()
-
-
 def test_the_plan_can_be_read():
     model = gated(
         Net(
@@ -430,57 +317,6 @@ def test_writes_to_a_part_of_a_tensor_are_refused():
         gaternet.skip(model, IMAGES)
 
 
-# --- Smaller networks for the gates that images have
-
-
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("link", LINKS)
-def test_subnetworks_compute_what_masking_computes(link, name):
-    model = gated(chain_of([link, "conv alone", link]))
-    kept = torch.rand(model.num_gates, generator=seeded(5)) < 0.6
-    gates = random_gates(model, 0.7) * kept
-    found = make_program(prune(plan_of(model), kept), name)(THREE, gates)
-    with torch.no_grad():
-        expected = model.forward_gated(THREE, gates)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-
-
-def test_each_image_takes_the_smallest_subnetwork_that_covers_it(tmp_path):
-    model = gated(chain_of(["residual", "residual with SE", "inverted residual"]))
-    third = torch.arange(model.num_gates) < model.num_gates // 3
-    few, many = random_gates(model, 0.5, 1, batch=20) * third, random_gates(model, 0.8, 2, batch=20) * ~third
-    seen = torch.cat([few, many])
-    fast = gaternet.skip(model, IMAGES, "specialise", calibration=seen, subnetworks=2)
-    specialised = fast.program
-    assert isinstance(specialised, Specialised)
-    assert len(specialised.subnetworks) == 2
-    assert (specialised.choose(seen) < 2).all()
-    gates = torch.stack([seen[0], torch.ones(model.num_gates), torch.zeros(model.num_gates), seen[-1]])
-    assert specialised.choose(gates).tolist() == [0, 2, 0, 1]
-    images = torch.cat([THREE, THREE[:1]])
-    with torch.no_grad():
-        torch.testing.assert_close(fast.forward_gated(images, gates), model.forward_gated(images, gates))
-    fast.save(tmp_path)
-    loaded = Skipper.load(tmp_path)
-    assert torch.equal(loaded.forward_gated(images, gates), fast.forward_gated(images, gates))
-    pruned = specialised.subnetworks[0]
-    assert isinstance(pruned, NativeProgram)
-    assert pruned.weight_bytes < plan_of(model).weight_bytes
-
-
-def test_specialise_needs_gates_and_engines_have_names(unchecked_types):
-    model = gated(chain_of(["residual"]))
-    with pytest.raises(ValueError, match="specialise needs gates to fit: pass calibration="):
-        gaternet.skip(model, IMAGES, "specialise")
-    for calibration in (torch.ones(3, 1), torch.ones(0, model.num_gates), torch.ones(model.num_gates)):
-        with pytest.raises(ValueError, match=rf"calibration must be gates \(images, {model.num_gates}\)"):
-            gaternet.skip(model, IMAGES, "specialise", calibration=calibration)
-    with pytest.raises(ValueError, match="subnetworks must be at least 1, not 0"):
-        gaternet.skip(model, IMAGES, "specialise", calibration=torch.ones(3, model.num_gates), subnetworks=0)
-    with pytest.raises(ValueError, match="there is no engine 'fast': choose of auto, slice, specialise, mask"):
-        gaternet.skip(model, IMAGES, "fast")  # pyright: ignore[reportArgumentType]
-
-
 @pytest.mark.parametrize("residual", [True, False])
 def test_a_convolution_does_not_overwrite_what_it_reads(residual):
     """A sum could be done in place by the convolution before it, but not if that reads the other summand."""
@@ -506,22 +342,3 @@ def test_a_constant_is_there_for_every_image():
 
     model = gated(Net(body, stem=conv(3, 8), one=conv(8, 8), token=torch.randn(1, 1, 8, generator=seeded(1))))
     assert_skips_exactly(model, THREE, random_gates(model, 0.5))
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_a_sum_with_a_scaled_branch_is_exact_in_subnetworks_too(name):
-    """The shortcut comes first, and is what the sum is done in; a subnetwork holds it without its closed channels."""
-
-    def body(net: Any, x: Tensor) -> Tensor:
-        x = net.stem(x).relu()
-        branch, shortcut = net.branch(x), net.shortcut(x)
-        return (branch * net.weigh(branch.mean((2, 3), keepdim=True)).sigmoid() + shortcut).relu()
-
-    parts = {"stem": conv(3, 8), "branch": conv(8, 8), "shortcut": conv(8, 8, 1), "weigh": conv(8, 8, 1)}
-    model = gated(Net(body, **parts))
-    gates = random_gates(model, 0.5)
-    assert_skips_exactly(model, THREE, gates)
-    kept = gates.bool().any(0)
-    with torch.no_grad():
-        found = make_program(prune(plan_of(model), kept), name)(THREE, gates)
-        torch.testing.assert_close(found, model.forward_gated(THREE, gates))

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from random_networks import chain_of
+from skipped_networks import THREE, gated, plan_of, random_gates
 from small_networks import IMAGES, seeded
-from test_sites import chain_of
-from test_skipping import THREE, gated, plan_of, random_gates
 from torch import Tensor
 
 import gaternet

@@ -1,4 +1,4 @@
-"""Run by test_train.py, on one machine and on two: a run whose gradient depends on the global batch alone.
+"""Run by test_train_resume.py, on one machine and on two: a run whose gradient depends on the global batch alone.
 
 BatchNorm keeps its first statistics, for each process normalises with its own images; the gates' noise is off, for each
 draws its own.
@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from test_train import CPU, small
 from torch import nn
+from training_runs import CPU, small
 
 import gaternet.train
 

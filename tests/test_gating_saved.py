@@ -1,0 +1,104 @@
+"""Gated networks come back from the disk: by themselves, or with parts of the user's own."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from gated_models import assert_same, gater_of, shrink_of, spoiled
+from small_networks import IMAGES, PIXELS, custom, features, replaced
+from torch import nn
+
+from gaternet import GaterNet, gate, load_pretrained
+from gaternet.checkpoint import load_model
+from gaternet.models.create import create_backbone
+
+
+@pytest.mark.parametrize(
+    ("name", "gater"),
+    [("timm:test_resnet", None), ("torchvision:resnet18", "test_resnet"), ("resnet20_se", "resnet20_wider")],
+)
+def test_a_gated_network_by_name_comes_back_by_itself(tmp_path, name, gater):
+    model = spoiled(gate(create_backbone(name, 4), PIXELS, gater=gater, bottleneck=5, sites="all"))
+    model.save_pretrained(tmp_path)
+    for loaded in (GaterNet.from_pretrained(tmp_path), load_pretrained(tmp_path), load_model(tmp_path)[0]):
+        assert_same(loaded, model, PIXELS)
+        assert isinstance(loaded, GaterNet)
+        assert loaded.sites == model.sites
+        assert not loaded.training
+    load_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    assert_same(load_pretrained(tmp_path / "again"), model, PIXELS)
+
+
+def test_a_timm_model_of_the_users_comes_back_by_itself(tmp_path):
+    network = timm.create_model("test_efficientnet", num_classes=4, in_chans=1)
+    model = spoiled(gate(network, PIXELS[:, :1], open=True))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["metadata"]["backbone"] == {"name": "timm:test_efficientnet", "num_classes": 4, "in_chans": 1}
+    assert_same(load_pretrained(tmp_path), model, PIXELS[:, :1])
+
+
+def test_a_shrinking_gater_comes_back_by_itself(tmp_path):
+    model = spoiled(gate(create_backbone("torchvision:squeezenet1_1", 4), PIXELS))
+    assert shrink_of(model) == 4
+    model.save_pretrained(tmp_path)
+    assert_same(load_pretrained(tmp_path), model, PIXELS)
+
+
+@pytest.fixture
+def saved(tmp_path) -> tuple[Path, GaterNet]:
+    """A custom backbone with a custom extractor."""
+    model = spoiled(gate(custom(), IMAGES, gater=features()))
+    model.save_pretrained(tmp_path)
+    return tmp_path, model
+
+
+def other_weights(network: nn.Module) -> nn.Module:
+    for parameter in network.parameters():
+        nn.init.zeros_(parameter)
+    return network
+
+
+@pytest.mark.parametrize("load", [GaterNet.from_pretrained, load_pretrained])
+def test_a_custom_network_comes_back_with_one_of_its_kind(saved, load):
+    directory, model = saved
+    backbone, extractor = other_weights(custom()), other_weights(features())
+    loaded = load(directory, backbone=backbone, extractor=extractor)
+    assert loaded.backbone is backbone
+    assert gater_of(loaded).extractor is extractor
+    assert_same(loaded, model, IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("parts", "missing"),
+    [({}, "backbone"), ({"extractor": features()}, "backbone"), ({"backbone": custom()}, "extractor")],
+)
+def test_without_one_of_its_kind_the_error_says_what_to_give(saved, parts, missing):
+    for load in (GaterNet.from_pretrained, load_pretrained, lambda path, **parts: load_model(path, **parts)[0]):
+        with pytest.raises(
+            ValueError, match=rf"config.json does not say how its {missing} was .* with {missing}=\.\.\."
+        ):
+            load(saved[0], **parts)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"backbone": create_backbone("resnet20"), "extractor": features()}, "the backbone has no module"),
+        ({"backbone": custom(), "extractor": features(width=6)}, "holds the weights of another model"),
+        ({"backbone": replaced(custom(), "fc", nn.Linear(8, 5)), "extractor": features()}, "weights of another model"),
+    ],
+)
+def test_parts_of_another_kind_are_refused(saved, parts, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        load_pretrained(saved[0], **parts)
+    assert str(saved[0]) in str(refused.value)
+
+
+def test_a_model_in_double_precision_comes_back_the_same(tmp_path):
+    images = IMAGES.double()
+    model = gate(create_backbone("resnet20").double().eval(), images).eval()
+    model.save_pretrained(tmp_path)
+    assert {tensor.dtype for tensor in load_pretrained(tmp_path).parameters()} == {torch.float64}

@@ -1,0 +1,120 @@
+"""Filters that get no gates: which, and the reason that is given."""
+
+import pytest
+import torch
+from random_networks import Attention, LayerNorm2d, attend, in_windows
+from site_checks import check_promises, listed, reasons
+from small_networks import Block, Net, conv, norm, squeeze_excite, with_stem
+from torch import nn
+from torch.nn import functional as F
+
+
+def shared_weights() -> Net:
+    net = Net(lambda net, x: net.two(net.one(net.stem(x)).relu()), stem=conv(3, 8), one=conv(8, 8), two=conv(8, 8))
+    net.two.weight = net.one.weight
+    return net
+
+
+POOLED = "it acts on pooled features: there is nothing to save"
+SHARED = "it shares its weights with another layer"
+ATTENTION = "it is part of an attention block, Attention"
+LEFT_OUT: dict[str, tuple[nn.Module, dict[str, str]]] = {
+    "GroupNorm": (
+        with_stem(Block(lambda u, x: u.norm(u.conv(x)), conv=conv(8, 8), norm=nn.GroupNorm(2, 8))),
+        {"unit.conv": "GroupNorm behind it mixes channels"},
+    ),
+    "GroupNorm behind an activation": (
+        with_stem(Block(lambda u, x: u.norm(u.conv(x).relu()), conv=conv(8, 8), norm=nn.GroupNorm(2, 8))),
+        {"unit.conv": "GroupNorm behind it mixes channels"},
+    ),
+    "LayerNorm": (
+        with_stem(Block(lambda u, x: u.norm(u.conv(x)), conv=conv(8, 8), norm=LayerNorm2d(8))),
+        {"unit.conv": "LayerNorm2d behind it mixes channels"},
+    ),
+    "conv run twice": (
+        with_stem(Block(lambda u, x: u.conv(u.conv(x + u.bn(x)).relu()), bn=norm(), conv=conv(8, 8))),
+        {"unit.conv": "it runs 2 times"},
+    ),
+    "shared weights": (shared_weights(), {"one": SHARED, "two": SHARED}),
+    "function": (
+        with_stem(Block(lambda u, x: F.conv2d(x, u.weight), weight=nn.Parameter(torch.rand(8, 8, 1, 1)))),
+        {"conv2d_1": "a function computes it within Block, not an nn.Conv2d"},
+    ),
+    "attention": (
+        with_stem(Block(lambda u, x: u.bn(x) + u.attention(u.bn(x)), bn=norm(), attention=Attention())),
+        {f"unit.attention.{name}": ATTENTION for name in ["q", "k", "v", "out"]},
+    ),
+    "attention in the root": (
+        Net(lambda net, x: attend(net, net.stem(x)), stem=conv(3, 8), **dict(Attention().named_children())),
+        dict.fromkeys("qkv", "it leads into attention"),
+    ),
+    "sigmoid weights": (
+        with_stem(Block(lambda u, x: x * u.conv(x).sigmoid(), conv=conv(8, 8))),
+        {"unit.conv": "it computes weights between 0 and 1, not features"},
+    ),
+    "mask of one channel": (
+        with_stem(Block(lambda u, x: x * u.norm(u.conv(x)).sigmoid(), conv=conv(8, 1), norm=norm(1))),
+        {"unit.conv": "it computes weights between 0 and 1, not features"},
+    ),
+    "SE": (with_stem(squeeze_excite()), {"unit.fc1": POOLED, "unit.fc2": POOLED}),
+    "outputs": (
+        Block(lambda net, x: net.head(net.stem(x).relu()).mean((2, 3)), stem=conv(3, 8), head=conv(8, 4, 1)),
+        {"head": "its filters are the network's outputs"},
+    ),
+    "outputs, pooled first": (
+        Block(
+            lambda net, x: net.head(F.adaptive_avg_pool2d(net.stem(x), 1)).flatten(1).log_softmax(1),
+            stem=conv(3, 8),
+            head=conv(8, 4, 1),
+        ),
+        {"head": POOLED},
+    ),
+    "windows": (
+        with_stem(Block(in_windows, conv=conv(8, 8))),
+        {"unit.conv": "it runs on parts of images, such as windows, stacked as a larger batch"},
+    ),
+    "functional BatchNorm": (
+        with_stem(
+            Block(
+                lambda u, x: x + F.batch_norm(u.conv(x), u.mean, u.variance),
+                conv=conv(8, 8),
+                mean=torch.zeros(8),
+                variance=torch.ones(8),
+            )
+        ),
+        {"unit.conv": "batch_norm behind it is a function within Block: make it a module"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_filters_whose_closing_would_not_be_exact_are_left_out_with_the_reason(case):
+    net, expected = LEFT_OUT[case]
+    assert reasons(net) == expected
+    convs = {name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)}
+    assert {conv for _, conv, *_ in listed(net, "all")} == convs - expected.keys()
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_what_is_not_left_out_keeps_what_gating_promises(case):
+    check_promises(LEFT_OUT[case][0], "all")
+
+
+def test_a_functional_norm_is_gated_where_its_block_gives_out_nothing_else():
+    unit = Block(
+        lambda u, x: F.batch_norm(u.conv(x), u.mean, u.variance).relu(),
+        conv=conv(8, 8),
+        mean=torch.ones(8),
+        variance=torch.ones(8),
+    )
+    assert listed(with_stem(unit), "all") == [("stem", "stem", 0, 8, "inner"), ("unit", "unit.conv", 8, 16, "inner")]
+    check_promises(with_stem(unit), "all")
+
+
+def test_pooled_features_stay_pooled_where_ways_part_and_join():
+    unit = Block(
+        lambda u, x: x + u.two((y := u.one(x.mean((2, 3), keepdim=True))) * y.sigmoid()),
+        one=conv(8, 8, 1),
+        two=conv(8, 8, 1),
+    )
+    assert reasons(with_stem(unit)) == {"unit.one": POOLED, "unit.two": POOLED}

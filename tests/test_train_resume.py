@@ -1,0 +1,143 @@
+"""A run that is stopped, killed or fails loses nothing, and goes on to the same end."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import CPU, assert_same_weights, records, send_signal_after, small, weights
+
+import gaternet.train
+from gaternet.run import RunDirectory
+from gaternet.train import Stopped, TrainingError, train, training_step
+
+
+@pytest.mark.parametrize(("step", "signum"), [(3, signal.SIGTERM), (5, signal.SIGINT), (7, signal.SIGINT)])
+def test_stopped_run_resumes_to_the_same_weights(finished, tmp_path, monkeypatch, step, signum):
+    run = tmp_path / "run"
+    send_signal_after(monkeypatch, step, signum)
+    with pytest.raises(Stopped, match=f"after step {step}, .*--resume") as stopped:
+        train(small(ema_decay=0.9), run, CPU)
+    assert stopped.value.signum == signum
+    monkeypatch.undo()
+    train(small(ema_decay=0.9), run, CPU, resume=True)
+    assert_same_weights(finished, run)
+    assert records(finished, "step") == records(run, "step")
+    assert records(finished, "epoch") == records(run, "epoch")
+
+
+def test_killed_run_resumes_from_its_last_checkpoint_to_the_same_weights(finished, tmp_path):
+    run = tmp_path / "run"
+    code = (
+        "import sys, pathlib, training_runs as t; from dataclasses import replace; from gaternet.train import train;"
+        "train(t.small(ema_decay=0.9), pathlib.Path(sys.argv[1]), replace(t.CPU, save_minutes=0.0))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, run], cwd=Path(__file__).parent, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and '"step": 7' in (run / "metrics.jsonl").read_text():
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "st')  # a line that the kill cut short
+    assert (run / "training.pt").exists()
+    train(small(ema_decay=0.9), run, CPU, resume=True)
+    assert_same_weights(finished, run)
+    assert records(finished, "step") == records(run, "step")
+
+
+def test_what_a_kill_left_half_written_is_removed_and_nothing_else(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    left = [run / ".training.pt.77.tmp", run / "last" / ".model.safetensors.77.tmp"]
+    others = [run / ".notes.txt.77.tmp", run / "training.pt.tmp"]
+    for path in (*left, *others):
+        path.write_bytes(b"half")
+    train(small(ema_decay=0.9), run, CPU, resume=True)
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in others)
+
+
+def test_a_run_of_an_earlier_version_resumes_unless_an_option_that_came_later_is_set(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    config = json.loads((run / "config.json").read_text())
+    del config["recipe"]["gating"]["auxiliary_weight"], config["recipe"]["distillation"]
+    (run / "config.json").write_text(json.dumps(config))
+    train(small(ema_decay=0.9), run, CPU, resume=True)
+    with pytest.raises(ValueError, match=r"auxiliary_weight was 0.0, now it is 0.5"):
+        train(small(ema_decay=0.9, auxiliary_weight=0.5), run, CPU, resume=True)
+
+
+def test_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text((finished / "config.json").read_text())
+    (run / "metrics.jsonl").write_text('{"kind": "step", "step": 1}\n')
+    train(small(ema_decay=0.9), run, CPU, resume=True)
+    assert_same_weights(finished, run)
+
+
+def test_finished_run_resumes_to_its_result(finished):
+    before = (finished / "metrics.jsonl").read_text()
+    record = train(small(ema_decay=0.9), finished, CPU, resume=True)
+    assert record["epoch"] == 2
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_runs_are_never_overwritten_or_mixed(finished, tmp_path):
+    with pytest.raises(ValueError, match="holds a run already: continue it with --resume"):
+        train(small(), finished, CPU)
+    with pytest.raises(ValueError, match=r"other options \(ema_decay was 0.9, now it is 0.0\)"):
+        train(small(), finished, CPU, resume=True)
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        train(small(), tmp_path / "none", CPU, resume=True)
+
+
+def test_two_processes_cannot_train_one_run(finished, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.start({})
+    before = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(ValueError, match="another process is training in"):
+        RunDirectory(tmp_path / "run").resume({})
+    assert (tmp_path / "run" / "config.json").read_text() == before
+    run.close()
+    again = RunDirectory(tmp_path / "run")
+    assert again.resume({}) is None
+    again.close()
+
+
+def test_non_finite_loss_stops_and_keeps_what_was_saved(tmp_path, monkeypatch):
+    calls = []
+
+    def poisoned(model, inputs, *rest):
+        calls.append(0)
+        return training_step(model, inputs * float("nan") if len(calls) == 7 else inputs, *rest)
+
+    monkeypatch.setattr(gaternet.train, "training_step", poisoned)
+    with pytest.raises(TrainingError, match="the loss is nan in epoch 2 by step 7: start again with a lower --lr"):
+        train(small("resnet20"), tmp_path / "run", CPU)
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+    state = torch.load(tmp_path / "run" / "training.pt", weights_only=True)
+    assert state["step"] == 5
+
+
+def test_full_disk_is_an_error_and_leaves_the_last_checkpoint_whole(finished, tmp_path, gaternet_command):
+    run = tmp_path / "run"
+    options = ["--epochs", "2", "--batch-size", "256", "--cpu", "--out", str(run)]
+    # A file-size limit below the checkpoint's size, where a real full disk would say "no space left".
+    limited = f"ulimit -f 1000; exec {' '.join(gaternet_command)} train digits_resnet20_gated {' '.join(options)}"
+    failed = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    assert failed.stderr.startswith("error: ")
+    assert "free some space" in failed.stderr
+    assert not list(run.rglob("*.tmp"))
+    assert not (run / "last" / "model.safetensors").exists()  # never half a file
