@@ -159,6 +159,18 @@ def test_without_labels_predictions_take_their_place(truth):
     assert np.array_equal(wrapped.class_open, found.class_open)
 
 
+def test_labels_of_any_integer_type_and_batches_of_any_size_count_the_same(analysis):
+    """With a place in the data set behind the labels, as some loaders have it, and empty batches between."""
+    for dtype in (torch.uint8, torch.int32):
+        loader = [(*batch, torch.arange(len(batch[0]))) for batch in batches(7)]
+        loader = [(images, labels.to(dtype), index) for images, labels, index in loader]
+        loader.insert(1, (IMAGES[:0], LABELS[:0].to(dtype), torch.arange(0)))
+        found = analyze(MODEL, loader, preprocessing=PIXELS, samples=10)
+        assert found.labeled
+        assert np.array_equal(found.counts, analysis.counts)
+        assert np.array_equal(found.class_open, analysis.class_open)
+
+
 def test_inputs_that_are_no_pixels_make_pictures_too(truth):
     inputs = PIXELS.normalize(IMAGES)
     found = analyze(MODEL, [(inputs, LABELS)], classes=list("abcdefg"), samples=5)
@@ -194,13 +206,31 @@ class Round(nn.Module):
     ("loader", "message"),
     [
         ([], "there are no images to analyze: the loader is empty"),
-        ([(IMAGES[:4], torch.tensor([0, 1, 2, 7]))], r"labels must be integers in \[0, 7\)"),
+        ([(IMAGES[:4], torch.tensor([0, 1, 2, 7]))], r"labels must lie in \[0, 7\)"),
+        ([(IMAGES[:4], torch.tensor([0, 1, 2]))], r"labels must be integers, one an image: 4, not \(3,\)"),
+        ([(IMAGES[:4], torch.rand(4))], r"labels must be integers, .* torch.float32"),
+        ([{"image": IMAGES[:4], "label": LABELS[:4]}], "batches must be images or .* not dict"),
         ([(IMAGES[:4], LABELS[:4]), IMAGES[:4]], "some batches have labels and others have not"),
     ],
 )
 def test_bad_data_is_refused(loader, message):
     with pytest.raises(ValueError, match=message):
         analyze(MODEL, loader, preprocessing=PIXELS)
+
+
+def test_samples_are_at_least_one():
+    with pytest.raises(ValueError, match="samples must be at least 1, but is 0"):
+        analyze(MODEL, batches(), preprocessing=PIXELS, samples=0)
+
+
+def test_what_chance_shows_is_drawn_once_and_in_pieces(analysis, monkeypatch):
+    whole = analysis.information_by_chance()
+    assert analysis.information_by_chance() is whole
+    monkeypatch.setattr("gaternet.analysis._DRAWN", 50)  # at most two gates at once
+    pieces = dataclasses.replace(analysis).information_by_chance()
+    assert pieces.shape == whole.shape
+    assert not np.array_equal(pieces, whole)
+    np.testing.assert_allclose(pieces.mean(0), whole.mean(0), atol=0.1)
 
 
 def test_names_must_be_as_many_as_classes():

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = Path(gaternet.__file__).parent
 # Each may import those before it, and nothing after it.
 FLOORS = [
+    "locks",
     "method",
     "graph",
     "channels",
@@ -76,6 +77,7 @@ FLOORS = [
     "report",
     "report.runs",
     "explore",
+    "state",
     "progress",
     "predict",
     "export.saved",

@@ -96,4 +96,12 @@ def test_a_part_that_does_not_run_on_such_images_costs_an_unknown_number(model):
             raise RuntimeError("only on Sundays")
 
     other = GaterNet(model.ungate(), Particular(), model.sites, METADATA)
-    assert f"open, {UNKNOWN} in the gater" in str(make_card(other))
+    card = str(make_card(other))
+    assert f"open, {UNKNOWN} in the gater" in card
+    assert "| gater | Particular |" in card
+    assert "from_pretrained(" not in card
+
+
+def test_what_must_be_given_to_load_the_model_stands_in_its_code(model):
+    model.metadata = {**METADATA, "backbone": None}
+    assert 'or this folder", backbone=backbone)' in str(make_card(model))

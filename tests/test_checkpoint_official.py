@@ -71,7 +71,7 @@ def without(state: dict[str, Any], part: str, name: str) -> dict[str, Any]:
 
 
 NOT_OFFICIAL: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda state: torch.ones(3), "does not hold a dict of tensors, but a Tensor"),
+    (lambda state: torch.ones(3), "does not hold a dict of named tensors, but a Tensor"),
     (lambda state: state["backbone_state_dict"], "not in the public code's layout: it has no backbone_state_dict"),
     (lambda state: {**state, "gater_state_dict": 1}, "not in the public code's layout: it has no gater_state_dict"),
     (lambda state: without(state, "backbone_state_dict", "stage"), "layout: its tensors do not fit"),

@@ -91,7 +91,7 @@ def test_evaluate_prints_what_the_run_recorded(run):
     assert f"{100 * metrics['accuracy']:.2f} %" in call("evaluate", run, "--cpu", "--which", "best")
 
 
-def test_predict_names_classes_and_counts_open_filters(run, tmp_path):
+def test_predict_names_classes_and_counts_open_gates(run, tmp_path):
     test = load_data("digits").test
     paths = []
     for i in range(3):
@@ -104,7 +104,7 @@ def test_predict_names_classes_and_counts_open_filters(run, tmp_path):
         assert len(shares) == 3
         assert shares == sorted(shares, reverse=True)
         assert sum(shares) <= 1
-        assert 0 < item["open_filters"] < item["gated_filters"] == 336
+        assert 0 < item["open_gates"] < item["num_gates"] == 336
     assert "of 336" in call("predict", run, paths[0])
 
 

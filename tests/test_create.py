@@ -15,7 +15,7 @@ from torchvision.transforms.functional import normalize
 from gaternet import GaterNet, create_model, load_pretrained
 from gaternet.checkpoint import load_model, save_model
 from gaternet.cost import count_dense_macs
-from gaternet.models.create import create_backbone, create_extractor, describe_backbone
+from gaternet.models.create import create_backbone, create_extractor, describe_backbone, other_classifier
 
 
 @pytest.mark.parametrize("options", [{"num_classes": 4}, {"num_classes": 0}, {"num_classes": 3, "in_chans": 1}, {}])
@@ -65,6 +65,10 @@ def test_networks_of_create_backbone_are_described_by_its_arguments(name):
         ("timm:resnt18", "unknown model of timm 'resnt18': did you mean 'resnet18'"),
         ("torchvision:resnet19", r"unknown classification model of torchvision 'resnet19': did you mean 'resnet1\d'"),
         ("timm:", "unknown model of timm ''"),
+        (
+            "timm:resnet18.a1_in2k",
+            "unknown training of a model of timm 'resnet18.a1_in2k': did you mean 'resnet18.a1_in1k'",
+        ),
         ("torchvision:fcn_resnet50", "unknown classification model of torchvision 'fcn_resnet50'"),  # segments
         ("resnet19", "unknown model 'resnet19': did you mean 'resnet1"),
     ],
@@ -128,6 +132,28 @@ def test_torchvisions_trained_weights_fill_all_but_another_classifier(monkeypatc
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, trained[name]) if not name.startswith("fc.") else tensor.shape[0] == 4
     assert not torch.equal(fresh.get_parameter("conv1.weight"), trained["conv1.weight"])
+
+
+def test_another_classifier_differs_in_its_number_of_classes_alone():
+    shapes = {"conv1.weight": (16, 1, 3, 3), "fc.weight": (16, 64), "fc.bias": (16,), "same": (16,)}
+    others = shapes | {"conv1.weight": (16, 3, 3, 3), "fc.weight": (10, 64), "fc.bias": (10,), "more": (3,)}
+    wanted, found = ({name: torch.zeros(shape) for name, shape in of.items()} for of in (shapes, others))
+    assert other_classifier(wanted, found, 16) == {"fc.weight", "fc.bias"}
+
+
+def test_torchvisions_trained_weights_for_images_of_another_size_are_refused(monkeypatch):
+    trained = create_backbone("torchvision:vit_b_32", 1000).state_dict()
+    trained["encoder.pos_embedding"] = torch.zeros(1, 17, 768)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *args, **kwargs: trained)
+    with pytest.raises(ValueError, match=r"vit_b_32 are for images of another size \(encoder.pos_embedding\)"):
+        create_backbone("torchvision:vit_b_32", 4, pretrained=True)
+
+
+def test_torchvisions_trained_weights_come_with_their_own_normalisation(monkeypatch):
+    trained = create_backbone("torchvision:efficientnet_v2_l", 1000).state_dict()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *args, **kwargs: dict(trained))
+    network: Any = create_backbone("torchvision:efficientnet_v2_l", 4, pretrained=True)
+    assert network.pretrained_cfg == {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])

@@ -1,5 +1,7 @@
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as tv
 
-from gaternet.data import DataError, Preprocessing, load_data, mix_seed, read_image
+from gaternet.data import TORCHVISION, DataError, Preprocessing, load_data, mix_seed, read_image
+from gaternet.evaluate import ToInput
 
 
 def write_npz(path: Path, **changes: np.ndarray | None) -> str:
@@ -240,6 +243,39 @@ def test_cifar_is_found_where_it_lies_or_its_absence_is_explained(tmp_path, monk
 
 def refuse_download(*_: object, **__: object) -> None:
     raise OSError("no network")
+
+
+def test_processes_that_need_the_same_set_download_it_one_at_a_time(tmp_path, monkeypatch):
+    downloads = []
+
+    class Slow:
+        data, targets, classes = np.zeros((4, 8, 8), np.uint8), [0, 1, 0, 1], ["a", "b"]
+
+        def __init__(self, root: Path, train: bool, download: bool = False) -> None:
+            if not (root / "whole").exists():
+                if not download:
+                    raise RuntimeError("Dataset not found or corrupted")
+                assert not (root / "half").exists()
+                (root / "half").touch()
+                time.sleep(0.2)
+                downloads.append((root / "half").rename(root / "whole"))
+
+    monkeypatch.setitem(TORCHVISION, "fashion_mnist", Slow)
+    threads = [threading.Thread(target=load_data, args=("fashion_mnist",), kwargs={"root": tmp_path}) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(downloads) == 1
+
+
+def test_a_gpu_need_not_wait_for_mean_and_deviation():
+    """What `ToInput` keeps on the device gives the same, bit for bit."""
+    known = Preprocessing(8, 8, (0.1, 0.4, 0.7), (0.2, 0.3, 0.25))
+    images = torch.randint(0, 256, (5, 3, 8, 8), generator=seeded(2), dtype=torch.uint8)
+    to_input = ToInput(known)
+    for _ in range(2):
+        assert torch.equal(to_input(images), known.normalize(images))
 
 
 def test_real_cifar10_unpacks_into_what_load_data_reads(tmp_path, shared):

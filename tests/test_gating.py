@@ -131,6 +131,31 @@ def test_gater_by_module_is_that_module():
     assert model.metadata["extractor"] is None
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_frozen_parts_of_an_extractor_stay_in_their_mode(training):
+    extractor = nn.Sequential(features(), nn.BatchNorm1d(5)).train(training)
+    extractor[1].training = not training
+    before = [module.training for module in extractor.modules()]
+    model = gate(custom().train(training), IMAGES, gater=extractor)
+    assert [module.training for module in extractor.modules()] == before
+    other = gate(custom().train(not training), IMAGES, gater=extractor)
+    assert {module.training for module in other.modules()} == {not training}
+    assert model.gater.training == training
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gater": "resnet8", "shrink": 16}, r"extractor, a Sequential, cannot take images \(2, 3, 8, 8\)"),
+        ({"gater": "vit_tiny_patch16_224"}, r"extractor, a VisionTransformer, cannot take images \(2, 3, 8, 8\)"),
+        ({"gater": "torchvision:resnet18"}, "gives no features without its classifier"),
+    ],
+)
+def test_an_extractor_that_cannot_take_the_images_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        gate(custom(), IMAGES, **options)
+
+
 class Maps(nn.Sequential):
     """Gives what no extractor may."""
 

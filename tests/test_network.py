@@ -175,6 +175,16 @@ def test_weights_come_from_a_file_whatever_its_classes(digits, tmp_path, wrap):
         assert torch.equal(value, plain.state_dict()[name]) != name.startswith("fc."), name
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("a.safetensors", "is damaged or no"), ("a.pth", "does not hold a dict of named")]
+)
+def test_files_without_weights_are_refused(digits, tmp_path, name, message):
+    torch.save({0: torch.ones(1)}, tmp_path / name)
+    with pytest.raises(ValueError, match=message) as refused:
+        build_network(finetune(backbone_from=str(tmp_path / name)), digits, seed=0)
+    assert str(tmp_path / name) in str(refused.value)
+
+
 @pytest.mark.parametrize("change", [lambda s: s.pop("bn1.weight"), lambda s: s.update(new=torch.ones(1))])
 def test_weights_of_another_network_are_refused(digits, tmp_path, change):
     state = create_model("resnet20", 10, 1).state_dict()

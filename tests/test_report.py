@@ -12,6 +12,7 @@ from analyzed_model import IMAGES, LABELS, MODEL, PIXELS, make_model
 from torch import nn
 
 from gaternet import Gater, GaterNet, analyze, create_model
+from gaternet.checkpoint import save_model
 from gaternet.data import Preprocessing, load_data
 from gaternet.forcing import force_gates
 from gaternet.recipe import Runtime
@@ -346,16 +347,20 @@ def test_reports_of_runs_and_their_comparison(tmp_path, gaternet_command, browse
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
     metadata = load_data("digits").metadata() | {"trained": {"data": "digits"}}
-    monkeypatch.setattr(runs, "load_trained", lambda *_: (make_model(), metadata))
-    monkeypatch.setattr(runs, "find_model", lambda path, _: path)
+    monkeypatch.setattr(runs, "load_gated", lambda *_: (make_model(), metadata))
     monkeypatch.setattr(runs, "analyze", lambda *_, **__: pytest.fail("worked in vain"))
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"cannot write into .*file \(.*\): mend its permissions, or name another"):
         runs.report_runs([tmp_path], out=tmp_path / "file", runtime=Runtime(cpu=True))
 
 
-def test_a_wrong_name_among_several_is_found_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "load_trained", lambda *_: pytest.fail("worked in vain"))
+def test_a_wrong_run_among_several_is_found_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "analyze", lambda *_, **__: pytest.fail("worked in vain"))
     MODEL.save_pretrained(tmp_path / "good")
-    with pytest.raises(ValueError, match=r"no run or saved model .*missing"):
-        runs.report_runs([tmp_path / "good", tmp_path / "missing"], out=tmp_path / "page")
+    backbone = {"name": "resnet8", "num_classes": 10, "in_chans": 3}
+    save_model(create_model("resnet8"), tmp_path / "plain", {"backbone": backbone})
+    for name, message in (("missing", "no run or saved model .*missing"), ("plain", "plain is a plain network")):
+        with pytest.raises(ValueError, match=message):
+            runs.report_runs([tmp_path / "good", tmp_path / name], data="digits", out=tmp_path / "page")
+    with pytest.raises(ValueError, match="good does not say what it was trained on: name the data with --data"):
+        runs.report_runs([tmp_path / "good"], out=tmp_path / "page")

@@ -306,6 +306,9 @@ def test_no_site_at_all_is_an_error_that_lists_near_misses():
 def test_another_selection_is_refused_with_the_choice(unchecked_types):
     with pytest.raises(ValueError, match=r"sites must be 'residual', 'all' or a predicate .*, not 'every'"):
         find_sites(vgg(), IMAGES, "every")  # pyright: ignore[reportArgumentType]
+    for wrong in (None, ["layers.0"], find_sites(vgg(), IMAGES)):
+        with pytest.raises(ValueError, match="or a predicate on"):
+            find_sites(vgg(), IMAGES, wrong)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,13 @@ from gaternet.cost import CostModel, count_dense_macs
 from gaternet.data import Preprocessing
 from gaternet.graph import evaluation_mode, read_graph
 from gaternet.measures import mutual_information, selectivity
-from gaternet.method import Gater, GaterNet, improved_semhash
+from gaternet.method import Gater, GaterNet
 
 if TYPE_CHECKING:
     from gaternet.forcing import Forced
 
 THUMBNAIL = 48  # longest side of the images that are kept, in pixels
+_DRAWN = 10_000_000  # numbers that are drawn at once, to find what chance would show
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ class GateAnalysis:
     surest: Int[NDArray[np.int64], "2 extremes gates"] | None
     thumbnails: dict[int, NDArray[np.uint8]] = field(repr=False)
     facts: dict[int, tuple[int, int, int, int]] = field(repr=False)
+    _chance: dict[Any, NDArray[np.float64]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )  # drawn already
 
     @property
     def images(self) -> int:
@@ -167,12 +171,16 @@ class GateAnalysis:
         return order[told[order] >= 0]
 
     def _by_chance(self, measure: Any, draws: int, seed: int) -> Float[NDArray[np.float64], "draws gates"]:
+        if (measure, draws, seed) in self._chance:
+            return self._chance[measure, draws, seed]
         generator, found = np.random.default_rng(seed), np.zeros((draws, self.num_gates))
         # The classes of m images drawn without repetition: just what shuffling gives for a gate that is open m times.
         for opened in np.unique(self.open_counts[self.dependent]):
-            same = self.open_counts == opened
-            shuffled = generator.multivariate_hypergeometric(self.counts, int(opened), (draws, int(same.sum())))
-            found[:, same] = measure(np.moveaxis(shuffled, -1, 0), self.counts)
+            same = np.flatnonzero(self.open_counts == opened)
+            for some in np.array_split(same, math.ceil(len(same) * draws * len(self.counts) / _DRAWN)):
+                shuffled = generator.multivariate_hypergeometric(self.counts, int(opened), (draws, len(some)))
+                found[:, some] = measure(np.moveaxis(shuffled, -1, 0), self.counts)
+        self._chance[measure, draws, seed] = found
         return found
 
 
@@ -202,16 +210,33 @@ def analyze(
     Raises:
         ValueError: there are no images, or labels that do not go with the model or the names.
     """
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, but is {samples}")
     pass_ = None
     with evaluation_mode(model):
         for batch in loader:
-            images, labels = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
-            images = images[0] if isinstance(images, list | tuple) else images
-            pass_ = pass_ or _Pass(model, images, labels, preprocessing, samples, extremes, seed)
+            images, labels = _images_and_labels(batch)
+            if not len(images):
+                continue
+            pass_ = pass_ or _Pass(model, images, labels, preprocessing, classes, samples, extremes, seed)
             pass_.add(images, labels)
     if pass_ is None or not pass_.seen:
         raise ValueError("there are no images to analyze: the loader is empty")
-    return pass_.result(classes)
+    return pass_.result()
+
+
+def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Of a batch of images, (images,) or (images, labels, ...)."""
+    parts = list(batch) if isinstance(batch, list | tuple) else [batch]
+    images, labels = (*parts, None)[:2]
+    if not isinstance(images, Tensor):
+        raise ValueError(f"batches must be images or (images, labels), not {type(batch).__name__}: wrap the loader")
+    labels = None if labels is None else torch.as_tensor(labels)
+    if labels is not None and (labels.shape != images.shape[:1] or labels.is_floating_point()):
+        raise ValueError(
+            f"labels must be integers, one an image: {len(images)}, not {tuple(labels.shape)}, {labels.dtype}"
+        )
+    return images, labels if labels is None else labels.long()
 
 
 class _Pass:
@@ -223,11 +248,13 @@ class _Pass:
         images: Tensor,
         labels: Tensor | None,
         preprocessing: Preprocessing | None,
+        classes: Sequence[str] | None,
         samples: int,
         extremes: int,
         seed: int,
     ) -> None:
         self.model, self.preprocessing, self.num_samples, self.extremes = model, preprocessing, samples, extremes
+        self.classes = classes
         self.device = next(model.parameters()).device
         example = self._inputs(images[:1])
         self.cost = CostModel(read_graph(model.backbone, example), model.sites)
@@ -255,7 +282,7 @@ class _Pass:
         gater = self.model.gater
         if isinstance(gater, Gater):
             scores = gater.logits(inputs)
-            gates = improved_semhash(scores, training=False, threshold=gater.threshold)
+            gates = gater.sample(scores)
         else:
             scores, gates = None, self.model.gates(inputs)
         logits = self.model.forward_gated(inputs, gates)
@@ -263,11 +290,9 @@ class _Pass:
         if (labels is None) == self.labeled:
             raise ValueError("some batches have labels and others have not: give all or none of them")
         if labels is not None:
-            labels = torch.as_tensor(labels).to(self.device)
-            if labels.ndim != 1 or labels.min() < 0 or labels.max() >= logits.shape[1]:
-                raise ValueError(
-                    f"labels must be integers in [0, {logits.shape[1]}), one an image: the model's classes"
-                )
+            labels = labels.to(self.device)
+            if labels.min() < 0 or labels.max() >= logits.shape[1]:
+                raise ValueError(f"labels must lie in [0, {logits.shape[1]}): the model's classes")
         macs = self.cost(gates)
         self._sum(logits.shape[1], predictions if labels is None else labels, predictions, opened, macs)
         self.histogram += torch.bincount(opened.sum(1), minlength=len(self.histogram))
@@ -288,8 +313,10 @@ class _Pass:
 
     def _sum(self, classes: int, by: Tensor, predictions: Tensor, opened: Tensor, macs: Tensor) -> None:
         if not self.sums:
+            if self.classes is not None and len(self.classes) != classes:
+                raise ValueError(f"there are {len(self.classes)} names of classes, but the model has {classes} outputs")
             for name, shape in {"count": (), "right": (), "macs": (), "open": (opened.shape[1],)}.items():
-                self.sums[name] = torch.zeros(classes, *shape, dtype=torch.float64, device=self.device)
+                self.sums[name] = torch.zeros(classes, *shape, dtype=macs.dtype, device=self.device)
         one_hot = torch.zeros(classes, len(by), device=self.device).index_put_(
             (by, torch.arange(len(by), device=self.device)), torch.ones((), device=self.device)
         )
@@ -311,18 +338,16 @@ class _Pass:
             label, prediction, opened, macs = (int(column[place - self.seen]) for column in columns)
             self.facts[place] = label, prediction, opened, macs
 
-    def result(self, classes: Sequence[str] | None) -> GateAnalysis:
+    def result(self) -> GateAnalysis:
         """What was found."""
         sums = {name: total.cpu().numpy() for name, total in self.sums.items()}
         counts = sums["count"].astype(np.int64)
-        if classes is not None and len(classes) != len(counts):
-            raise ValueError(f"there are {len(classes)} names of classes, but the model has {len(counts)} outputs")
         samples, cheapest, dearest = (kept.samples for kept in self.kept.values())
         assert samples is not None
         assert cheapest is not None
         assert dearest is not None
         return GateAnalysis(
-            classes=tuple(classes or map(str, range(len(counts)))),
+            classes=tuple(self.classes or map(str, range(len(counts)))),
             labeled=self.labeled,
             sites=tuple({**asdict(site), "channels": site.channels} for site in self.model.sites),
             histogram=self.histogram.cpu().numpy(),

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
 
 from gaternet.cost import count_dense_macs
-from gaternet.method import GaterNet
+from gaternet.method import Gater, GaterNet
 
 MARK = "<!-- Written by gaternet's save_pretrained, which writes it anew as long as this line is here. -->"
 UNKNOWN = "not recorded"
@@ -26,8 +26,14 @@ def make_card(model: GaterNet) -> ModelCard:
     trained: Mapping[str, Any] = metadata.get("trained") or {}
     classes, data, accuracy = metadata.get("classes"), trained.get("data"), trained.get("test_accuracy")
     backbone = (metadata.get("backbone") or {}).get("name", type(model.backbone).__name__)
-    extractor = getattr(model.gater, "extractor", model.gater)
-    extractor = (metadata.get("extractor") or {}).get("name", type(extractor).__name__)
+    if isinstance(model.gater, Gater):
+        extractor = (metadata.get("extractor") or {}).get("name", type(model.gater.extractor).__name__)
+        gater = f"{extractor}, without its classifier, and two linear layers"
+        parts = "".join(f", {name}={name}" for name in ("backbone", "extractor") if not metadata.get(name))
+        load = f'model = gaternet.GaterNet.from_pretrained("this repository, or this folder"{parts})'
+    else:
+        gater = type(model.gater).__name__
+        load = "model = gaternet.GaterNet(backbone, gater, sites)  # as it was built; then load model.safetensors"
     name = f"{backbone.removeprefix('timm:').removeprefix('torchvision:')}-gated"
     results = None
     if data and accuracy is not None:
@@ -54,7 +60,7 @@ def make_card(model: GaterNet) -> ModelCard:
         "classes": UNKNOWN if classes is None else f"{len(classes):,}: {_some(classes)}",
         "images": _images(metadata),
         "backbone": f"{backbone}, {model.num_gates:,} gates at {len(model.sites)} sites",
-        "gater": f"{extractor}, without its classifier, and two linear layers",
+        "gater": gater,
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         "MACs an image": f"{backbone_macs} in the backbone with all gates open, {gater_macs} in the gater",
     }
@@ -76,7 +82,7 @@ backbone run.
 ```python
 import gaternet
 
-model = gaternet.GaterNet.from_pretrained("this repository, or this folder")
+{load}
 logits, gates = model(images, return_gates=True)  # images (B, channels, H, W), normalised as above
 fast = gaternet.skip(model, images)  # the same logits; closed filters are not computed
 ```

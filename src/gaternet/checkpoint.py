@@ -241,8 +241,8 @@ def load_tensors(path: Path) -> dict[str, Any]:
         ) from error
     except Exception as error:  # on bytes that are no such file, PyTorch's reader raises whatever they lead it to
         raise ValueError(f"{path} is truncated or no PyTorch file: get it from its source again") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} does not hold a dict of tensors, but a {type(data).__name__}")
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise ValueError(f"{path} does not hold a dict of named tensors, but a {type(data).__name__}")
     return data
 
 

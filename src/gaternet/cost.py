@@ -96,8 +96,11 @@ def count_macs(model: GaterNet, images: Float[Tensor, "batch channels height wid
         ValueError: the backbone cannot be exported.
     """
     cost = CostModel(read_graph(model.backbone, images[:1]), model.sites)
+    buffers = [(buffer, buffer.clone()) for buffer in model.gater.buffers()]
     with torch.no_grad():
         gated = cost(model.gates(images))
+        for buffer, before in buffers:  # in training, statistics of these images
+            buffer.copy_(before)
     return Macs(cost.dense, count_dense_macs(model.gater, images), gated)
 
 
@@ -141,12 +144,17 @@ class _Terms:
         self.full = sum(cost.conv.macs for cost in convs if not _always_open(cost))
         self._weights = torch.tensor(weights, dtype=torch.float64)
         self._sums = [_sums(side, num_gates + 1) for side in sides]
+        self._moved: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}  # the same where gates were before
 
     def __call__(self, gates: Float[Tensor, "batch columns"]) -> Float[Tensor, " batch"]:
         if not len(self._weights):
             return gates.new_zeros(gates.shape[0])
-        open_channels, open_filters = (torch.sparse.mm(sums.to(gates), gates.T) for sums in self._sums)  # (terms, B)
-        return self._weights.to(gates) @ (open_channels * open_filters)
+        place = gates.device, gates.dtype
+        if place not in self._moved:
+            self._moved[place] = [tensor.to(gates) for tensor in (*self._sums, self._weights)]
+        *sums, weights = self._moved[place]
+        open_channels, open_filters = (torch.sparse.mm(some, gates.T) for some in sums)  # (terms, B)
+        return weights @ (open_channels * open_filters)
 
 
 def _always_open(cost: ConvCost) -> bool:

@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from gaternet.augment import file_transform
+from gaternet.locks import lock_folder
 from gaternet.recipe import Augmentation
 
 EMBEDDED = ("digits",)
@@ -65,9 +66,15 @@ class Preprocessing:
         """Number of image channels."""
         return len(self.mean)
 
-    def normalize(self, images: UInt8[Tensor, "batch chans h w"]) -> Float[Tensor, "batch chans h w"]:
-        """Pixels 0 to 255 -> model input, float32, on the same device."""
-        return tv.normalize(tv.to_dtype(images, torch.float32, scale=True), list(self.mean), list(self.std))
+    def normalize(
+        self, images: UInt8[Tensor, "batch chans h w"], constants: tuple[Any, Any] | None = None
+    ) -> Float[Tensor, "batch chans h w"]:
+        """Pixels 0 to 255 -> model input, float32, on the same device.
+
+        `constants` are mean and std as tensors there, for one who calls it often: to copy them makes a GPU wait.
+        """
+        mean, std = constants or (list(self.mean), list(self.std))
+        return tv.normalize(tv.to_dtype(images, torch.float32, scale=True), mean, std)
 
     def fit(self, image: UInt8[Tensor, "chans _ _"]) -> UInt8[Tensor, "chans h w"]:
         """Resize and crop the centre, unless the image has the right size."""
@@ -266,8 +273,8 @@ def _torchvision(name: str, root: Path) -> tuple[tuple[Tensor, ...], tuple[str, 
         try:
             try:
                 dataset = TORCHVISION[name](root, train=train)
-            except RuntimeError:  # not there yet
-                dataset = TORCHVISION[name](root, train=train, download=True)
+            except RuntimeError:  # not there yet, or only in part
+                dataset = _download(name, root, train)
         except (OSError, RuntimeError) as error:
             raise DataError(
                 f"{name} is not in {root} and cannot be downloaded ({error}): put torchvision's files there, "
@@ -276,6 +283,17 @@ def _torchvision(name: str, root: Path) -> tuple[tuple[Tensor, ...], tuple[str, 
         images = torch.as_tensor(dataset.data)
         parts += [images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2), torch.as_tensor(dataset.targets)]
     return tuple(part.contiguous() for part in parts), tuple(dataset.classes)
+
+
+def _download(name: str, root: Path, train: bool) -> Any:
+    """One process at a time: the others then find the files."""
+    root.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(root, wait=True)
+    try:
+        return TORCHVISION[name](root, train=train, download=True)
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _npz(path: Path) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:

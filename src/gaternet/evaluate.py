@@ -1,7 +1,7 @@
 """Evaluation: accuracy, and what the gates do, over a whole set."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,20 +18,27 @@ from gaternet.loader import Batches, make_batches
 from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
 from gaternet.recipe import Runtime
-from gaternet.run import load_trained
+from gaternet.run import data_of, load_trained
 
 BATCH = 500  # images a step, over all processes together
 
 
 @dataclass(frozen=True)
 class ToInput:
-    """Batches of pixels -> model inputs, on the batches' device."""
+    """Batches of pixels -> model inputs, on the batches' device, which is not waited for."""
 
     preprocessing: Preprocessing
     channels_last: bool = True
+    _constants: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, compare=False)
 
     def __call__(self, images: UInt8[Tensor, "batch chans h w"]) -> Float[Tensor, "batch chans h w"]:
-        inputs = self.preprocessing.normalize(images)
+        device = images.device
+        if device not in self._constants:
+            mean, std = (
+                torch.tensor(values, device=device) for values in (self.preprocessing.mean, self.preprocessing.std)
+            )
+            self._constants[device] = mean, std
+        inputs = self.preprocessing.normalize(images, self._constants[device])
         return inputs.contiguous(memory_format=torch.channels_last) if self.channels_last else inputs
 
 
@@ -61,7 +68,7 @@ def evaluate(
     # Loss, right, right among five, images, MACs as shares of the open backbone's: nothing waits for them
     sums = torch.zeros(5, device=accelerator.device)
     opened = torch.zeros(num_gates, device=accelerator.device)
-    macs = torch.zeros(())
+    macs = torch.zeros((), device=accelerator.device)
     with evaluation_mode(network):
         for images, labels in batches.epoch():
             with accelerator.autocast():
@@ -118,9 +125,7 @@ def evaluate_saved(
         ValueError: there is no such model or data, or the two do not go together.
     """
     network, metadata = load_trained(path, which)
-    source = data or metadata.get("trained", {}).get("data")
-    if source is None:
-        raise ValueError(f"{path} does not say what it was trained on: name the data with --data")
+    source = data_of(path, metadata, data)
     runtime = runtime or Runtime()
     accelerator = make_accelerator(runtime)
     images = load_test_set(source, metadata, runtime.data_root)
@@ -158,6 +163,12 @@ def load_sets(source: str, metadata: dict[str, Any], data_root: str | None = Non
         has, wants = data.preprocessing.channels, preprocessing.channels
         raise DataError(
             f"{source} has images of {has} channels, but the model was trained on {wants}: use its own data"
+        )
+    size, wanted = ((p.height, p.width) for p in (data.preprocessing, preprocessing))
+    if isinstance(data.test.images, Tensor) and size != wanted:
+        raise DataError(
+            f"{source} has images of {size[0]} x {size[1]} pixels, but the model was trained on {wanted[0]} x "
+            f"{wanted[1]}: use its own data"
         )
     if not same_classes(data.classes, known):
         raise DataError(f"{source} has {len(data.classes)} classes, not those that the model knows: {', '.join(known)}")

@@ -27,7 +27,7 @@ from gaternet.graph import read_graph
 from gaternet.method import GaterNet
 from gaternet.report.figures import distinct_names, figure, plotly_names
 from gaternet.report.runs import class_names
-from gaternet.run import load_trained
+from gaternet.run import data_of, load_gated
 
 MAX_BYTES, MAX_PIXELS = 10 * 2**20, 40_000_000  # of an image that is uploaded
 _BATCH = 250
@@ -92,12 +92,8 @@ class Explorer:
         Raises:
             ValueError: there is no such gated model, or its data cannot be had.
         """
-        network, metadata = load_trained(run, which)
-        if not isinstance(network, GaterNet):
-            raise ValueError(f"{run} is a plain network without gates: name a gated run")
-        source = data or metadata.get("trained", {}).get("data")
-        if source is None:
-            raise ValueError(f"{run} does not say what it was trained on: name the data with --data")
+        network, metadata = load_gated(run, which)
+        source = data_of(run, metadata, data)
         preprocessing, (train, test) = Preprocessing.from_metadata(metadata), load_sets(source, metadata, data_root)
         order = random.Random(0).sample(range(len(train)), min(images, len(train)))
         rows = [train[place] for place in order]
@@ -178,7 +174,7 @@ class Explorer:
             ygap=1,
             hovertemplate="%{y}, gate %{customdata}: %{z} (1 is open)<extra></extra>",
         )
-        drawn = figure([heat], "filter of the layer", height=max(260, min(900, 90 + 14 * len(sites))))
+        drawn = figure([heat], "gate of the layer", height=max(260, min(900, 90 + 14 * len(sites))))
         drawn.update_xaxes(showgrid=False)
         drawn.update_yaxes(autorange="reversed", type="category", showgrid=False)
         # The page is light or dark, which is not known here. Dragging is off so that a finger scrolls the page.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gaternet.cost import count_dense_macs
+from gaternet.graph import evaluation_mode
 from gaternet.method import Gater, GaterNet, refuse_gated
 from gaternet.models.create import create_extractor, describe_backbone
 from gaternet.sites import Selection, find_sites
@@ -38,7 +39,8 @@ def gate(
         example_input: images (B, channels, H, W) as it takes them.
         gater: the extractor E, a network without its output layer: a module that maps images to features (B, h), or a
             name: one of the paper's CIFAR models ("resnet20") or of timm's ("resnet18"), with fresh weights. Default:
-            cheap, a ResNet-20 on the shrunk image, which costs at most 5 % of the MACs of backbones above 0.5 GMAC.
+            cheap, a ResNet-20 on the shrunk image, which costs at most 5 % of the MACs of backbones above 0.5 GMAC,
+            unless that would leave less than 8 pixels of the image's short side.
         shrink: a gater given by name sees averages of so many pixels by so many. Default: 1, or what the default gater
             needs to be cheap.
         sites: which filters, see `find_sites`: "residual" (the paper's), "all", or a predicate.
@@ -91,20 +93,30 @@ def gate(
     if open:
         nn.init.zeros_(built.fc2.weight)
     metadata = {"backbone": describe_backbone(backbone, example_input.shape[1]), "extractor": source}
-    model = GaterNet(backbone, built.train(backbone.training), found, metadata)
-    model.training = backbone.training  # not train(): frozen parts of the backbone stay in their mode
+    model, mode, extractors = GaterNet(backbone, built, found, metadata), backbone.training, extractor.training
+    for module in (
+        model,
+        built,
+        built.fc1,
+        built.norm,
+        built.fc2,
+    ):  # not train(): frozen parts of either network stay in their mode
+        module.training = mode
+    if extractors != mode:
+        extractor.train(mode)
     return model
 
 
 def _num_features(extractor: nn.Module, example_input: Tensor) -> int:
     """h, found by a run on the example."""
-    mode = extractor.training
-    extractor.eval()
     try:
-        with torch.no_grad():
+        with evaluation_mode(extractor), torch.no_grad():
             features = extractor(example_input)
-    finally:
-        extractor.train(mode)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason, size = (str(error).splitlines() or [type(error).__name__])[0], tuple(example_input.shape)
+        raise ValueError(
+            f"the gater's extractor, a {type(extractor).__name__}, cannot take images {size}: {reason}"
+        ) from error
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(example_input):
         given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ValueError(

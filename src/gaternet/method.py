@@ -123,7 +123,9 @@ class Gater(nn.Module):
     def decide(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch gates"]:
         """D (equation 3): pre-activations g'; cast to float32 under autocast, for noise and soft gates."""
         logits = self.fc2(F.relu(self.norm(self.fc1(features))))
-        return logits.float() if torch.is_autocast_enabled(features.device.type) else logits
+        device = features.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return logits.float() if autocast else logits
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], generator: torch.Generator | None = None
@@ -278,7 +280,7 @@ class GaterNet(
 
     @property
     def num_gates(self) -> int:
-        """C, the number of gated filters."""
+        """C: one for each gated filter, or for each group of filters that share theirs."""
         return max(site.stop for site in self.sites)
 
     def forward(
@@ -293,7 +295,7 @@ class GaterNet(
         return (logits, gates) if return_gates else logits
 
     def gates(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch gates"]:
-        """The gater alone: gates (B, C) in [0, 1], one column per gated filter in execution order."""
+        """The gater alone: gates (B, C) in [0, 1], a column for each gated filter in execution order."""
         return self.gater(images)
 
     def forward_gated(
@@ -304,7 +306,7 @@ class GaterNet(
             raise RuntimeError("this GaterNet gave its backbone back with ungate(): build a new one around it")
         if gates.shape != (images.shape[0], self.num_gates):
             raise ValueError(
-                f"gates must be ({images.shape[0]}, {self.num_gates}), a row per image and a column per gated filter, "
+                f"gates must be ({images.shape[0]}, {self.num_gates}), a row per image and a column per gate, "
                 f"but are {tuple(gates.shape)}"
             )
         self._channel.gates, self._channel.sites_run = gates, []
@@ -316,8 +318,9 @@ class GaterNet(
             runs = {site.name: self._channel.sites_run.count(site.name) for site in self.sites}
             name = next(name for name, count in runs.items() if count != 1)
             raise RuntimeError(
-                f"site {name} ran {runs[name]} times in one call of the backbone instead of once: the backbone skips, "
-                "repeats or replaced it; change the backbone first, then gate what runs once"
+                f"site {name} ran {runs[name]} times in one call of the backbone instead of once: it was skipped, "
+                "repeated or replaced, or the backbone was compiled before; change the backbone first, gate what runs "
+                "once, and compile the GaterNet"
             )
         return logits
 

@@ -1,4 +1,4 @@
-"""Predictions for image files, with the number of filters that each image opened."""
+"""Predictions for image files, with the number of gates that each image opened."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ class Prediction:
     Attributes:
         image: the file.
         classes: names of the likeliest classes, with their probabilities in [0, 1], likeliest first.
-        open_filters, gated_filters: how many of the gated filters the image opened; None for a plain network, and for
-            an exported one that does not give its gates out.
+        open_gates, num_gates: how many of the gates the image opened; None for a plain network, and for an exported one
+            that does not give its gates out.
     """
 
     image: str
     classes: tuple[tuple[str, float], ...]
-    open_filters: int | None
-    gated_filters: int | None
+    open_gates: int | None
+    num_gates: int | None
 
 
 def load(path: Path, which: Literal["last", "best"] = "last") -> tuple[nn.Module | ExportedModel, dict[str, Any]]:

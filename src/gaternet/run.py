@@ -25,12 +25,9 @@ import torch
 from torch import nn
 
 from gaternet import checkpoint
+from gaternet.locks import lock_folder
+from gaternet.method import GaterNet
 from gaternet.recipe import Recipe
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 CONFIG, METRICS, STATE = "config.json", "metrics.jsonl", "training.pt"
 _PACKAGES = ("gaternet", "torchvision", "accelerate", "numpy")
@@ -45,11 +42,13 @@ class RunDirectory:
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Begin a new run here; ValueError if one is here already, so that nothing is overwritten."""
+        checkpoint.make_folder(self.path)
+        self._hold()  # first of all: of two that start at the same time one is refused
         if (self.path / CONFIG).exists():
+            self.close()
             raise ValueError(f"{self.path} holds a run already: continue it with --resume, or name another --out")
         started = datetime.now(UTC).isoformat(timespec="seconds")
         checkpoint.write_json(self.path / CONFIG, {**config, "started": started, **describe_machine()})
-        self._hold()
 
     def resume(self, config: Mapping[str, Any], main: bool = True) -> dict[str, Any] | None:
         """The training state to continue from, None where none was saved yet.
@@ -69,10 +68,14 @@ class RunDirectory:
             self._hold()
             self._remove_leftovers()
         state = checkpoint.load_tensors(self.path / STATE) if (self.path / STATE).exists() else None
-        step = state["step"] if state else 0
-        kept = [line for line in self._lines() if line["step"] <= step and state]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        checkpoint.write_atomically(self.path / METRICS, lambda temporary: temporary.write_text(text))
+        if state is None and len(self.epochs()) > 1:
+            self.close()
+            raise ValueError(f"{self.path / STATE} is missing, without which the run cannot go on: name another --out")
+        if main:
+            step = state["step"] if state else 0
+            kept = [line for line in self._lines() if line["step"] <= step and state]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            checkpoint.write_atomically(self.path / METRICS, lambda temporary: temporary.write_text(text))
         return state
 
     def close(self) -> None:
@@ -100,16 +103,10 @@ class RunDirectory:
             checkpoint.save_state(self.path / STATE, state)
 
     def _hold(self) -> None:
-        if fcntl is None:
-            return
-        self._lock = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = lock_folder(self.path, wait=False)
         except BlockingIOError as error:
-            self.close()
             raise ValueError(f"another process is training in {self.path}: wait for it or stop it first") from error
-        except OSError:  # a file system without locks
-            self.close()
 
     def _remove_leftovers(self) -> None:
         """What a killed run was about to write."""
@@ -154,6 +151,22 @@ def load_trained(path: Path, which: str = "last") -> tuple[nn.Module, dict[str, 
     """
     model, metadata = checkpoint.load_model(find_model(path, which))
     return model.float(), metadata
+
+
+def load_gated(path: Path, which: str = "last") -> tuple[GaterNet, dict[str, Any]]:
+    """`load_trained` of a gated network; ValueError for a plain one."""
+    model, metadata = load_trained(path, which)
+    if not isinstance(model, GaterNet):
+        raise ValueError(f"{path} is a plain network without gates: name a gated run")
+    return model, metadata
+
+
+def data_of(path: Path, metadata: Mapping[str, Any], other: str | None = None) -> str:
+    """The data that a model was trained on, or `other` in its place; ValueError if neither is known."""
+    source = other or (metadata.get("trained") or {}).get("data")
+    if source is None:
+        raise ValueError(f"{path} does not say what it was trained on: name the data with --data")
+    return source
 
 
 def describe_machine() -> dict[str, Any]:

@@ -70,8 +70,8 @@ def examine(graph: Graph, sites: Selection = "residual", group_size: int = 1) ->
     """`find_sites` on a graph that was read already, with the reasons for what is left out."""
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, but is {group_size}")
-    if isinstance(sites, str) and sites not in ("residual", "all"):
-        raise ValueError(f"sites must be 'residual', 'all' or a predicate on (name, module), not {sites!r}")
+    if not callable(sites) and sites not in ("residual", "all"):
+        raise ValueError(f"sites must be 'residual', 'all' or a predicate on (name, module), not {sites!r:.60}")
     places: dict[Node, _Place] = {}
     left_out: dict[str, str] = {}
     for node, conv in graph.convs.items():

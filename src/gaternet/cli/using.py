@@ -66,7 +66,7 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="classes to show")] = 5,
     as_json: JsonOption = False,
 ) -> None:
-    """The likeliest classes of image files, and how many filters each image opened.
+    """The likeliest classes of image files, and how many gates each image opened.
 
     Examples:
 
@@ -83,12 +83,12 @@ def predict(
     if as_json:
         print(json.dumps([dataclasses.asdict(prediction) for prediction in predictions]))
         return
-    table = Table("image", "classes", "open filters")
+    table = Table("image", "classes", "open gates")
     for prediction in predictions:
         classes = "  ".join(f"{escaped(name)} {100 * share:.1f} %" for name, share in prediction.classes)
         opened = (
-            f"{prediction.open_filters} of {prediction.gated_filters}"
-            if prediction.gated_filters
+            f"{prediction.open_gates} of {prediction.num_gates}"
+            if prediction.num_gates
             else "not known"
             if run.is_file()
             else "all"
@@ -154,7 +154,7 @@ def explore(
 
     with console.status("reading images"):
         explorer = Explorer.of_run(run, which, data, data_root, images)
-    serve(explorer, f"Gates of {run.name}", host, port)
+    serve(explorer, f"Gates of {run.resolve().name}", host, port)
 
 
 @app.command()
@@ -171,6 +171,7 @@ def bench(
     select: Annotated[Literal["residual", "all"], typer.Option("--sites", help="gated filters of a network")] = "all",
     image_size: Annotated[int, typer.Option(min=1, help="side of a network's images in pixels")] = 224,
     data: Annotated[str | None, typer.Option(help="images for a run, see train --data; default: its own")] = None,
+    data_root: Annotated[str | None, typer.Option(help="where torchvision's data sets lie")] = None,
     which: WhichOption = "last",
     rounds: Annotated[int, typer.Option(min=1, help="turns that each takes")] = 5,
     as_json: JsonOption = False,
@@ -191,7 +192,7 @@ def bench(
     from gaternet.skipping.dense import ENGINES
 
     with console.status("planning"):
-        network, images = _model_and_images(model, max(batch_size), select, image_size, data, which)
+        network, images = _model_and_images(model, max(batch_size), select, image_size, data, data_root, which)
     densities = density or ([] if Path(model).exists() else [0.75, 0.5, 0.25])
     timings, notes = [], dict[str, None]()
     for batch in batch_size:
@@ -221,7 +222,9 @@ def bench(
         console.print(escaped(note))
 
 
-def _model_and_images(model: str, count: int, select: Any, image_size: int, data: str | None, which: Any) -> Any:
+def _model_and_images(
+    model: str, count: int, select: Any, image_size: int, data: str | None, data_root: str | None, which: Any
+) -> Any:
     """A GaterNet and a batch for it: of a run with test images, of a network with noise."""
     import torch
 
@@ -234,16 +237,10 @@ def _model_and_images(model: str, count: int, select: Any, image_size: int, data
         return gate(create_model(model.removesuffix("_gated"), 1000).eval(), images[:1], sites=select), images
     from gaternet.data import Preprocessing
     from gaternet.evaluate import load_test_set
-    from gaternet.method import GaterNet
-    from gaternet.run import load_trained
+    from gaternet.run import data_of, load_gated
 
-    network, metadata = load_trained(Path(model), which)
-    if not isinstance(network, GaterNet):
-        raise ValueError(f"{model} has no gates: name a network to gate it, or a gated run")
-    source = data or metadata.get("trained", {}).get("data")
-    if source is None:
-        raise ValueError(f"{model} does not say what it was trained on: name the data with --data")
-    test = load_test_set(source, metadata)
+    network, metadata = load_gated(Path(model), which)
+    test = load_test_set(data_of(Path(model), metadata, data), metadata, data_root)
     pixels = torch.stack([torch.as_tensor(test[i % len(test)][0]) for i in range(count)])
     return network, Preprocessing.from_metadata(metadata).normalize(pixels)
 

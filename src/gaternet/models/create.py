@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gaternet.method import Gater, GaterNet, GateSite
 from gaternet.models.cifar_resnet import BasicBlock, Bottleneck, CifarResNet, residual_sites
@@ -119,7 +119,7 @@ def create_extractor(name: str, in_chans: int = 3, shrink: int = 1) -> nn.Module
 
     With `shrink` above 1 it sees the image as averages of so many pixels by so many.
     """
-    ours = name in _BACKBONES or name.removesuffix(_GATED) in _BACKBONES
+    ours = name in _BACKBONES or name.removesuffix(_GATED) in _BACKBONES or name.startswith(_TORCHVISION)
     if shrink < 1:
         raise ValueError(f"shrink must be at least 1, not {shrink}")
     network: Any = create_backbone(name, 0, in_chans) if ours else _timm(name.removeprefix(_TIMM), 0, in_chans, False)
@@ -148,6 +148,12 @@ def describe_backbone(backbone: nn.Module, in_chans: int) -> dict[str, Any] | No
         return None
     shapes = [{key: value.shape for key, value in network.state_dict().items()} for network in (backbone, twin)]
     return source if shapes[0] == shapes[1] and repr(backbone) == repr(twin) else None
+
+
+def other_classifier(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], num_classes: int) -> set[str]:
+    """Of two state_dicts, the tensors of the classifier, where that is for another number of classes."""
+    both = {key for key in wanted.keys() & found.keys() if wanted[key].shape != found[key].shape}
+    return {key for key in both if wanted[key].shape == (num_classes, *found[key].shape[1:])}
 
 
 def build_gated(
@@ -217,6 +223,11 @@ def _timm(name: str, num_classes: int, in_chans: int, pretrained: bool) -> nn.Mo
     if not timm.is_model(name):
         raise ValueError(_unknown(name, timm.list_models(), "model of timm"))
     try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # what follows the dot is none of its trainings
+        known = timm.list_pretrained(f"{name.split('.')[0]}.*")
+        raise ValueError(_unknown(name, known, "training of a model of timm")) from error
+    try:
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans)
     except (OSError, RuntimeError) as error:  # no network, or nobody has trained it
         if not pretrained:
@@ -240,13 +251,21 @@ def _torchvision(name: str, num_classes: int, in_chans: int, pretrained: bool) -
     network = models.get_model(name, weights=None, num_classes=num_classes, **options)
     if pretrained:
         try:
-            trained = models.get_model_weights(name)["DEFAULT"].get_state_dict(check_hash=True)
-        except OSError as error:
+            weights = models.get_model_weights(name)["DEFAULT"]
+            trained = weights.get_state_dict(check_hash=True)
+        except (OSError, RuntimeError) as error:  # no network, or a file that is damaged
             raise _no_weights(_TORCHVISION + name, error) from error
-        shapes = {key: value.shape for key, value in network.state_dict().items()}
-        fitting = {key: value for key, value in trained.items() if shapes.get(key) == value.shape}
-        network.load_state_dict(fitting, strict=False)  # all but the classifier, where the classes are others
-        config: Any = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+        wanted = network.state_dict()
+        classifier = other_classifier(wanted, trained, num_classes)
+        if unfit := [key for key in wanted if key not in classifier and wanted[key].shape != trained[key].shape]:
+            raise ValueError(
+                f"the trained weights of {_TORCHVISION}{name} are for images of another size ({unfit[0]}): choose one "
+                "of timm's"
+            )
+        fitting = {key: value for key, value in trained.items() if key in wanted and key not in classifier}
+        network.load_state_dict(fitting, strict=False)
+        made = weights.transforms()
+        config: Any = {"mean": tuple(made.mean), "std": tuple(made.std)}
         if auxiliary:  # their transform_input makes these inputs of the usual ones
             config = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
         network.pretrained_cfg = config  # as timm's models have it

@@ -16,11 +16,10 @@ from gaternet.evaluate import BATCH, load_test_set
 from gaternet.forcing import force_gates
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
-from gaternet.method import GaterNet
 from gaternet.recipe import Runtime
 from gaternet.report.comparison import write_comparison
 from gaternet.report.page import write_report
-from gaternet.run import find_model, load_trained
+from gaternet.run import data_of, load_gated
 
 _NAMES = {
     "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
@@ -46,7 +45,7 @@ def report_runs(
         data: in place of the sets that they were trained on.
         out: folder of the page; of several runs' with one folder each in it. Default: `report` in the run's directory,
             of several in the current one.
-        runtime: device, precision, where the data lie.
+        runtime: device, and where the data lie.
         samples: number of images on the map.
         forced: number of images to force gates on; 0 leaves that part out.
 
@@ -57,8 +56,8 @@ def report_runs(
     runtime = runtime or Runtime()
     found: dict[str, GateAnalysis] = {}
     pages = []
-    for run in runs:
-        find_model(run, which)  # a wrong name is to be found before the work on others is done
+    for run in runs:  # what is wrong with one is to be found before the work on others is done
+        data_of(run, load_gated(run, which)[1], data)
     for run in runs:
         name = str(run) if str(run) not in found else f"{run} ({len(found)})"
         if out is None and len(runs) == 1:
@@ -81,13 +80,8 @@ def _report_run(
     samples: int,
     forced: int,
 ) -> tuple[GateAnalysis, Path]:
-    network, metadata = load_trained(run, which)
-    if not isinstance(network, GaterNet):
-        raise ValueError(f"{run} is a plain network without gates: name a gated run")
-    trained = metadata.get("trained", {})
-    source = data or trained.get("data")
-    if source is None:
-        raise ValueError(f"{run} does not say what it was trained on: name the data with --data")
+    network, metadata = load_gated(run, which)
+    source = data_of(run, metadata, data)
     accelerator = make_accelerator(runtime)
     network.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     images = load_test_set(source, metadata, runtime.data_root)
@@ -97,8 +91,13 @@ def _report_run(
     checkpoint.make_folder(directory)  # an error now, not after the work
     analysis = analyze(network, batches.epoch(), classes=classes, samples=samples, **options)
     tried = force_gates(network, _shuffled(images, forced), analysis, images=forced, **options) if forced else None
-    about = [f"{network.num_gates:,} gates", f"test images of {Path(source).stem}", *_about(trained)]
-    page = write_report(analysis, directory, forced=tried, title=f"Gates of {run.name}", subtitle=", ".join(about))
+    about = [
+        f"{network.num_gates:,} gates",
+        f"test images of {Path(source).stem}",
+        *_about(metadata.get("trained", {})),
+    ]
+    title = f"Gates of {run.resolve().name}"
+    page = write_report(analysis, directory, forced=tried, title=title, subtitle=", ".join(about))
     return analysis, page
 
 
