@@ -39,7 +39,7 @@ format: $(VENV)/.developer
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(RUN)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): PyTorch and the rest are large, this takes a minute or more ..."

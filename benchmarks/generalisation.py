@@ -76,7 +76,12 @@ def main() -> None:
     results = {(line["recipe"], json.dumps(line["options"]), line["seed"]): line for line in before}
     for run in args.runs:
         network, metadata = load_model(find_model(run))
-        to_input, errors = ToInput(Preprocessing.from_metadata(metadata)), {}
+        preprocessing = Preprocessing.from_metadata(metadata)
+        if images.shape[2:] != (preprocessing.height, preprocessing.width):
+            parser.error(
+                f"{run} was trained on images of another size: corruptions are made of images as they are stored"
+            )
+        to_input, errors = ToInput(preprocessing), {}
         network.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         for name, some in track(sets.items(), str(run)):
             metrics = evaluate(network, make_batches(some, BATCH, runtime, accelerator), to_input, accelerator)

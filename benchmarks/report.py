@@ -101,7 +101,8 @@ def main() -> None:
         "opening_seconds": statistics.median(opening),
         "page_bytes": size,
         **describe_machine(),
-        "command": f"python benchmarks/report.py --data {Path(args.data).name} --model {args.model}",
+        "command": f"python benchmarks/report.py --data {Path(args.data).name} --model {args.model} "
+        f"--rounds {args.rounds}",
     }
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))

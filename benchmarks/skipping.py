@@ -144,7 +144,7 @@ def trained(name: str, run: str, data: str, plain: str, rounds: int) -> dict[str
         "kept": [kept.float().mean().item() for kept in special.program.kept],
         "fitting": (special.program.choose(gates) < len(special.program.kept)).float().mean().item(),
         "command": f"python benchmarks/skipping.py --trained "
-        f"{name}={Path(run).name}={Path(data).name}={Path(plain).name}",
+        f"{name}={Path(run).name}={Path(data).name}={Path(plain).name} --rounds {rounds}",
         "rounds": rounds,
         "timings": rows(timings),
     }
@@ -160,6 +160,9 @@ def main() -> None:
     args = parser.parse_args()
     found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     wanted = args.part or ([] if args.trained else parts)
+    machine = describe_machine()["machine"]
+    if args.part and found.get("machine", machine) != machine:
+        parser.error(f"the other parts were measured on another machine, {found['machine']}: measure all of them")
     model = resnet50()
     if "resnet50" in wanted:
         images = torch.randn(16, 3, 224, 224, generator=torch.Generator().manual_seed(0))
@@ -178,7 +181,8 @@ def main() -> None:
             for size in (1, 4, 8, 16)
         }
     if wanted:
-        found |= {**describe_machine(), "command": "python benchmarks/skipping.py", "rounds": args.rounds}
+        command = f"python benchmarks/skipping.py --rounds {args.rounds}"
+        found |= {**describe_machine(), "command": command, "rounds": args.rounds}
     if args.trained:
         found["trained"] = [trained(*given.split("=", 3), rounds=args.rounds) for given in args.trained]
     RESULT.write_text(json.dumps(found, indent=2) + "\n")

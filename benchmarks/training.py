@@ -34,7 +34,8 @@ from gaternet.network import make_density, make_optimizer
 from gaternet.recipe import Recipe, Runtime
 from gaternet.recipes import find_recipe
 from gaternet.run import describe_machine
-from gaternet.train import Progress, training_step
+from gaternet.state import Progress
+from gaternet.train import training_step
 
 BATCH = 128
 PREPROCESSING = Preprocessing(32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -134,7 +135,8 @@ def main() -> None:
         "time_ratio_over_mac_ratio": ratio / work,
         "overhead": overhead,
         **describe_machine(),
-        "command": f"python benchmarks/training.py --steps {args.steps} --depth {args.depth}",
+        "command": f"python benchmarks/training.py --steps {args.steps} --depth {args.depth} "
+        f"--precision {args.precision}",
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,4 +1,7 @@
+import multiprocessing
 import os
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +154,17 @@ def folder(tmp_path) -> Path:
                 pixels = torch.randint(0, 256, (20, 12, 3), dtype=torch.uint8, generator=generator)
                 Image.fromarray(pixels.numpy()).save(tmp_path / part / name / f"{i}.png")
     return tmp_path
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_signals_to_all_processes_leave_those_that_read_files_alone(folder, accelerator, signum):
+    batches = make_batches(load_data(str(folder), Augmentation(), 8).train, 1, replace(CPU, workers=1), accelerator, 0)
+    epoch = batches.epoch()
+    first = [next(epoch)]
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signum)
+    assert len([*first, *epoch]) == 10
 
 
 def test_files_are_augmented_as_seed_epoch_and_index_say(folder, accelerator):

@@ -39,7 +39,9 @@ def test_options_are_those_that_differ_from_the_recipe():
     assert changed_options(override(PLAIN, {"backbone_from": "a"})) == {"backbone_from": "a"}
     cifar = RECIPES["cifar10_resnet20"]
     assert changed_options(override(cifar, {"data": "somewhere/cifar10.npz"})) == {}
-    assert changed_options(override(cifar, {"data": "cifar100"})) == {"data": "cifar100"}
+    for other in ("cifar100", "somewhere/cifar10.1"):
+        assert changed_options(override(cifar, {"data": other})) == {"data": other}
+        assert override(cifar, {"data": other}).paper is None
     assert changed_options(Recipe("mine", epochs=2)) == {"epochs": 2}
     other = {"backbone": "resnet8", "sites": "all"}  # "model" is None now, which no flag can say and none needs to
     assert changed_options(override(GATED, other)) == other
@@ -153,6 +155,23 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path, gaternet_command):
     (line,) = json.loads(done.stdout)
     assert line == read_ledger(tmp_path / "ledger.jsonl")[0]
     assert (run / "config.json").read_text() == config  # resumed, not begun anew
+
+
+def test_a_damaged_ledger_is_named_before_any_run(tmp_path):
+    ledger = tmp_path / "ledger.jsonl"
+    ledger.write_text('{"recipe": "digits_resnet20"}\n{"recip')
+    with pytest.raises(ValueError, match=r"line 2 of .*ledger\.jsonl is damaged"):
+        sweep(make_jobs([override(PLAIN, SHORT)], [0], tmp_path), ledger, CPU)
+    assert not (tmp_path / "digits_resnet20,epochs=1,batch_size=512").exists()
+
+
+def test_no_run_goes_on_where_the_sweep_does_not(tmp_path, monkeypatch):
+    """The second cannot be started, say because the disk is full."""
+    jobs, start = make_jobs([PLAIN], [0, 1], tmp_path), Job.start
+    monkeypatch.setattr(Job, "start", lambda job, *rest: start(job, *rest) if job.seed == 0 else tmp_path.read_text())
+    with pytest.raises(IsADirectoryError):
+        sweep(jobs, tmp_path / "ledger.jsonl", CPU, at_once=2)
+    assert jobs[0].state == "stopped"
 
 
 def test_time_runs_out(tmp_path):

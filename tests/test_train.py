@@ -22,8 +22,10 @@ from gaternet.checkpoint import load_model
 from gaternet.cost import count_macs
 from gaternet.data import Preprocessing, load_data
 from gaternet.evaluate import ToInput, evaluate, evaluate_saved
+from gaternet.gating import gate
+from gaternet.ledger import describe_run
 from gaternet.loader import make_batches
-from gaternet.machine import make_accelerator
+from gaternet.machine import collect_signals, make_accelerator
 from gaternet.method import GaterNet
 from gaternet.models import create_model
 from gaternet.network import WithAuxiliary
@@ -139,6 +141,16 @@ def test_evaluation_refuses_data_of_another_kind(finished, tmp_path):
     np.savez(tmp_path / "few.npz", x_train=x[..., 0], y_train=y % 3, x_test=x[..., 0], y_test=y % 3)
     with pytest.raises(ValueError, match="has 3 classes, not those that the model knows"):
         evaluate_saved(finished, data=str(tmp_path / "few.npz"), runtime=Runtime(cpu=True))
+
+
+def test_evaluation_refuses_images_of_another_size(finished, tmp_path):
+    """Squares are resized; of others no size is the right one."""
+    narrow = Path(shutil.copytree(finished / "last", tmp_path / "narrow"))
+    config = json.loads((narrow / "config.json").read_text())
+    config["metadata"]["preprocessing"]["width"] = 6
+    (narrow / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="digits has images of 8 x 8 pixels, but the model was trained on 8 x 6"):
+        evaluate_saved(narrow, runtime=Runtime(cpu=True))
 
 
 def test_numbers_stand_for_the_names_of_classes(finished, tmp_path, monkeypatch):
@@ -294,6 +306,30 @@ def test_bad_sizes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", 3)
     with pytest.raises(ValueError, match="batch_size 256 does not divide among 3 processes"):
         train(small(), tmp_path / "b", CPU)
+
+
+def test_what_cannot_run_leaves_no_run_directory(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot take images of 8 x 8 pixels \(.*\): .* or a smaller --shrink"):
+        train(small(shrink=16), tmp_path / "run", CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_that_was_given_comes_back_without_mixed_precision(tmp_path):
+    model = gate(create_model("resnet8", 10, 1), torch.zeros(2, 1, 8, 8), gater="resnet8")
+    train(small("resnet8_gated", epochs=1), tmp_path / "run", replace(CPU, precision="bf16"), network=model)
+    images = torch.rand(4, 1, 8, 8)
+    logits = model.eval()(images)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, model.forward_gated(images, model.gates(images)))
+    with pytest.raises(ValueError, match="trained a CifarResNet that was given to it in Python: no command repeats"):
+        describe_run(tmp_path / "run")
+
+
+def test_a_second_sigterm_is_the_launchers():
+    with collect_signals() as received:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM] * 2
 
 
 def test_find_model_says_what_is_missing(finished, tmp_path):

@@ -1,11 +1,14 @@
 """A run that is stopped, killed or fails loses nothing, and goes on to the same end."""
 
 import json
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 from training_runs import CPU, assert_same_weights, records, send_signal_after, small, weights
 
 import gaternet.train
+from gaternet.evaluate import evaluate_saved
 from gaternet.run import RunDirectory
 from gaternet.train import Stopped, TrainingError, train, training_step
 
@@ -107,11 +111,70 @@ def test_two_processes_cannot_train_one_run(finished, tmp_path):
     before = (tmp_path / "run" / "config.json").read_text()
     with pytest.raises(ValueError, match="another process is training in"):
         RunDirectory(tmp_path / "run").resume({})
+    with pytest.raises(ValueError, match="another process is training in"):
+        RunDirectory(tmp_path / "run").start({"seed": 1})
     assert (tmp_path / "run" / "config.json").read_text() == before
     run.close()
+    with pytest.raises(ValueError, match="holds a run already"):
+        RunDirectory(tmp_path / "run").start({"seed": 1})
+    assert (tmp_path / "run" / "config.json").read_text() == before
     again = RunDirectory(tmp_path / "run")
     assert again.resume({}) is None
     again.close()
+
+
+def test_a_run_whose_training_state_was_removed_is_not_trained_over(finished, tmp_path):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / "training.pt").unlink()
+    before = (run / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"training\.pt is missing, without which the run cannot go on"):
+        train(small(ema_decay=0.9), run, CPU, resume=True)
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_processes_that_are_stopped_together_save_and_agree_on_the_averages(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    script, run = Path(__file__).parent / "train_with_averages.py", tmp_path / "run"
+    for expected in ([143, 143], [0, 0]):
+        running = [
+            subprocess.Popen(
+                [sys.executable, script, run],
+                env={**os.environ, **meet, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.DEVNULL,
+            )
+            for rank in range(2)
+        ]
+        try:
+            assert [process.wait(120) for process in running] == expected
+        finally:
+            for process in running:
+                process.kill()
+        assert (run / "training.pt").exists()
+    assert len(records(run, "step")) == 5
+    (epoch,) = records(run, "epoch")
+    assert evaluate_saved(run, runtime=CPU)["loss"] == pytest.approx(epoch["test_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_weights_that_are_no_numbers_never_take_the_place_of_others(tmp_path, monkeypatch, stopped):
+    """Between two lines of the log, where nobody looks at the loss."""
+    calls = []
+
+    def poisoned(model, inputs, *rest):
+        calls.append(0)
+        if stopped and len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return training_step(model, inputs * float("nan") if len(calls) == 7 else inputs, *rest)
+
+    monkeypatch.setattr(gaternet.train, "training_step", poisoned)
+    runtime = replace(CPU, log_every=20, save_minutes=99.0 if stopped else 0.0)
+    with pytest.raises(TrainingError, match="the weights' norm is nan in epoch 2 by step 7: start again"):
+        train(small("resnet20"), tmp_path / "run", runtime)
+    state = torch.load(tmp_path / "run" / "training.pt", weights_only=True)
+    assert state["step"] == (5 if stopped else 6)
+    assert all(value.isfinite().all() for value in state["network"].values())
 
 
 def test_non_finite_loss_stops_and_keeps_what_was_saved(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Run by test_train_resume.py, on one machine and on two: a run whose gradient depends on the global batch alone.
+"""Run by test_train.py, on one machine and on two: a run whose gradient depends on the global batch alone.
 
 BatchNorm keeps its first statistics, for each process normalises with its own images; the gates' noise is off, for each
 draws its own.

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from gaternet import checkpoint
 from gaternet.evaluate import evaluate_saved
 from gaternet.machine import make_accelerator
-from gaternet.recipe import ACTS_ON_PLAIN, GROUPS, Recipe, Runtime
+from gaternet.recipe import ACTS_ON_PLAIN, GROUPS, Recipe, Runtime, data_name
 from gaternet.recipes import RECIPES
 from gaternet.run import CONFIG, RunDirectory
 
@@ -29,7 +29,7 @@ def changed_options(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
     base = dataclasses.asdict(RECIPES.get(named["name"], Recipe(named["name"])))
     plain = named["model"] and not named["model"].endswith("_gated")
     ignored = set(named["gating"]) - ACTS_ON_PLAIN if plain else set()
-    if Path(named["data"]).stem == base["data"]:
+    if data_name(named["data"]) == base["data"]:
         ignored.add("data")
     if named["name"] in RECIPES:  # a model takes the place of the backbone, or the other way round
         ignored.update(name for name in ("model", "backbone") if named[name] is None)
@@ -61,6 +61,11 @@ def describe_run(path: Path) -> dict[str, Any]:
     if not (path / CONFIG).exists():
         raise ValueError(f"{path} holds no run: gaternet train makes runs, by default under runs/")
     config, epochs = checkpoint.read_json(path / CONFIG), RunDirectory(path).epochs()
+    if "network" in config:
+        raise ValueError(
+            f"{path} trained a {config['network']} that was given to it in Python: no command repeats that, so the "
+            "ledger does not take it"
+        )
     recipe, done = config["recipe"], epochs[-1]["epoch"] if epochs else 0
     if done != recipe["epochs"]:
         raise ValueError(f"{path} has finished {done} of {recipe['epochs']} epochs: continue it with --resume")
@@ -75,7 +80,7 @@ def describe_run(path: Path) -> dict[str, Any]:
         "command": shlex.join(words),
         "as_published": recipe["paper"] is not None,
         "model": recipe["model"] or recipe["backbone"],
-        "data": Path(recipe["data"]).stem,
+        "data": data_name(recipe["data"]),
         "epochs": recipe["epochs"],
         "parameters": measured["parameters"],
         "backbone_macs": measured["backbone_macs"],
@@ -94,8 +99,24 @@ def describe_run(path: Path) -> dict[str, Any]:
 
 
 def read_ledger(ledger: Path) -> list[dict[str, Any]]:
-    """All lines so far."""
-    return [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
+    """All lines so far.
+
+    Raises:
+        ValueError: one of them is no JSON object, say because a full disk cut it short.
+        OSError: the file cannot be read.
+    """
+    found = []
+    for number, text in enumerate(ledger.read_text().splitlines() if ledger.exists() else [], 1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            line = None
+        if not isinstance(line, dict):
+            raise ValueError(
+                f"line {number} of {ledger} is damaged: remove it, and what it stood for is evaluated anew"
+            )
+        found.append(line)
+    return found
 
 
 def find_line(ledger: Path, path: Path) -> dict[str, Any] | None:

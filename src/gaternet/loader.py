@@ -1,6 +1,7 @@
 """Batches of images: cut from memory and augmented where the network is, or read from files by PyTorch's loader."""
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,6 +62,7 @@ class FileBatches:
             num_workers=min(8, os.cpu_count() or 1) if runtime.workers is None else runtime.workers,
             drop_last=seed is not None,
             pin_memory=accelerator.device.type == "cuda",
+            worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # so that the loader leaves PyTorch's own generator alone
         )
         self._loader = accelerator.prepare(loader)
@@ -96,6 +98,12 @@ def make_batches(
     if isinstance(images.images, Tensor):
         return MemoryBatches(images, batch_size, accelerator, seed)
     return FileBatches(images, batch_size, runtime, accelerator, seed)
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C, and a SIGTERM to the process group, are for the main process: it saves, and then ends its workers."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 class EpochSampler(Sampler[int]):

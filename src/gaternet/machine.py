@@ -23,11 +23,12 @@ def make_accelerator(runtime: Runtime) -> Accelerator:
     Raises:
         ValueError: the precision is fp16 and there is no GPU.
     """
-    AcceleratorState._reset_state()  # a second run in one process may have another precision
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    AcceleratorState._reset_state(alone)  # a second run in one process may have another precision, or device
     precision = runtime.precision
     if precision == "auto":
         precision = "bf16" if _has_fast_bf16(runtime.cpu) else "no"
-    loading = DataLoaderConfiguration(even_batches=False)  # no image twice
+    loading = DataLoaderConfiguration(even_batches=False, non_blocking=True)  # no image twice, and no waiting
     cpu = runtime.cpu or not torch.accelerator.is_available()  # said outright, or torchrun's processes would not meet
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu, dataloader_config=loading)
     if precision == "fp16" and accelerator.device.type == "cpu":
@@ -56,11 +57,14 @@ def _has_fast_bf16(cpu: bool) -> bool:
 
 @contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Notes SIGINT and SIGTERM, so that the loop can end between two steps; a second one ends the program at once."""
+    """Notes SIGINT and SIGTERM, so that the loop can end between two steps; a second Ctrl-C ends the program at once.
+
+    A second SIGTERM does not: job managers and launchers each send theirs.
+    """
     received: list[int] = []
 
     def note(signum: int, frame: object) -> None:
-        if received:
+        if received and signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         received.append(signum)
@@ -93,9 +97,14 @@ def tensorboard(directory: Path | None, step: int) -> Iterator[Any]:
     if directory is None:
         yield None
         return
+    with import_tensorboard()(directory / "tensorboard", purge_step=step) as writer:
+        yield writer
+
+
+def import_tensorboard() -> Any:
+    """SummaryWriter; ValueError if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard.writer import SummaryWriter
     except ImportError as error:
         raise ValueError("TensorBoard is not installed: pip install 'gaternet[tensorboard]'") from error
-    with SummaryWriter(directory / "tensorboard", purge_step=step) as writer:
-        yield writer
+    return SummaryWriter

@@ -223,6 +223,11 @@ ACTS_ON_PLAIN = frozenset({"backbone_from"})  # of the options in `Gating`
 GROUPS = ("augmentation", "optimizer", "gating", "distillation")  # fields of a recipe that hold options themselves
 
 
+def data_name(source: str) -> str:
+    """The name of a data set, wherever it lies: without folders, and without .npz."""
+    return Path(source).name.removesuffix(".npz")
+
+
 def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """The recipe with some fields changed; those of a group, say `optimizer`, are named without it.
 
@@ -238,7 +243,7 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     for given, other in (("model", "backbone"), ("backbone", "model")):  # either takes the other's place
         if changes.get(given):
             changes.setdefault(other, None)
-    only_moved = changes.keys() == {"data"} and Path(changes["data"]).stem == recipe.data
+    only_moved = changes.keys() == {"data"} and data_name(changes["data"]) == recipe.data
     groups = {}
     for group in GROUPS:
         options = getattr(recipe, group)

@@ -6,7 +6,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from gaternet.ledger import changed_options, find_line, train_flags
+from gaternet.ledger import changed_options, find_line, read_ledger, train_flags
 from gaternet.machine import collect_signals
 from gaternet.progress import summary
 from gaternet.recipe import Recipe, Runtime, override
@@ -145,7 +146,8 @@ def sweep(
     gpus = [] if runtime.cpu else _visible_gpus()
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
     waiting, running = deque(jobs), dict[int, Job]()
-    with _Overview(jobs) as overview, collect_signals() as received:
+    read_ledger(ledger)  # what is wrong with it is to be found before the first run
+    with _Overview(jobs) as overview, collect_signals() as received, _ended(running):
         while waiting or running:
             for slot in range(at_once):
                 if slot not in running and waiting:
@@ -157,9 +159,10 @@ def sweep(
             for job in running.values():
                 job.watch()
             overview.show()
-            running = {slot: job for slot, job in running.items() if job.state == "running"}
+            for slot in [slot for slot, job in running.items() if job.state != "running"]:
+                del running[slot]
             if received or time.monotonic() > deadline:
-                _stop_all(list(running.values()))
+                _stop_all(running.values())
                 overview.show()
                 count = f"{sum(job.state == 'finished' for job in jobs)} of {len(jobs)} runs are finished"
                 why = "stopped" if received else f"stopped after {minutes:g} minutes"
@@ -178,7 +181,16 @@ def _visible_gpus() -> list[str]:
     return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
 
 
-def _stop_all(jobs: Sequence[Job]) -> None:
+@contextmanager
+def _ended(running: Mapping[int, Job]) -> Iterator[None]:
+    """No run goes on when the sweep does not."""
+    try:
+        yield
+    finally:
+        _stop_all(running.values())
+
+
+def _stop_all(jobs: Collection[Job]) -> None:
     for job in jobs:
         job.stop()
     deadline = time.monotonic() + _PATIENCE

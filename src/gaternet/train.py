@@ -1,7 +1,8 @@
 """Training: one visible loop on Accelerate (CPU, one GPU, or many processes and machines).
 
 Every random draw of a step is a function of (seed, step, process), the order of the images and their augmentation one
-of (seed, epoch). So no generator's state needs saving, and a run that is killed and resumed ends with the same weights.
+of (seed, epoch). So no generator's state needs saving, and a run that is killed and resumed ends with the same weights:
+bit for bit where sums always come in the same order, as on a CPU.
 """
 
 import math
@@ -25,7 +26,14 @@ from gaternet.data import ImageData, load_data, mix_seed
 from gaternet.evaluate import BATCH as EVALUATION_BATCH
 from gaternet.evaluate import ToInput, evaluate
 from gaternet.loader import make_batches
-from gaternet.machine import collect_signals, make_accelerator, seed_step, should_stop, tensorboard
+from gaternet.machine import (
+    collect_signals,
+    import_tensorboard,
+    make_accelerator,
+    seed_step,
+    should_stop,
+    tensorboard,
+)
 from gaternet.method import Gater, GaterNet, gate_sparsity
 from gaternet.network import (
     WithAuxiliary,
@@ -36,11 +44,13 @@ from gaternet.network import (
     model_metadata,
     prepared_for,
     set_training_mode,
+    try_network,
 )
 from gaternet.objective import distillation_loss, gate_penalty, learning_rate, noise_scale
 from gaternet.progress import TrainingDisplay
 from gaternet.recipe import Recipe, Runtime
 from gaternet.run import RunDirectory
+from gaternet.state import Progress
 
 
 class TrainingError(RuntimeError):
@@ -94,6 +104,9 @@ def train(
     network = build_network(recipe, data, seed) if network is None else network
     network.to(accelerator.device)
     data = prepared_for(data, network, built_from)
+    to_input = ToInput(data.preprocessing, runtime.channels_last)
+    example = to_input(data.test[0][0][None].to(accelerator.device))
+    try_network(network, example)
     set_training_mode(network, recipe)
     if runtime.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -107,17 +120,19 @@ def train(
         for module in {network, learner}:  # one is evaluated, the other learns
             module.compile()
     model, optimizer = accelerator.prepare(learner, make_optimizer(network, recipe, accelerator, auxiliary))
-    to_input = ToInput(data.preprocessing, runtime.channels_last)
     gater = density_of = None
     if isinstance(network, GaterNet):
         gater = network.gater if isinstance(network.gater, Gater) else None  # a user's own may have no noise
-        density_of = make_density(network, recipe.gating, to_input(data.test[0][0][None].to(accelerator.device)))
+        density_of = make_density(network, recipe.gating, example)
     teacher = load_teacher(recipe, data, accelerator)
     train_batches = make_batches(data.train, recipe.batch_size, runtime, accelerator, seed)
     test_batches = make_batches(data.test, EVALUATION_BATCH, runtime, accelerator)
     steps_per_epoch = len(train_batches)
     progress = Progress(network, optimizer, ema, accelerator, auxiliary)
-    run, state = _open_run(Path(run_dir), recipe, runtime, seed, resume, accelerator)  # all that may be wrong was found
+    if runtime.tensorboard:
+        import_tensorboard()
+    given = None if built_from else type(network.backbone if isinstance(network, GaterNet) else network).__name__
+    run, state = _open_run(Path(run_dir), recipe, given, runtime, seed, resume, accelerator)  # all faults were found
     if state is not None:
         progress.load_state_dict(state)
 
@@ -125,6 +140,7 @@ def train(
     main = accelerator.is_main_process
     with (
         closing(run),
+        _unwrapped(model, accelerator),
         TrainingDisplay(recipe.epochs, steps_per_epoch, progress.step, quiet=not main) as display,
         tensorboard(run.path if runtime.tensorboard and main else None, progress.step) as board,
         collect_signals() as received,
@@ -156,7 +172,7 @@ def train(
                 logs = ends or progress.step % runtime.log_every == 0
                 if logs:
                     window, metrics = progress.means(accelerator)
-                    _check_finite(window, epoch, progress.step)
+                    _check_loss(window, epoch, progress.step)
                     metrics["images_per_second"] = clock.images_per_second(progress.step)
                     display.step(epoch, progress.step, metrics)
                     if main:
@@ -165,16 +181,19 @@ def train(
                 if ends:
                     break  # saved below, with the evaluation
                 progress.seconds = clock.since_start()
-                if should_stop(received, accelerator, logs):
-                    run.save_state(progress.state_dict(), main)
-                    raise _stopped(received, run, epoch, progress.step)
-                if clock.since_save() >= 60 * runtime.save_minutes:
+                stops = should_stop(received, accelerator, logs)
+                if stops or clock.since_save() >= 60 * runtime.save_minutes:
+                    _check_weights(network, epoch, progress.step)
                     run.save_state(progress.state_dict(), main)
                     clock.saved()
+                if stops:
+                    accelerator.wait_for_everyone()  # where one process ends, its launcher ends the others
+                    raise _stopped(received, run, epoch, progress.step)
 
-            if accelerator.num_processes > 1:  # each saw other images: agree on BatchNorm's statistics
-                broadcast(list(network.buffers()))
+            _check_weights(network, epoch, progress.step)
             judged = ema.module if ema is not None else network
+            if accelerator.num_processes > 1:  # each saw other images: agree on BatchNorm's statistics
+                broadcast([*network.buffers(), *judged.buffers()])
             tested = evaluate(judged, test_batches, to_input, accelerator)
             display.epoch(epoch, metrics, tested)
             record = {"kind": "epoch", "epoch": epoch + 1, "step": progress.step, "lr": optimizer.param_groups[0]["lr"]}
@@ -193,6 +212,7 @@ def train(
                             board.add_scalar(name.replace("_", "/", 1), value, progress.step)
             run.save_state(progress.state_dict(), main)
             if epoch + 1 < recipe.epochs and should_stop(received, accelerator, True):
+                accelerator.wait_for_everyone()
                 raise _stopped(received, run, epoch, progress.step)
     return record
 
@@ -239,6 +259,15 @@ def training_step(
 
 
 @contextmanager
+def _unwrapped(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Takes Accelerate's mixed precision off the model at the end: it may be the caller's, and goes on without."""
+    try:
+        yield
+    finally:
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+
+@contextmanager
 def _scaled_noise(gater: Gater | None, scale: float) -> Iterator[None]:
     """The gater's noise times `scale`, for a step; what is saved is the whole."""
     if gater is None:
@@ -252,82 +281,12 @@ def _scaled_noise(gater: Gater | None, scale: float) -> Iterator[None]:
         gater.noise_std = whole
 
 
-class Progress:
-    """How far a run is: weights, optimizer, averages, position. Its `state_dict` is what a checkpoint holds.
-
-    Attributes:
-        epoch, step: epochs finished, and steps done, since the run's beginning.
-        best: highest test accuracy so far, in [0, 1]; -1 before the first evaluation.
-        seconds: spent on the current epoch.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        ema: AveragedModel | None,
-        accelerator: Accelerator,
-        auxiliary: nn.Module | None = None,
-    ) -> None:
-        parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "ema": ema, "auxiliary": auxiliary}
-        parts["scaler"] = accelerator.scaler
-        self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.epoch = self.step = 0
-        self.best = -1.0
-        self.seconds = 0.0
-        self.epoch_sums: dict[str, Tensor] = {}
-        self.window_sums: dict[str, Tensor] = {}  # since the last log line
-
-    def add(self, sums: Mapping[str, Tensor]) -> None:
-        """Count one step and what it summed."""
-        self.step += 1
-        for total in (self.epoch_sums, self.window_sums):
-            for name, value in sums.items():
-                total[name] = total[name] + value if name in total else value
-
-    def means(self, accelerator: Accelerator) -> tuple[dict[str, float], dict[str, float]]:
-        """Means over the images since the last call, and since the epoch's beginning, of all processes."""
-        found = []
-        for sums in (self.window_sums, self.epoch_sums):
-            totals = accelerator.reduce(torch.stack([value.float() for value in sums.values()]), "sum")
-            assert isinstance(totals, Tensor)
-            named = dict(zip(sums, totals.tolist(), strict=True))
-            images = named.pop("images")
-            named["accuracy"] = named.pop("correct")
-            found.append({name: total / images for name, total in named.items()})
-        self.window_sums = {}
-        return found[0], found[1]
-
-    def end_epoch(self, accuracy: float) -> bool:
-        """Go on to the next epoch; True if this one had the best accuracy so far."""
-        self.epoch += 1
-        self.seconds = 0.0
-        self.epoch_sums = {}
-        is_best = accuracy > self.best
-        self.best = max(self.best, accuracy)
-        return is_best
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors and plain data."""
-        numbers = {"epoch": self.epoch, "step": self.step, "best": self.best, "seconds": self.seconds}
-        sums = {"epoch_sums": self.epoch_sums, "window_sums": self.window_sums}
-        return {**numbers, **sums, **{name: part.state_dict() for name, part in self.parts.items()}}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
-        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
-        self.seconds = state["seconds"]
-        device = next(self.parts["network"].parameters()).device
-        for name in ("epoch_sums", "window_sums"):
-            setattr(self, name, {key: value.to(device) for key, value in state[name].items()})
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-
-
 def _open_run(
-    path: Path, recipe: Recipe, runtime: Runtime, seed: int, resume: bool, accelerator: Accelerator
+    path: Path, recipe: Recipe, given: str | None, runtime: Runtime, seed: int, resume: bool, accelerator: Accelerator
 ) -> tuple[RunDirectory, dict[str, Any] | None]:
     run, config, state = RunDirectory(path), {"recipe": asdict(recipe), "seed": seed}, None
+    if given:  # a network that the recipe did not build
+        config |= {"network": given}
     with accelerator.main_process_first():  # the others read what the main process has put in order
         if resume:
             state = run.resume(config, accelerator.is_main_process)
@@ -336,12 +295,23 @@ def _open_run(
     return run, state
 
 
-def _check_finite(window: Mapping[str, float], epoch: int, step: int) -> None:
+def _check_loss(window: Mapping[str, float], epoch: int, step: int) -> None:
     if not math.isfinite(window["loss"] + window.get("penalty", 0.0)):
-        raise TrainingError(
-            f"the loss is {window['loss']} in epoch {epoch + 1} by step {step}: start again with a lower --lr, "
-            "a longer --warmup-epochs or --precision no; what was saved before is whole"
-        )
+        raise _diverged(f"the loss is {window['loss']}", epoch, step)
+
+
+def _check_weights(network: nn.Module, epoch: int, step: int) -> None:
+    """Before they take the place of others."""
+    norm = torch.nn.utils.get_total_norm([parameter.detach() for parameter in network.parameters()]).item()
+    if not math.isfinite(norm):
+        raise _diverged(f"the weights' norm is {norm}", epoch, step)
+
+
+def _diverged(what: str, epoch: int, step: int) -> TrainingError:
+    return TrainingError(
+        f"{what} in epoch {epoch + 1} by step {step}: start again with a lower --lr, a longer --warmup-epochs or "
+        "--precision no, in another --out; what was saved before is whole"
+    )
 
 
 def _gradient_norms(network: nn.Module) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import os
 import sys
 import types
 import typing
@@ -56,16 +57,17 @@ def _train(
     if without_effect and not changed.gated:
         flag = "--" + min(without_effect).replace("_", "-")
         raise ValueError(f"{changed.model} has no gater that {flag} could act on: leave it out, or name a gated recipe")
+    from gaternet.ledger import add_run, read_ledger
     from gaternet.train import train
 
     path = out or Path("runs") / recipe
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        if ledger is not None:
+            read_ledger(ledger)  # what is wrong with it is to be found before the training
         record = train(changed, path, runtime, seed, resume)
         if ledger is not None:
-            from gaternet.ledger import add_run
-
             add_run(ledger, path)
-    if as_json:
+    if as_json and int(os.environ.get("RANK", "0")) == 0:  # one process of several
         print(json.dumps(record))
 
 

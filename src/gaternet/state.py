@@ -1,0 +1,84 @@
+"""What a training holds beside its options: the state that checkpoints save, from which it goes on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+
+class Progress:
+    """How far a run is: weights, optimizer, averages, position. Its `state_dict` is what a checkpoint holds.
+
+    Of several processes each sums what its own images gave; the main one's sums are saved, and stand for all.
+
+    Attributes:
+        epoch, step: epochs finished, and steps done, since the run's beginning.
+        best: highest test accuracy so far, in [0, 1]; -1 before the first evaluation.
+        seconds: spent on the current epoch.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ema: AveragedModel | None,
+        accelerator: Accelerator,
+        auxiliary: nn.Module | None = None,
+    ) -> None:
+        parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "ema": ema, "auxiliary": auxiliary}
+        parts["scaler"] = accelerator.scaler
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        self.epoch = self.step = 0
+        self.best = -1.0
+        self.seconds = 0.0
+        self.epoch_sums: dict[str, Tensor] = {}
+        self.window_sums: dict[str, Tensor] = {}  # since the last log line
+
+    def add(self, sums: Mapping[str, Tensor]) -> None:
+        """Count one step and what it summed."""
+        self.step += 1
+        for total in (self.epoch_sums, self.window_sums):
+            for name, value in sums.items():
+                total[name] = total[name] + value if name in total else value
+
+    def means(self, accelerator: Accelerator) -> tuple[dict[str, float], dict[str, float]]:
+        """Means over the images since the last call, and since the epoch's beginning, of all processes."""
+        found = []
+        for sums in (self.window_sums, self.epoch_sums):
+            totals = accelerator.reduce(torch.stack([value.float() for value in sums.values()]), "sum")
+            assert isinstance(totals, Tensor)
+            named = dict(zip(sums, totals.tolist(), strict=True))
+            images = named.pop("images")
+            named["accuracy"] = named.pop("correct")
+            found.append({name: total / images for name, total in named.items()})
+        self.window_sums = {}
+        return found[0], found[1]
+
+    def end_epoch(self, accuracy: float) -> bool:
+        """Go on to the next epoch; True if this one had the best accuracy so far."""
+        self.epoch += 1
+        self.seconds = 0.0
+        self.epoch_sums = {}
+        is_best = accuracy > self.best
+        self.best = max(self.best, accuracy)
+        return is_best
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as tensors and plain data."""
+        numbers = {"epoch": self.epoch, "step": self.step, "best": self.best, "seconds": self.seconds}
+        sums = {"epoch_sums": self.epoch_sums, "window_sums": self.window_sums}
+        return {**numbers, **sums, **{name: part.state_dict() for name, part in self.parts.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+        self.seconds = state["seconds"]
+        device = next(self.parts["network"].parameters()).device
+        for name in ("epoch_sums", "window_sums"):
+            setattr(self, name, {key: value.to(device) for key, value in state[name].items()})
+        for name, part in self.parts.items():
+            if name != "scaler" or name in state:  # a run may go on in another precision
+                part.load_state_dict(state[name])

@@ -1,0 +1,42 @@
+"""Run by test_train_resume.py, as one of two processes: a run with averaged weights that is stopped, and then goes on.
+
+Every process gets SIGTERM, and then a second one, as from a job manager and from a launcher. The main one is slow to
+write what it saves.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from training_runs import CPU, small
+
+import gaternet.train
+from gaternet import checkpoint
+
+out, resume = Path(sys.argv[1]), (Path(sys.argv[1]) / "config.json").exists()
+step, save = gaternet.train.training_step, checkpoint.save_state
+steps = []
+
+
+def stopping_step(*args, **kwargs):
+    steps.append(0)
+    if len(steps) == 3 and not resume:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(*args, **kwargs)
+
+
+def slow_save(*args):
+    time.sleep(1)
+    save(*args)
+
+
+gaternet.train.training_step, checkpoint.save_state = stopping_step, slow_save
+torch.set_num_threads(1)
+try:
+    gaternet.train.train(small("resnet20", ema_decay=0.9, epochs=1), out, CPU, resume=resume)
+except gaternet.train.Stopped as stopped:
+    sys.exit(128 + stopped.signum)
