@@ -28,8 +28,9 @@ def make_accelerator(runtime: Runtime) -> Accelerator:
     precision = runtime.precision
     if precision == "auto":
         precision = "bf16" if _has_fast_bf16(runtime.cpu) else "no"
-    loading = DataLoaderConfiguration(even_batches=False, non_blocking=True)  # no image twice, and no waiting
     cpu = runtime.cpu or not torch.accelerator.is_available()  # said outright, or torchrun's processes would not meet
+    pinned = torch.cuda.is_available() and not cpu  # as the loader's batches are: their copies need no waiting
+    loading = DataLoaderConfiguration(even_batches=False, non_blocking=pinned)  # no image twice
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu, dataloader_config=loading)
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("fp16 needs a GPU, for its gradients must be scaled: use --precision bf16 or no")
