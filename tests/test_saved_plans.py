@@ -92,6 +92,9 @@ LIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
         first(plan, "add").update(kind="keep", sources=[], call=["relu.default", [{"ref": "large"}], {"dict": {}}]),
     ],
     "no such source": lambda plan, tensors: first(plan, "conv").update(sources=["nothing"]),
+    "a constant with a value's name": lambda plan, tensors: tensors.update(
+        {f"constant.{plan['output']}": torch.ones(1)}
+    ),
     "a value twice": lambda plan, tensors: first(plan, "add").update(out=first(plan, "conv")["out"]),
     "strides": lambda plan, tensors: first(plan, "conv")["conv"].update(stride=[3, 3]),
     "no stride": lambda plan, tensors: first(plan, "conv")["conv"].update(stride=[0, 0]),

@@ -22,6 +22,7 @@ def check_plan(plan: Plan) -> None:
     _require(plan.shapes.get(plan.input) == plan.input_shape, plan.input)
     for name in (*plan.shapes, *(step.out for step in plan.steps)):
         _require("." not in name, name)  # such names are given to what a program makes of a plan
+        _require(name not in plan.constants, name)
     constants: dict[str, Any] = {name: _without_data(tensor) for name, tensor in plan.constants.items()}
     values = {plan.input: torch.empty(1, *plan.input_shape, dtype=plan.dtype, device="meta")}
     for step in plan.steps:

@@ -61,6 +61,8 @@ def packed_spec(plan: Plan, step: Step) -> ConvSpec | None:
         return spec if spec.groups == 1 or spec.depthwise else None
     if call is None or call.target is not _aten.linear.default or len(plan.shapes.get(step.sources[0], ())) != 1:
         return None
+    if call.kwargs or call.args[0] != Ref(step.sources[0]) or step.sources[1:]:  # the image makes more than its source
+        return None
     weight, bias = (plan.constants.get(getattr(arg, "name", "")) for arg in (*call.args, None)[1:3])
     if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         return None
