@@ -46,7 +46,10 @@ class Call:
         def value(arg: Any) -> Any:
             return values[arg.name] if isinstance(arg, Ref) else arg
 
-        return self.target(*_mapped(self.args, value), **_mapped(self.kwargs, value))
+        args, kwargs = _mapped(self.args, value), _mapped(self.kwargs, value)
+        if self.target is torch.ops.aten.scaled_dot_product_attention.default:
+            _check_keys(*args, **kwargs)
+        return self.target(*args, **kwargs)
 
     def to(self, device: torch.device) -> "Call":
         """The same on another device."""
@@ -208,6 +211,12 @@ class Plan:
 def is_dense(pattern: Tensor) -> bool:
     """Whether no gate decides any of the channels."""
     return bool((pattern == ALIVE).all())
+
+
+def _check_keys(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> None:
+    """For PyTorch does not on CPUs, and reads beyond keys that are fewer than the values."""
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"attention needs as many keys as values, but has {key.shape[-2]} and {value.shape[-2]}")
 
 
 def _names(args: Any) -> Iterator[str]:

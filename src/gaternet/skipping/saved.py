@@ -1,7 +1,7 @@
 """Plans as files: JSON in the header of a safetensors file, and PyTorch's operations by name.
 
-Files come from anywhere. So a plan names operations that compute tensors from tensors and do nothing else, and it is
-checked before it runs, for compiled code trusts its shapes.
+Files come from anywhere. So a plan names operations of a list alone, and it is checked before it runs, for compiled
+code trusts its shapes.
 """
 
 import dataclasses
@@ -18,6 +18,29 @@ from gaternet.skipping.checks import check_plan
 from gaternet.skipping.plan import Call, ConvSpec, Plan, Ref, Step
 
 FORMAT = 1
+# What networks compute going forward, with an overload where not all will do. These check what they are given, sizes
+# and indices included, before they read any of it. Many others of PyTorch do not: backward passes trust indices, which
+# a file could choose, and upsampling trusts scales beside sizes. Division with rounding can end the process.
+_OPERATIONS = """
+relu relu6 leaky_relu prelu elu selu celu silu gelu mish tanh hardswish hardtanh hardsigmoid sigmoid softplus glu
+log_sigmoid threshold hardshrink softshrink softmax log_softmax dropout feature_dropout
+add sub rsub mul div.Tensor div.Scalar addcmul addcdiv lerp pow square sqrt rsqrt reciprocal exp log sin cos erf
+abs neg sign floor ceil round clamp clamp_min clamp_max minimum maximum where masked_fill
+eq ne gt ge lt le logical_not logical_and logical_or
+mean sum prod amax amin max min var std var_mean std_mean logsumexp cumsum norm linalg_vector_norm argmax topk sort
+matmul mm bmm addmm baddbmm einsum linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d convolution
+scaled_dot_product_attention embedding index index_select gather
+batch_norm instance_norm group_norm layer_norm rms_norm
+max_pool2d avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d
+upsample_nearest2d.vec upsample_bilinear2d.vec upsample_bicubic2d.vec
+pad constant_pad_nd reflection_pad2d replication_pad2d im2col col2im unfold
+pixel_shuffle pixel_unshuffle channel_shuffle
+view view_as reshape reshape_as flatten unflatten permute transpose swapaxes movedim t squeeze unsqueeze expand
+expand_as split split_with_sizes chunk unbind slice select narrow diagonal roll flip repeat repeat_interleave.self_int
+tile cat stack tril triu
+clone copy contiguous detach alias to _to_copy type_as zeros_like ones_like full_like new_zeros new_ones new_full
+"""
+_LISTED = frozenset(_OPERATIONS.split())
 
 
 def save_plan(plan: Plan, path: Path) -> None:
@@ -131,9 +154,9 @@ def _filled_in(args: Any) -> Any:
 def _op_name(target: Any) -> str:
     if target is operator.getitem:
         return "getitem"
-    if _is_harmless(target):
+    if _is_allowed(target):
         return str(target).removeprefix("aten.")
-    raise ValueError(f"a plan with the operation {target} cannot be saved")
+    raise ValueError(f"a plan with the operation {target} cannot be saved: save the model with save_pretrained")
 
 
 def _op(name: str) -> Any:
@@ -142,15 +165,15 @@ def _op(name: str) -> Any:
         return operator.getitem
     packet, _, overload = name.partition(".")
     found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
-    if not _is_harmless(found):
+    if not _is_allowed(found):
         raise ValueError(f"it names the operation {name!r}, which is none of PyTorch's that a plan may hold")
     return found
 
 
-def _is_harmless(target: Any) -> bool:
-    """Whether it is an operation that computes tensors from tensors, and neither writes to them nor reads files."""
+def _is_allowed(target: Any) -> bool:
+    """Whether it is an operation of the list, in a form that reads tensors and writes to none."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return False
-    schema = target._schema
-    internal = schema.name.startswith("aten::_") and torch.Tag.core not in target.tags
-    return not schema.is_mutable and not internal and any("Tensor" in str(arg.type) for arg in schema.arguments)
+    name, schema = str(target).removeprefix("aten."), target._schema
+    listed = not _LISTED.isdisjoint((name, name.partition(".")[0]))
+    return listed and not schema.is_mutable and any("Tensor" in str(arg.type) for arg in schema.arguments)
