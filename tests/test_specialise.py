@@ -81,3 +81,21 @@ def test_a_sum_with_a_scaled_branch_is_exact_in_subnetworks_too(name):
     with torch.no_grad():
         found = make_program(prune(plan_of(model), kept), name)(THREE, gates)
         torch.testing.assert_close(found, model.forward_gated(THREE, gates))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_convolution_that_adds_in_place_reads_what_its_subnetwork_holds(name):
+    """Its own filters have no gates, and those that it reads are fewer in a subnetwork."""
+
+    def body(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x).relu()
+        x = x + net.two(net.one(x).relu())
+        return x + net.four(net.three(x).relu())
+
+    parts = {"one": conv(8, 24), "two": conv(24, 8), "three": conv(8, 24), "four": conv(24, 8)}
+    model = gated(Net(body, stem=conv(3, 8), **parts), sites=lambda name, module: name in ("one", "three"))
+    kept = torch.rand(model.num_gates, generator=seeded(5)) < 0.5
+    gates, plan = random_gates(model, 0.7) * kept, prune(plan_of(model), kept)
+    assert any(step.adds is not None and step.held for step in plan.steps)
+    with torch.no_grad():
+        torch.testing.assert_close(make_program(plan, name)(THREE, gates), model.forward_gated(THREE, gates))

@@ -86,7 +86,11 @@ class Run:
         assert step.conv is not None
         relu = step.relu and step.mask is None
         if step.adds is not None:
-            added, target = self.kernels.conv(step, x, reads, self.live, relu=False), self.values[step.adds]
+            target = self.values[step.adds]
+            if step.held:
+                added = self.kernels.grouped(step, x, relu=False)
+            else:
+                added = self.kernels.conv(step, x, reads, self.live, relu=False)
             if step.filters != DENSE:
                 return self.kernels.add_open(target, added, step.filters, self.live, relu)
             total = target.add_(added)
