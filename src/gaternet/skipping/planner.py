@@ -24,7 +24,8 @@ def make_plan(graph: Graph, sites: Sequence[GateSite] = ()) -> Plan:
         sites: where gates act on it; none for a network that only is to run fast.
 
     Raises:
-        ValueError: the network writes to a tensor through a view of it, which the graph does not show.
+        ValueError: the network writes to a tensor through a view of it, which the graph does not show, or its images
+            change each other's results.
     """
     return _Planner(graph, sites).plan()
 
@@ -36,6 +37,13 @@ class _Planner:
             raise ValueError(
                 f"a part of what {name} gives is overwritten in place: make a new tensor there, to skip filters"
             )
+        for node in graph.nodes:
+            if op(node) == "batch_norm" and graph.varies(node) and node.args[5]:
+                name = graph.module_of(node) or type(graph.backbone).__name__
+                raise ValueError(
+                    f"{name} normalises with the statistics of the batch, by which images change each other's results: "
+                    "give it running statistics, to skip filters"
+                )
         self.graph, self.sites = graph, sites
         self.constants: dict[Node, Any] = dict(graph.constants)
         self._made: dict[str, Tensor] = {}  # constants that no node has
@@ -77,17 +85,17 @@ class _Planner:
         )
 
     def _add_conv(self, conv: Conv, site: GateSite | None) -> None:
-        weight = self.constants.get(_node(conv.node.args[1]))
+        weight, bias = (self.constants.get(_node(arg)) for arg in (*conv.node.args, None)[1:3])
+        varies = any(map(self.graph.varies, conv.node.args[1:3]))
         plain = op(conv.node) == "conv2d" and not any(isinstance(arg, str) for arg in conv.node.args)
-        if weight is None or not plain or shape(conv.source)[0] != 1:  # the image makes the weights, or is cut up
+        if weight is None or varies or not plain or shape(conv.source)[0] != 1:  # the image makes them, or is cut up
             return self._add(conv.node)
         if weight.dtype != self._dtype:  # no kernels but PyTorch's own mix precisions
             return self._add(conv.node)
-        bias = self.constants.get(_node(conv.node.args[2])) if len(conv.node.args) > 2 else None
         step = Step("conv", conv.node.name, [self._values[conv.source]])
         end = conv.node
         self._flow.run(end)
-        norm = self._only_user(end, "batch_norm")
+        norm = self._norm_behind(end)
         if norm is not None:
             weight, bias = self._folded(norm, weight, bias)
             end = self._absorb(norm, step)
@@ -143,10 +151,10 @@ class _Planner:
 
     def _fold_linear(self, node: Node, step: Step) -> None:
         """Let a linear layer do the BatchNorm behind it."""
-        norm, weight = self._only_user(node, "batch_norm"), self.constants.get(_node(node.args[1]))
-        if norm is None or weight is None or len(shape(node)) != 2:
+        norm, (weight, bias) = self._norm_behind(node), (self.constants.get(_node(a)) for a in (*node.args, None)[1:3])
+        if norm is None or weight is None or len(shape(node)) != 2 or len(step.sources) > 1:
             return
-        weight, bias = self._folded(norm, weight, self.constants.get(_node((*node.args, None)[2])))
+        weight, bias = self._folded(norm, weight, bias)
         self._made |= {f"{step.out}.weight": weight.detach(), f"{step.out}.bias": bias.detach()}
         source = Ref(step.sources[0])
         step.call = Call(_target(node), [source, Ref(f"{step.out}.weight"), Ref(f"{step.out}.bias")], {})
@@ -199,6 +207,12 @@ class _Planner:
         users = list(node.users)
         return users[0] if len(users) == 1 and op(users[0]) == name else None
 
+    def _norm_behind(self, node: Node) -> Node | None:
+        """The BatchNorm that alone reads the node, where the image makes none of what it normalises with."""
+        norm = self._only_user(node, "batch_norm")
+        fixed = norm is not None and norm.args[0] is node and not any(map(self.graph.varies, norm.args[1:5]))
+        return norm if fixed else None
+
     def _absorb(self, node: Node, step: Step) -> Node:
         """Let the step compute this node, too."""
         self._flow.run(node)
@@ -213,13 +227,16 @@ class _Planner:
 
     def _folded(self, norm: Node, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weight (out, in, ...) and bias of a layer together with the evaluation-mode BatchNorm behind it."""
-        gamma, beta, mean, var = (self.constants.get(_node(arg)) for arg in norm.args[1:5])
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        found = (self.constants.get(_node(arg)) for arg in norm.args[1:5])
+        gamma, beta, mean, var = (None if value is None else value.to(wide) for value in found)
         assert mean is not None
         assert var is not None
         eps: Any = norm.args[7]
         scale = (var + eps).rsqrt() * (1 if gamma is None else gamma)
         shift = (0 if beta is None else beta) + ((0 if bias is None else bias) - mean) * scale
-        return weight * scale.reshape(-1, *[1] * (weight.ndim - 1)), shift
+        folded = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+        return folded.to(weight.dtype), shift.to(weight.dtype)
 
     def _refs(self, args: Any) -> Any:
         def ref(node: Node) -> Any:
