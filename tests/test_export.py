@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported_networks import METADATA, PIXELS, concatenated, depthwise, gated, residual
-from small_networks import IMAGES, Block
+from exported_networks import METADATA, PIXELS, Features, concatenated, depthwise, gated, residual
+from small_networks import IMAGES, Block, Net, conv
 from torch import Tensor, nn
 
 from gaternet.data import ImageSet, Preprocessing
@@ -263,6 +263,17 @@ def test_eight_bits_refuse_what_they_cannot_do(tmp_path, exported):
     with pytest.raises(ValueError, match="no test images"):
         compare_int8(exported, exported, [])
     assert not (tmp_path / "int8.onnx").exists()
+
+
+def test_a_gater_may_share_weights_with_what_is_quantised(tmp_path):
+    """Exporters keep one of two constants that are alike; here they are applied to unlike images."""
+    network = Net(lambda net, x: net.last(net.first(x + 1).relu()), first=conv(3, 6), last=conv(6, 8))
+    model = gated(network)
+    extractor = next(module for module in model.gater.modules() if isinstance(module, Features))
+    extractor.conv.load_state_dict(network.first.state_dict())
+    export_onnx(model, PIXELS, tmp_path / "model.onnx", metadata=METADATA)
+    small = quantize_onnx(tmp_path / "model.onnx", tmp_path / "int8.onnx", [PIXELS])
+    assert compare_int8(tmp_path / "model.onnx", small.path, [(PIXELS, torch.zeros(6))]).flips == 0
 
 
 def test_blocks_are_left_as_they_were():

@@ -81,7 +81,10 @@ def quantize_onnx(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 shape_inference.quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
-                exact = [] if gater else _gater_nodes(onnx.load(prepared))
+                proto = onnx.load(prepared)
+                exact = [] if gater else _gater_nodes(proto)
+                _separate(proto, exact)
+                prepared.write_bytes(proto.SerializeToString())
                 quantization.quantize_static(
                     str(prepared),
                     str(temporary),
@@ -156,6 +159,21 @@ def _gater_nodes(proto: Any) -> list[str]:
             names.add(node.name)
             waiting += node.input
     return sorted(names)
+
+
+def _separate(proto: Any, names: list[str]) -> None:
+    """Give nodes copies of the constants that they share with others: the quantiser has no two kinds of one."""
+    shared = {name for node in proto.graph.node if node.name not in names for name in node.input}
+    constants = {constant.name: constant for constant in proto.graph.initializer if constant.name in shared}
+    copied = set()
+    for node in proto.graph.node:
+        for i, name in enumerate(node.input if node.name in names else []):
+            if name in constants:
+                node.input[i] = f"{name}.exact"
+                copied.add(name)
+    for name in sorted(copied):
+        proto.graph.initializer.add().CopyFrom(constants[name])
+        proto.graph.initializer[-1].name = f"{name}.exact"
 
 
 def _unround(proto: Any, names: list[str]) -> None:
