@@ -7,23 +7,24 @@ is *stacked* where running it on the stacked values of several images gives the 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from gaternet.graph import CONVS, Graph, op, shape
 
 _BY_IMAGE = (
     {"relu", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "gelu", "mish", "tanh", "hardswish", "hardtanh"}
-    | {"sigmoid", "hardsigmoid", "softplus", "clamp", "abs", "neg", "square", "exp", "sqrt", "rsqrt", "pow"}
+    | {"sigmoid", "hardsigmoid", "softplus", "clamp", "abs", "neg", "square", "exp", "sqrt", "rsqrt"}
     | {"prelu", "_prelu_kernel", "dropout", "feature_dropout", "clone", "contiguous", "to", "_to_copy", "detach"}
     | {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "pad", "constant_pad_nd"}
     | {"upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "reflection_pad2d", "replication_pad2d"}
     | {"batch_norm", "group_norm", "linear", "getitem", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "alias"}
-    | {"gt", "ge", "lt", "le"}
     | CONVS
 )
-_PAIRS = frozenset({"add", "sub", "mul", "div", "minimum", "maximum"})
+_PAIRS = frozenset({"add", "sub", "mul", "div", "minimum", "maximum", "pow", "gt", "ge", "lt", "le"})
 _ALONG = {"mean": 1, "sum": 1, "amax": 1, "softmax": 1, "chunk": 2, "split": 2, "split_with_sizes": 2, "slice": 1}
 _ALONG |= {"select": 1, "unbind": 1, "cat": 1, "flatten": 1}
+_RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 
 
 def is_stacked(graph: Graph, node: Node) -> bool:
@@ -33,9 +34,9 @@ def is_stacked(graph: Graph, node: Node) -> bool:
         return False
     size = shape(sources[0])
     if name in _BY_IMAGE:
-        return True
+        return sources == [node.args[0]]  # no weights that the image makes
     if name in _PAIRS:
-        ranks = {len(shape(source)) for source in sources}
+        ranks = {len(shape(value)) for value in [node, *sources]}
         others = [shape(arg) for arg in node.all_input_nodes if arg not in sources]
         return len(ranks) == 1 and all(len(other) < len(size) or other[0] == 1 for other in others)
     if name == "cat" and any(arg not in sources for arg in node.all_input_nodes):
@@ -49,12 +50,12 @@ def is_stacked(graph: Graph, node: Node) -> bool:
         return _dims(node)[0] == 0
     if name == "transpose":
         return all(dim % len(size) != 0 for dim in node.args[1:3])  # pyright: ignore[reportOperatorIssue]
-    return name in ("view", "reshape")
+    return node.target in _RESHAPES
 
 
 def stacked_args(node: Node) -> tuple[Any, ...]:
     """The node's arguments, for any number of images."""
-    if op(node) in ("view", "reshape"):
+    if node.target in _RESHAPES:
         return (node.args[0], [-1, *shape(node)[1:]])
     return node.args
 
