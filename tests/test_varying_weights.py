@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import gaternet
 from gaternet.method import GaterNet
+from gaternet.skipping import Skipper
 
 
 def grouped(y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -25,6 +26,7 @@ VARYING: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {  # of what a con
     "the same, normalised": lambda net, y, h: (
         y * net.norm(F.linear(h, net.linear.weight, net.other(h)))[:, :, None, None]
     ),
+    "a convolution of one filter": lambda net, y, h: y * grouped(y, net.other(h)[:, :, None, None]),
     "bias of a convolution": lambda net, y, h: grouped(y, net.last.weight.repeat(len(y), 1, 1, 1), net.linear(h)),
 }
 
@@ -69,6 +71,35 @@ def test_a_norm_whose_scales_the_image_makes_stays_by_itself():
     parts = {"conv": conv(3, 8), "shrink": nn.Conv2d(3, 8, 8), "mean": torch.rand(8), "var": torch.rand(8)}
     model = gated(Net(body, **parts), IMAGES[:1], sites=lambda name, module: name == "conv")
     assert_skips_exactly(model, IMAGES[:1], random_gates(model, 0.5, batch=1))
+
+
+IN_PLACE: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a sum": lambda net, x: net.low(net.conv(x).bfloat16().add_(net.other(x))).float(),
+    "a sum of constants": lambda net, x: net.low(
+        net.conv(x).bfloat16() + net.pixels.bfloat16().add_(net.pixels)
+    ).float(),
+    "bits": lambda net, x: net.last((net.conv(x).view(torch.int32) >> 16 << 16).view(torch.float32)),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_what_writes_in_place_keeps_its_precision(name, tmp_path):
+    parts = {"conv": conv(3, 8), "other": conv(3, 8), "last": conv(8, 8), "low": conv(8, 8).bfloat16()}
+    model = gated(Net(IN_PLACE[name], **parts, pixels=torch.rand(1, 8, 8, 8)))
+    gates, fast = random_gates(model, 0.5), gaternet.skip(model, THREE, "slice")
+    with torch.no_grad():
+        expected = model.forward_gated(THREE, gates)
+    torch.testing.assert_close(fast.forward_gated(THREE, gates), expected, rtol=1e-4, atol=1e-4)
+    if name != "bits":  # shifts are not for files
+        fast.save(tmp_path)
+        torch.testing.assert_close(Skipper.load(tmp_path).forward_gated(THREE, gates), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_has_no_twin_that_makes_a_new_tensor_is_refused():
+    parts = {"conv": conv(3, 8), "last": conv(8, 8), "step": torch.tensor(0.5)}
+    model = gated(Net(lambda net, x: net.last(net.conv(x).relu().floor_divide_(net.step)), **parts))
+    with pytest.raises(ValueError, match=r"floor_divide_.*leave its underscore out"):
+        gaternet.skip(model, IMAGES)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -194,7 +194,7 @@ class Graph:
 
     def is_view(self, node: Node) -> bool:
         """Whether the node only moves, splits or repeats values."""
-        return op(node) in _VIEW
+        return op(node) in _VIEW and node.target is not torch.ops.aten.view.dtype
 
     def is_attention(self, node: Node) -> bool:
         """Whether the node mixes positions or channels with weights that come from the image."""

@@ -33,7 +33,7 @@ def check_plan(plan: Plan) -> None:
             raise ValueError(f"its step {step.out} does not fit those before it ({error})") from error
         single = isinstance(value, Tensor) and value.shape[:1] == (1,) and value.dtype == plan.dtype
         _require(plan.shapes.get(step.out) == (tuple(value.shape[1:]) if single else None), step.out)
-        _check_channels(plan, step)
+        _check_channels(plan, step, value.shape[1] if isinstance(value, Tensor) and value.ndim > 1 else 0)
         values[step.out] = value
     _require(plan.output in values, plan.output)
 
@@ -66,9 +66,8 @@ def _value(plan: Plan, step: Step, values: dict[str, Any], constants: dict[str, 
     return step.call.to(torch.device("meta"))({**constants, **dict(zip(step.sources, sources, strict=True))})
 
 
-def _check_channels(plan: Plan, step: Step) -> None:
+def _check_channels(plan: Plan, step: Step, channels: int) -> None:
     """That each channel which is held is decided by the gate that the step's sources say."""
-    channels = (*plan.shapes.get(step.out, ()), 0)[0]
     for number in (step.pattern, step.filters):
         if number != DENSE:
             _require(0 <= number < len(plan.patterns) and len(plan.patterns[number]) == channels, step.out)

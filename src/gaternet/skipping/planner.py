@@ -1,6 +1,7 @@
 """Making a plan: from a network's exported graph to steps that may leave closed filters out."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ def make_plan(graph: Graph, sites: Sequence[GateSite] = ()) -> Plan:
         sites: where gates act on it; none for a network that only is to run fast.
 
     Raises:
-        ValueError: the network writes to a tensor through a view of it, which the graph does not show, or its images
-            change each other's results.
+        ValueError: the network writes to a tensor through a view of it, which the graph does not show, or in a way
+            that has no twin, or its images change each other's results.
     """
     return _Planner(graph, sites).plan()
 
@@ -147,7 +148,21 @@ class _Planner:
             step.call = Call(_target(node), self._refs(args), self._refs(dict(node.kwargs)))
             if op(node) == "linear" and site is None:
                 self._fold_linear(node, step)
+            self._cast_back(node, step)
         self._append(step, node)
+
+    def _cast_back(self, node: Node, step: Step) -> None:
+        """Where an operation in place kept its tensor's precision, and its twin does not, let another step do that."""
+        values: Any = map_arg((node.args, node.kwargs), lambda arg: arg.meta.get("val"))
+        if not in_place(node) or (found := _target(node)(*values[0], **values[1])).dtype == _dtype(node):
+            return
+        twin = replace(step, out=f"{step.out}_twin", mask=None, free=[])
+        self._pattern_of[twin.out] = DENSE
+        if found.dtype == self._dtype:
+            self._shapes[twin.out] = tuple(found.shape)
+        self.steps.append(twin)
+        step.sources = [twin.out]
+        step.call = Call(torch.ops.aten.to.dtype, [Ref(twin.out), _dtype(node)], {})
 
     def _fold_linear(self, node: Node, step: Step) -> None:
         """Let a linear layer do the BatchNorm behind it."""
@@ -274,9 +289,14 @@ def _pair(option: Sequence[int]) -> tuple[int, int]:
 def _target(node: Node) -> Callable[..., Any]:
     """The node's operation; its twin that makes a new tensor where it writes in place."""
     target: Any = node.target
-    if op(node) == "view":  # values here may lie in memory otherwise than in the graph's run
+    if target is torch.ops.aten.view.default:  # values here may lie in memory otherwise than in the graph's run
         return torch.ops.aten.reshape.default
-    return getattr(getattr(torch.ops.aten, op(node)), target._overloadname) if in_place(node) else target
+    if not in_place(node):
+        return target
+    twin = getattr(getattr(torch.ops.aten, op(node), None), target._overloadname, None)
+    if twin is None:
+        raise ValueError(f"{target} has no twin that makes a new tensor: leave its underscore out, to skip filters")
+    return twin
 
 
 @torch.no_grad()
@@ -286,4 +306,5 @@ def _evaluate(node: Node, values: Mapping[Node, Any]) -> Any:
 
     args: Any = map_arg(node.args, value)
     kwargs: Any = map_arg(node.kwargs, value)
-    return _target(node)(*args, **kwargs)
+    found = _target(node)(*args, **kwargs)
+    return found.to(args[0].dtype) if in_place(node) else found
