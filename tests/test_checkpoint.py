@@ -176,6 +176,15 @@ def test_a_failing_write_keeps_the_old_file_and_nothing_else(tmp_path, old):
     assert contents(tmp_path) == ({"file": b"old"} if old else {})
 
 
+def test_a_write_during_another_has_a_file_of_its_own(tmp_path):
+    def write(temporary: Path) -> None:
+        temporary.write_text("first")
+        write_atomically(tmp_path / "file", lambda other: other.write_text("second"))
+
+    write_atomically(tmp_path / "file", write)
+    assert contents(tmp_path) == {"file": b"first"}
+
+
 def test_a_write_is_on_the_disk_before_it_takes_the_old_files_place(tmp_path, monkeypatch):
     path = tmp_path / "new folder" / "file"
     path.parent.mkdir()

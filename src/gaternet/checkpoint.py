@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import warnings
@@ -42,7 +43,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder, name a file")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # of this thread, on any machine, alone
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ KINDS: list[str] = [
 ]  # in order
 ADDS_TO_VALUE, ADDS_TO_ZEROS = 1, 2
 FUNCTIONS: list[str] = ["relu", "relu6", "sigmoid", "silu", "hardsigmoid", "hardswish"]
+_LOCK = threading.Lock()
+_FAILED: dict[str, str] = {}  # the libraries that a compiler has failed to make in this process, and why
 
 
 class NativeUnavailableError(RuntimeError):
@@ -84,13 +87,18 @@ class Live(ctypes.Structure):
     )
 
 
-@functools.cache
 def load_library() -> Any:
-    """The compiled library.
+    """The compiled library; threads wait for the first that compiles it.
 
     Raises:
         NativeUnavailableError: it cannot be compiled here.
     """
+    with _LOCK:
+        return _load()
+
+
+@functools.cache
+def _load() -> Any:
     if sys.platform == "win32":
         raise NativeUnavailableError("native code needs a Unix-like system")
     names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
@@ -102,6 +110,8 @@ def load_library() -> Any:
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gaternet" / name
     with suppress(OSError):  # not compiled yet, or no home that code runs from
         return _declared(ctypes.CDLL(str(path)))
+    if name in _FAILED:
+        raise NativeUnavailableError(_FAILED[name])
     with tempfile.TemporaryDirectory(prefix="gaternet-") as folder:
         built = Path(folder) / name
         _compile(compiler, built)
@@ -120,7 +130,8 @@ def _compile(compiler: str, path: Path) -> None:
     done = subprocess.run([compiler, *_FLAGS, str(_SOURCES[0]), "-o", str(path)], capture_output=True, text=True)
     if done.returncode:
         reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-        raise NativeUnavailableError(f"{compiler} cannot compile the native code: {reason}")
+        _FAILED[path.name] = f"{compiler} cannot compile the native code: {reason}"
+        raise NativeUnavailableError(_FAILED[path.name])
 
 
 def _declared(library: Any) -> Any:

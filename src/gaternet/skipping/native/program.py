@@ -38,9 +38,9 @@ class NativeProgram:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self._library = lib.load_library()
         if plan.device.type != "cpu" or plan.dtype != torch.float32:
             raise lib.NativeUnavailableError("native code is for float32 weights on the CPU")
+        self._library = lib.load_library()
         uses = Counter(name for step in plan.steps if step.call is not None for name in step.call.reads)
         specs = {step.out: spec for step in plan.steps if (spec := packed_spec(plan, step)) is not None}
         # Weights of linear layers that nothing else reads: step -> constant
