@@ -90,6 +90,17 @@ def renamed(plan, old, new):
     plan.update(json.loads(json.dumps(plan).replace(f'"{old}"', f'"{new}"')))
 
 
+def over_the_images(plan, tensors):
+    """The first convolution, with as many filters as the images have channels, adds to them."""
+    step = first(plan, "conv")
+    for name in (f"weight.{step['out']}", f"bias.{step['out']}"):
+        if name in tensors:
+            tensors[name] = tensors[name][:3].clone()
+    step.update(sources=[plan["input"]] * 2, adds=plan["input"], pattern=-1, filters=-1, mask=None)
+    plan.update(steps=[step], output=step["out"])
+    plan["shapes"][step["out"]] = [3, 8, 8]
+
+
 LIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "larger values": lambda plan, tensors: plan["shapes"].update({first(plan, "conv")["out"]: [8, 800, 800]}),
     "larger images": lambda plan, tensors: plan["shapes"].update({plan["input"]: [3, 800, 800]}),
@@ -129,12 +140,22 @@ LIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "a name of the program's own": lambda plan, tensors: renamed(plan, plan["output"], "added.mask"),
     "another pattern than its sources'": lambda plan, tensors: first(plan, "add").update(pattern=0),
     "no output": lambda plan, tensors: plan.update(output="nothing"),
+    "no convolution": lambda plan, tensors: first(plan, "conv").update(conv=None),
+    "a sum with a call": lambda plan, tensors: first(plan, "add").update(call=["relu.default", [], {"dict": {}}]),
+    "a word for a condition": lambda plan, tensors: first(plan, "conv").update(relu="x"),
+    "a number for a list": lambda plan, tensors: first(plan, "conv").update(free=3),
+    "half a gate": lambda plan, tensors: first(plan, "conv").update(mask=[0.5] * 8),
+    "a sum over the images": over_the_images,
+    "a sum over what others hold": lambda plan, tensors: first(plan, "add").update(in_place=0),
+    "a value that is freed too early": lambda plan, tensors: first(plan, "conv").update(
+        free=[first(plan, "conv")["out"]]
+    ),
     "another field": lambda plan, tensors: first(plan, "conv").update(surprise=1),
 }
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_file_whose_shapes_are_not_those_of_its_operations_is_refused(lie, tmp_path):
+def test_a_file_whose_shapes_are_not_those_of_its_operations_is_refused(lie, tmp_path, unchecked_types):
     save_plan(plan_of(gated(chain_of(["residual"]))), tmp_path / "plan")
     load_plan(rewritten(tmp_path / "plan", lambda plan, tensors: None))
     with pytest.raises(ValueError, match="is not a plan of this version"):
@@ -169,6 +190,19 @@ def test_native_code_reads_what_was_checked_and_nothing_else(tmp_path):
     assert not any(is_native(plan, step) for step in plan.steps if step.out == "linear")
 
 
+def test_options_may_be_named_in_a_file(tmp_path):
+    save_plan(plan_of(gated(chain_of(["residual"]))), tmp_path / "plan")
+    before = load_plan(tmp_path / "plan")
+
+    def name_them(plan, tensors):
+        call = next(step["call"] for step in plan["steps"] if step["call"] and step["call"][0] == "mean.dim")
+        call[1:] = [call[1][:1], {"dict": {"dim": call[1][1]}}]
+
+    gates = torch.ones(2, before.num_gates)
+    found = NativeProgram(load_plan(rewritten(tmp_path / "plan", name_them)))(IMAGES, gates)
+    torch.testing.assert_close(found, NativeProgram(before)(IMAGES, gates))
+
+
 GATE = torch.rand(1, 8, 1, 1)
 
 
@@ -178,6 +212,14 @@ def test_a_gater_of_another_backbone_is_refused(tmp_path):
     shutil.copy(tmp_path / "other" / "gater.safetensors", tmp_path / "one" / "gater.safetensors")
     with pytest.raises(ValueError, match="holds a gater for another backbone"):
         Skipper.load(tmp_path / "one")
+
+
+@pytest.mark.parametrize("kept", [5, [5], [["a"]], [[10**9]]])
+def test_subnetworks_of_gates_that_there_are_not_are_refused(kept, tmp_path):
+    gaternet.skip(gated(chain_of(["residual"])), IMAGES, "slice").save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"engine": "specialise", "hard": True, "kept": kept}))
+    with pytest.raises(ValueError, match="keeps gates that there are not"):
+        Skipper.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", KERNELS)

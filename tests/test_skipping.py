@@ -11,12 +11,14 @@ from random_networks import LINKS, chain_of
 from skipped_networks import KERNELS, THREE, assert_skips_exactly, gated, inverted, plan_of, random_gates
 from small_networks import IMAGES, Block, Net, conv, seeded, squeeze_excite
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import gaternet
 from gaternet.cost import CostModel
 from gaternet.graph import read_graph
+from gaternet.method import Gater
 from gaternet.models.create import create_backbone
 from gaternet.skipping import Skipper, kernels
 from gaternet.skipping.native import NativeProgram
@@ -183,6 +185,13 @@ def test_what_does_not_fit_is_refused(unchecked_types):
             call()
     with pytest.raises(RuntimeError, match="move the model, and call skip again"):
         fast.double()
+    with FakeTensorMode(allow_non_fake_inputs=True):  # GPUs that need not be here
+        fast.plan = fast.plan.to(torch.device("cuda:0"))
+        fast._check_images(torch.empty(2, 3, 8, 8, device="cuda:0"))
+        with pytest.raises(
+            ValueError, match=r"images must be torch.float32 on cuda:0.*but are torch.float32 on cuda:1"
+        ):
+            fast._check_images(torch.empty(2, 3, 8, 8, device="cuda:1"))
 
 
 @pytest.fixture
@@ -243,6 +252,29 @@ def test_no_gradients_and_no_training_mode():
     assert not model.training
     assert not fast(IMAGES).requires_grad
     assert isinstance(fast, Skipper)
+
+
+def test_a_gater_that_runs_as_it_is_makes_no_noise():
+    """Not either where what holds the Skipper is put in training mode."""
+    model = gated(chain_of(["residual"]))
+    model.gater = Gater(Unexportable(), 3, model.num_gates, batch_norm=False)
+    fast = gaternet.skip(model, IMAGES, "slice")
+    expected = fast.gates(IMAGES)
+    nn.Sequential(fast).train()
+    assert not fast.training
+    assert torch.equal(fast.gates(IMAGES), expected)
+
+
+class Unexportable(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        means = images.mean((2, 3))
+        return means if means.sum() > 0 else -means
+
+
+def test_what_drops_at_random_goes_on_to():
+    model = gated(Net(lambda net, x: F.dropout(net.last(net.conv(x)), training=True), conv=conv(3, 8), last=conv(8, 8)))
+    program, gates = NativeProgram(plan_of(model)), torch.ones(2, model.num_gates)
+    assert not torch.equal(program(IMAGES, gates), program(IMAGES, gates))
 
 
 def test_the_weights_are_held_once():

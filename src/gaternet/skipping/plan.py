@@ -128,6 +128,13 @@ class Step:
     conv: ConvSpec | None = None
     call: Call | None = None
 
+    @property
+    def overwrites(self) -> str | None:
+        """The value in whose memory its own will lie."""
+        if self.kind == "add" and self.in_place is not None:
+            return self.sources[self.in_place]
+        return self.adds
+
 
 @dataclass
 class Plan:

@@ -43,6 +43,11 @@ class Skipper(nn.Module):
         self._hard = hard  # whether the gater's gates are 0 or 1 however its weights are
         self.timings: Mapping[str, float] = {}
         self._gater, self.program = gater, backbone
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Skipper":
+        """It stays in evaluation mode, whatever it is a part of: a gater that learns makes noise."""
+        return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
@@ -123,7 +128,11 @@ class Skipper(nn.Module):
         if gater.shapes.get(gater.output) != (plan.num_gates,) or gater.input_shape != plan.input_shape:
             raise ValueError(f"{root} holds a gater for another backbone: save both anew with skip(...).save")
         if "kept" in config:
-            kept = [torch.isin(torch.arange(plan.num_gates), torch.tensor(gates)) for gates in config["kept"]]
+            numbers = config["kept"]
+            known = isinstance(numbers, list) and all(isinstance(gates, list) for gates in numbers)
+            if not known or not all(gate in range(plan.num_gates) for gates in numbers for gate in gates):
+                raise ValueError(f"{root} keeps gates that there are not: save it anew with skip(...).save")
+            kept = [torch.isin(torch.arange(plan.num_gates), torch.tensor(gates)) for gates in numbers]
             backbone = Specialised(plan, kept, kernels)
         else:
             backbone = make_program(plan, kernels)
@@ -137,10 +146,10 @@ class Skipper(nn.Module):
                 f"images must be (B, {', '.join(map(str, self.plan.input_shape))}), as the example that was planned "
                 f"for, but are {tuple(images.shape)}: call skip again with one of their size"
             )
-        if images.dtype != self.plan.dtype or images.device.type != self.plan.device.type:
+        if images.dtype != self.plan.dtype or images.device != self.plan.device:
             raise ValueError(
-                f"images must be {self.plan.dtype} on {self.plan.device.type}, as the weights are, but are "
-                f"{images.dtype} on {images.device.type}"
+                f"images must be {self.plan.dtype} on {self.plan.device}, as the weights are, but are "
+                f"{images.dtype} on {images.device}"
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Skipper":

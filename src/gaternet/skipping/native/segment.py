@@ -36,7 +36,7 @@ def is_native(plan: Plan, step: Step) -> bool:
     if packed_spec(plan, step) is not None:
         return ranks <= {1, 3}
     if call is not None and ranks == {1}:
-        return call.target in _FUNCTIONS or call.target in _SAME
+        return call.target in _FUNCTIONS or _keeps_all(step)
     if ranks != {3} or step.kind == "conv":
         return False
     if step.kind == "scale":
@@ -45,9 +45,13 @@ def is_native(plan: Plan, step: Step) -> bool:
         return True
     if call is None or (step.kind == "aten" and plan.pattern_of[step.sources[0]] != DENSE):
         return False
+    if _keeps_all(step):
+        return True
+    if call.kwargs:
+        return False
     if call.target is _aten.max_pool2d.default:
         return step.kind == "keep" and not (len(call.args) > 5 and call.args[5])
-    if call.target in _FUNCTIONS or call.target in _SAME or _is_global_mean(step):
+    if call.target in _FUNCTIONS or _is_global_mean(step):
         return True
     if call.target in (_aten.flatten.using_ints, _aten.reshape.default):
         return len(shapes.get(step.out, ())) == 1 and shapes[step.sources[0]][1:] == (1, 1)
@@ -71,20 +75,28 @@ def packed_spec(plan: Plan, step: Step) -> ConvSpec | None:
     return ConvSpec(step.out, weight[:, :, None, None], bias, (1, 1), (0, 0), (1, 1), 1)
 
 
+def _keeps_all(step: Step) -> bool:
+    """Whether the step changes nothing."""
+    call = step.call
+    if call is None or call.target not in _SAME:
+        return False
+    return call.target is not _aten.dropout.default or call.args[2:] in ([False], (False,))
+
+
 def _subsampling(step: Step) -> tuple[int, int] | None:
     """(down, right) where the step takes every so many rows or columns."""
     call = step.call
     if call is None or call.target is not _aten.slice.Tensor:
         return None
     dim, start, end, stride = [*call.args[1:], *[0, None, None, 1][len(call.args) - 1 :]]
-    whole = start in (0, None) and (end is None or end >= 2**31) and not call.kwargs
+    whole = start in (0, None) and (end is None or end >= 2**31)
     return {2: (stride, 1), 3: (1, stride)}.get(dim % 4) if whole else None
 
 
 def _channel_padding(step: Step) -> int | None:
     """How many channels of zeros the step puts in front, where it adds such and nothing else."""
     call = step.call
-    if call is None or call.target not in (_aten.pad.default, _aten.constant_pad_nd.default) or call.kwargs:
+    if call is None or call.target not in (_aten.pad.default, _aten.constant_pad_nd.default):
         return None
     margins, *rest = call.args[1:]
     zeros = all(value in ("constant", 0, None) for value in rest)
@@ -96,8 +108,8 @@ def _is_global_mean(step: Step) -> bool:
     call = step.call
     assert call is not None
     if call.target is _aten.adaptive_avg_pool2d.default:
-        return tuple(call.args[1]) == (1, 1)
-    return call.target is _aten.mean.dim and {dim % 4 for dim in call.args[1]} == {2, 3} and not call.args[3:]
+        return call.args[1] in ([1, 1], (1, 1))
+    return call.target is _aten.mean.dim and {dim % 4 for dim in call.args[1] or ()} == {2, 3} and not call.args[3:]
 
 
 class Segment:
@@ -124,7 +136,7 @@ class Segment:
         self.free = [name for step in steps for name in step.free]
         self._root: dict[str, str] = {}  # in whose memory a value lies
         for step in steps:
-            if (over := _overwritten(step)) is not None:
+            if (over := step.overwrites) is not None:
                 self._root[step.out] = over
         # Memory is that of an output where any value in it is one.
         self._external = {self.root(name) for name in self._outputs}
@@ -338,13 +350,6 @@ class Segment:
         self._workspace_start = max((stop for _, stop, _, _ in placed), default=0)
         self.arena_size = self._workspace_start + round_up(self._workspace) + 64
         self._array = (lib.Op * len(self._ops))(*self._ops)
-
-
-def _overwritten(step: Step) -> str | None:
-    """The value in whose memory the step's value will lie."""
-    if step.kind == "add" and step.in_place is not None:
-        return step.sources[step.in_place]
-    return step.adds
 
 
 def _pool_options(args: Sequence[Any]) -> list[tuple[int, int]]:
