@@ -62,6 +62,8 @@ def test_specialise_needs_gates_and_engines_have_names(unchecked_types):
         gaternet.skip(model, IMAGES, "specialise", calibration=torch.ones(3, model.num_gates), subnetworks=0)
     with pytest.raises(ValueError, match="there is no engine 'fast': choose of auto, slice, specialise, mask"):
         gaternet.skip(model, IMAGES, "fast")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="there are no kernels 'fast': choose of auto, native, triton, torch"):
+        gaternet.skip(model, IMAGES, "slice", kernels="fast")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("name", KERNELS)

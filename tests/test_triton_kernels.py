@@ -13,9 +13,11 @@ from random_networks import chain_of
 from skipped_networks import THREE, gated, plan_of, random_gates
 from small_networks import IMAGES, seeded
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gaternet
 from gaternet import skipping
+from gaternet.skipping.engines import make_program
 from gaternet.skipping.kernels import MULTIPLE, Kernels, Live
 from gaternet.skipping.plan import DENSE, ConvSpec, Plan, Step
 from gaternet.skipping.program import Program
@@ -289,6 +291,20 @@ def test_networks_skip_exactly(names, device, triton_kernels):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+def test_they_are_for_some_precisions_on_gpus(monkeypatch):
+    monkeypatch.setattr(Kernels, "__init__", lambda kernels, plan: None)
+    model = gated(chain_of(["residual"]))
+    with pytest.raises(ValueError, match=r"for float32, float16 and bfloat16 on CUDA, but .* torch.float32 on cpu"):
+        gaternet.skip(model, IMAGES, "slice", kernels="triton")
+    plans = {dtype: plan_of(model.to(dtype), IMAGES.to(dtype)) for dtype in (torch.float16, torch.float64)}
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a GPU that need not be here
+        half, double = (plan.to(torch.device("cuda:0")) for plan in plans.values())
+        chosen = [type(make_program(plan).kernels).__name__ for plan in (half, double)]
+        assert chosen == ["TritonKernels", "Kernels"]
+        with pytest.raises(ValueError, match=r"torch.float64 on cuda:0: choose other kernels"):
+            make_program(double, "triton")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_gpu_skips_as_the_model_itself(dtype):
@@ -311,6 +327,8 @@ def test_they_compile_for_gpus(dtype, monkeypatch, tmp_path):
     module, compiled = imported_anew(monkeypatch), []
 
     def compile_only(kernel: Any, grid: Any, x: Tensor, *args: Any, **options: Any) -> None:
+        axes: Any = grid(module._conv.configs[0].kwargs) if callable(grid) else grid
+        assert len(axes) == 1  # the others end at 65,535
         made = kernel.warmup(x, *args, grid=(1,), **options, enable_fp_fusion=True)
         compiled.extend(made if isinstance(made, list) else [made])
 

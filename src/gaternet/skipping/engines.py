@@ -4,7 +4,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from gaternet.skipping.plan import Plan
 from gaternet.skipping.program import Program
 
 KernelName = Literal["auto", "native", "triton", "torch"]
+_TRITON_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 Backbone = Callable[[Tensor, Tensor], Tensor]  # images (B, channels, H, W), gates (B, C) -> logits (B, K)
 
 
@@ -28,11 +29,19 @@ def make_program(plan: Plan, kernels: KernelName = "auto") -> Program | NativePr
 
     Raises:
         NativeUnavailableError: `kernels` is "native", and there is no C++ compiler, or the plan is not for the CPU.
-        ValueError: `kernels` is "triton", and Triton is not installed.
+        ValueError: there are no such kernels, or they are "triton", and Triton is not installed or not for the plan.
     """
+    if kernels not in get_args(KernelName):
+        raise ValueError(f"there are no kernels {kernels!r}: choose of {', '.join(get_args(KernelName))}")
+    for_triton = plan.device.type == "cuda" and plan.dtype in _TRITON_TYPES
+    if kernels == "triton" and not for_triton:
+        raise ValueError(
+            f"Triton's kernels are for float32, float16 and bfloat16 on CUDA, but the weights are {plan.dtype} on "
+            f"{plan.device}: choose other kernels"
+        )
     if kernels == "torch":
         return Program(plan, Kernels)
-    if kernels == "triton" or (kernels == "auto" and plan.device.type == "cuda"):
+    if kernels == "triton" or (kernels == "auto" and for_triton):
         try:
             from gaternet.skipping.triton_kernels import TritonKernels
         except ImportError as error:

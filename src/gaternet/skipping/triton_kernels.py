@@ -88,7 +88,7 @@ class TritonKernels(Kernels):
         pixels = size[0] * size[1]
         _launch(
             _conv,
-            lambda tile: (triton.cdiv(y.shape[1], tile["FILTERS"]), triton.cdiv(pixels, tile["PIXELS"]), len(x)),
+            lambda tile: (triton.cdiv(y.shape[1], tile["FILTERS"]) * triton.cdiv(pixels, tile["PIXELS"]) * len(x),),
             *(x, self._laid_out[step.out], spec.bias, y, *self._lists(step.filters, live), *reads, *_strides(live)),
             *(*x.shape[2:], size[1], pixels, x.shape[1], y.shape[1], spec.weight.shape[1], len(spec.weight)),
             triton.next_power_of_2(len(x) * pixels),
@@ -144,17 +144,18 @@ def _strides(live: Live) -> tuple[int, int]:
     return live.counts.stride(0), live.numbers.stride(0)
 
 
-def _tiles(x: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
+def _tiles(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
     """Grid and tile of a kernel that only moves what it reads."""
     channels = min(64, triton.next_power_of_2(x.shape[1]))
     pixels = 2048 // channels
-    grid = triton.cdiv(x.shape[1], channels), triton.cdiv(_pixels(x), pixels), len(x)
+    grid = (triton.cdiv(x.shape[1], channels) * triton.cdiv(_pixels(x), pixels) * len(x),)
     return grid, {"PIXELS": pixels, "CHANNELS": channels}
 
 
-# The kernels. Widths are channels of the tensors in memory; `patterns` and `places` lie between the lists of one image
-# and the next. A list that is None stands for all channels. Triton reads the functions' source, which the wrappers that
-# tests put around annotated functions would hide: hence @no_type_check.
+# The kernels. Grids have one axis, for the others end at 65,535: tiles follow each other by channels, then by pixels,
+# then by images. Widths are channels of the tensors in memory; `patterns` and `places` lie between the lists of one
+# image and the next. A list that is None stands for all channels. Triton reads the functions' source, which the
+# wrappers that tests put around annotated functions would hide: hence @no_type_check.
 
 _TILES = [(64, 32, 32), (128, 32, 32), (128, 64, 32), (64, 64, 64), (64, 16, 16)]
 _CONFIGS = [triton.Config({"PIXELS": p, "FILTERS": f, "CHANNELS": c}, num_warps=4, num_stages=3) for p, f, c in _TILES]
@@ -176,16 +177,18 @@ def _conv(
     PIXELS: tl.constexpr, FILTERS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """y = x * weight + bias: for each tap of the window a product of (PIXELS, CHANNELS) and (CHANNELS, FILTERS)."""
-    image = tl.program_id(2).to(tl.int64)
+    rows, columns = (pixels + PIXELS - 1) // PIXELS, (y_width + FILTERS - 1) // FILTERS
+    tile = tl.program_id(0)
+    image = (tile // columns // rows).to(tl.int64)
     count = filters if counts is None else tl.load(counts + image * patterns)
-    start = tl.program_id(0) * FILTERS
+    start = tile % columns * FILTERS
     if start >= count:
         return
     place = start + tl.arange(0, FILTERS)
     filled = (place < (count + FILLED - 1) // FILLED * FILLED) & (place < y_width)
     is_open = place < count
     number = place if numbers is None else tl.load(numbers + image * places + place, mask=is_open, other=0)
-    pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
+    pixel = tile // columns % rows * PIXELS + tl.arange(0, PIXELS)
     top = pixel // row_length * STRIDE[0] - PADDING[0]
     left = pixel % row_length * STRIDE[1] - PADDING[1]
     x += image * height * width * x_width
@@ -225,10 +228,12 @@ def _spread(
     ADD: tl.constexpr, RELU: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Add x to a dense tensor, or make one of it: each channel looks for its number in the list of open ones."""
-    image = tl.program_id(2).to(tl.int64)
+    rows, columns = (pixels + PIXELS - 1) // PIXELS, (channels + CHANNELS - 1) // CHANNELS
+    tile = tl.program_id(0)
+    image = (tile // columns // rows).to(tl.int64)
     count = tl.load(counts + image * patterns)
     numbers += image * places
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    channel = tile % columns * CHANNELS + tl.arange(0, CHANNELS)
     low = tl.full((CHANNELS,), 0, tl.int32)  # where in the list the channel is, if it is open
     high = low + count
     for _ in range(halvings):
@@ -237,7 +242,7 @@ def _spread(
         low = tl.where(smaller, middle + 1, low)
         high = tl.where(smaller, high, middle)
     is_open = tl.load(numbers + low, mask=low < count, other=-1) == channel
-    pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
+    pixel = tile // columns % rows * PIXELS + tl.arange(0, PIXELS)
     inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
     source = x + (image * pixels + pixel)[:, None] * x_width + low[None, :]
     value = tl.load(source, mask=inside & is_open[None, :], other=0.0).to(tl.float32)
@@ -259,13 +264,15 @@ def _copy(
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """The channels of x of these numbers, or its first ones, become those of y from `starts` on."""
-    image = tl.program_id(2).to(tl.int64)
-    place = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    rows, columns = (pixels + PIXELS - 1) // PIXELS, (x_width + CHANNELS - 1) // CHANNELS
+    tile = tl.program_id(0)
+    image = (tile // columns // rows).to(tl.int64)
+    place = tile % columns * CHANNELS + tl.arange(0, CHANNELS)
     count = x_width if counts is None else tl.load(counts + image * patterns)
     is_open = place < count
     number = place if numbers is None else tl.load(numbers + image * places + place, mask=is_open, other=0)
     start = 0 if starts is None else tl.load(starts + image)
-    pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
+    pixel = tile // columns % rows * PIXELS + tl.arange(0, PIXELS)
     mask = (pixel < pixels)[:, None] & is_open[None, :]
     value = tl.load(x + (image * pixels + pixel)[:, None] * x_width + number[None, :], mask=mask)
     tl.store(y + (image * pixels + pixel)[:, None] * y_width + (start + place)[None, :], value, mask=mask)
