@@ -209,7 +209,8 @@ def check_dead_channels(model: GaterNet, cost: CostModel, images: Tensor) -> Non
 
 @torch.no_grad()
 def check_skipping(model: GaterNet, images: Tensor) -> None:
-    """Both engines give what masking gives: one image and three, gates at random and with all, one or none open.
+    """Both engines give what masking gives, for one image and three: slice under gates at random and with all, one or
+    none open, specialise under those at random.
 
     Within 1e-4 of the largest logit, or four times masking's own rounding, which is more where attention follows.
     """
@@ -289,10 +290,10 @@ def main() -> None:
         "Checked for each: with all gates open the output is the plain network's bit for bit; closed gates leave exact "
         "zeros at every site; noise in the weights of closed filters changes no bit; channels that are said to be dead "
         "are zeros where convolutions read them; a gradient reaches every parameter of the gater; a deep copy, and a "
-        "fresh model with the `state_dict`, compute the same; `gaternet.skip`, with the engines slice and "
-        "specialise, for one image and for three, with random gates and with all, one or none open, gives the same "
-        "logits within 1e-4 of the largest, or within four times masking's own distance from float64 (HaloNet's "
-        "attention rounds coarsely).\n\n"
+        "fresh model with the `state_dict`, compute the same; `gaternet.skip`, for one image and for three, with the "
+        "engine slice under random gates and with all, one or none open, and with specialise under random gates, "
+        "gives the same logits within 1e-4 of the largest, or within four times masking's own distance from float64 "
+        "(HaloNet's attention rounds coarsely).\n\n"
         "*Gateable* is the share of MACs that goes if all gates close. *Left out*, for `all`, says why convolutions "
         "have no gates.\n\n" + table(rows)
     )
