@@ -32,6 +32,7 @@ from gaternet.data import Preprocessing, load_data
 from gaternet.evaluate import load_test_set
 from gaternet.graph import read_graph
 from gaternet.method import GaterNet
+from gaternet.recipe import data_name
 from gaternet.run import describe_machine, find_model
 from gaternet.skipping import Skipper
 from gaternet.skipping.bench import Timing, bench, time_interleaved
@@ -137,7 +138,7 @@ def trained(name: str, run: str, data: str, plain: str, rounds: int) -> dict[str
         timings += bench(model, images[:batch], calibration=calibration, rounds=rounds)
     return {
         "model": name,
-        "data": Path(data).stem,
+        "data": data_name(data),
         "images": len(test),
         "right": {way: int((found.argmax(1) == labels).sum()) for way, found in logits.items()},
         "density": gates.mean().item(),

@@ -14,6 +14,7 @@ SOURCE = Path(gaternet.__file__).parent
 # Each may import those before it, and nothing after it.
 FLOORS = [
     "locks",
+    "recipe",
     "method",
     "graph",
     "channels",
@@ -48,7 +49,6 @@ FLOORS = [
     "skipping.dense",
     "skipping.bench",
     "skipping",
-    "recipe",
     "recipes",
     "objective",
     "augment",

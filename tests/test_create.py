@@ -1,6 +1,7 @@
 """Networks by name, trained or not, and what makes them again."""
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -141,10 +142,23 @@ def test_another_classifier_differs_in_its_number_of_classes_alone():
     assert other_classifier(wanted, found, 16) == {"fc.weight", "fc.bias"}
 
 
+def test_torchvisions_trained_weights_of_old_files_are_all_there(monkeypatch):
+    """DenseNet's name layers as Python no longer can, and count no batches; torchvision knows how to read them."""
+    trained = create_backbone("torchvision:densenet121", 1000).state_dict()
+    old = {re.sub(r"(layer\d+\.(?:norm|conv))(\d)", r"\1.\2", key): value for key, value in trained.items()}
+    old = {key: value for key, value in old.items() if not key.endswith("num_batches_tracked")}
+    assert any(".norm.1." in key for key in old)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *args, **kwargs: dict(old))
+    network = create_backbone("torchvision:densenet121", 4, pretrained=True)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, trained[name]) or name.startswith("classifier."), name
+
+
 def test_torchvisions_trained_weights_for_images_of_another_size_are_refused(monkeypatch):
-    trained = create_backbone("torchvision:vit_b_32", 1000).state_dict()
-    trained["encoder.pos_embedding"] = torch.zeros(1, 17, 768)
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *args, **kwargs: trained)
+    """As vit_h_14's are, for 518 pixels."""
+    trained = torchvision.models.vit_b_32(image_size=64)
+    get = torchvision.models.get_model
+    monkeypatch.setattr(torchvision.models, "get_model", lambda *a, **kw: trained if kw["weights"] else get(*a, **kw))
     with pytest.raises(ValueError, match=r"vit_b_32 are for images of another size \(encoder.pos_embedding\)"):
         create_backbone("torchvision:vit_b_32", 4, pretrained=True)
 

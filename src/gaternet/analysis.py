@@ -90,9 +90,7 @@ class GateAnalysis:
     surest: Int[NDArray[np.int64], "2 extremes gates"] | None
     thumbnails: dict[int, NDArray[np.uint8]] = field(repr=False)
     facts: dict[int, tuple[int, int, int, int]] = field(repr=False)
-    _chance: dict[Any, NDArray[np.float64]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )  # drawn already
+    _chance: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # drawn already
 
     @property
     def images(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gaternet.cost import count_dense_macs
 from gaternet.method import Gater, GaterNet
+from gaternet.recipe import data_name
 
 MARK = "<!-- Written by gaternet's save_pretrained, which writes it anew as long as this line is here. -->"
 UNKNOWN = "not recorded"
@@ -37,7 +38,7 @@ def make_card(model: GaterNet) -> ModelCard:
     name = f"{backbone.removeprefix('timm:').removeprefix('torchvision:')}-gated"
     results = None
     if data and accuracy is not None:
-        shown = Path(data).stem
+        shown = data_name(data)
         results = [
             EvalResult("image-classification", shown, shown, "accuracy", accuracy, dataset_split="test", verified=False)
         ]

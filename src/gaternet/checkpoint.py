@@ -223,13 +223,15 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """What `torch.save` wrote, if it holds nothing but tensors and plain data; nothing else is ever unpickled.
+    """What a .safetensors file holds, or `torch.save` wrote: tensors and plain data; nothing else is ever unpickled.
 
     Raises:
         ValueError: the file is damaged, or holds other Python objects (which could be malicious).
         OSError: it cannot be opened.
     """
     try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's guesses at the origin of a strange pickle
             data = torch.load(path, map_location="cpu", weights_only=True)
@@ -240,6 +242,8 @@ def load_tensors(path: Path) -> dict[str, Any]:
             f"{path} is damaged, or holds Python objects, which are refused because they could run code: "
             "get it from its source again, saved as a state_dict"
         ) from error
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}): get it from its source again") from error
     except Exception as error:  # on bytes that are no such file, PyTorch's reader raises whatever they lead it to
         raise ValueError(f"{path} is truncated or no PyTorch file: get it from its source again") from error
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):

@@ -34,10 +34,8 @@ class ToInput:
     def __call__(self, images: UInt8[Tensor, "batch chans h w"]) -> Float[Tensor, "batch chans h w"]:
         device = images.device
         if device not in self._constants:
-            mean, std = (
-                torch.tensor(values, device=device) for values in (self.preprocessing.mean, self.preprocessing.std)
-            )
-            self._constants[device] = mean, std
+            known = self.preprocessing
+            self._constants[device] = torch.tensor(known.mean, device=device), torch.tensor(known.std, device=device)
         inputs = self.preprocessing.normalize(images, self._constants[device])
         return inputs.contiguous(memory_format=torch.channels_last) if self.channels_last else inputs
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gaternet.cost import count_dense_macs
-from gaternet.graph import evaluation_mode
+from gaternet.graph import run_once
 from gaternet.method import Gater, GaterNet, refuse_gated
 from gaternet.models.create import create_extractor, describe_backbone
 from gaternet.sites import Selection, find_sites
@@ -94,13 +94,7 @@ def gate(
         nn.init.zeros_(built.fc2.weight)
     metadata = {"backbone": describe_backbone(backbone, example_input.shape[1]), "extractor": source}
     model, mode, extractors = GaterNet(backbone, built, found, metadata), backbone.training, extractor.training
-    for module in (
-        model,
-        built,
-        built.fc1,
-        built.norm,
-        built.fc2,
-    ):  # not train(): frozen parts of either network stay in their mode
+    for module in (model, built, built.fc1, built.norm, built.fc2):  # not train(): frozen parts stay in their mode
         module.training = mode
     if extractors != mode:
         extractor.train(mode)
@@ -109,14 +103,7 @@ def gate(
 
 def _num_features(extractor: nn.Module, example_input: Tensor) -> int:
     """h, found by a run on the example."""
-    try:
-        with evaluation_mode(extractor), torch.no_grad():
-            features = extractor(example_input)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason, size = (str(error).splitlines() or [type(error).__name__])[0], tuple(example_input.shape)
-        raise ValueError(
-            f"the gater's extractor, a {type(extractor).__name__}, cannot take images {size}: {reason}"
-        ) from error
+    features = run_once(extractor, example_input, f"the gater's extractor, a {type(extractor).__name__},")
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(example_input):
         given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ValueError(

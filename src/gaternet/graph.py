@@ -273,12 +273,29 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
             warnings.simplefilter("ignore")  # of caches that a network fills when it runs: the trace does not want them
             program = torch.export.export(backbone, (example_input,), strict=False)
     except Exception as error:  # tracing runs the network's own code, which may raise anything
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(
-            f"{type(backbone).__name__} cannot be exported with images {tuple(example_input.shape)} ({reason}): try "
+            f"{type(backbone).__name__} cannot be exported with images {tuple(example_input.shape)} "
+            f"({_first_line(error)}): try "
             "torch.export.export on it, and mend what that names or give images of another shape"
         ) from error
     return Graph(backbone, program, example_input)
+
+
+@torch.no_grad()
+def run_once(network: nn.Module, images: Tensor, name: str) -> Any:
+    """What a network gives in evaluation mode; ValueError, which calls it `name`, if it cannot take such images."""
+    try:
+        with evaluation_mode(network):
+            return network(images)
+    except Exception as error:  # the network's own code may raise anything
+        raise ValueError(
+            f"{name} cannot take images {tuple(images.shape)} ({_first_line(error)}): give images of another size, or "
+            "shrink them less"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager

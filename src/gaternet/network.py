@@ -7,15 +7,13 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gaternet import checkpoint
 from gaternet.cost import CostModel
 from gaternet.data import ImageData, Preprocessing, same_classes
 from gaternet.gating import gate
-from gaternet.graph import evaluation_mode, read_graph
+from gaternet.graph import read_graph
 from gaternet.method import Gater, GaterNet
 from gaternet.models import create_model
 from gaternet.models.create import describe_backbone, other_classifier
@@ -131,20 +129,6 @@ def prepared_for(data: ImageData, network: nn.Module, recipe: Recipe | None = No
     return dataclasses.replace(data, preprocessing=dataclasses.replace(data.preprocessing, mean=mean, std=std))
 
 
-@torch.no_grad()
-def try_network(network: nn.Module, inputs: Tensor) -> None:
-    """Run it once, in evaluation mode; ValueError if it cannot take such images."""
-    try:
-        with evaluation_mode(network):
-            network(inputs)
-    except (RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"the network cannot take images of {inputs.shape[2]} x {inputs.shape[3]} pixels ({reason}): choose "
-            "another --image-size, or a smaller --shrink"
-        ) from error
-
-
 def set_training_mode(network: nn.Module, recipe: Recipe) -> None:
     """Training mode, but for the part that the recipe freezes: it stays in evaluation mode and has no gradients."""
     network.train()
@@ -242,10 +226,7 @@ def _saved_preprocessing(source: Path) -> Mapping[str, Any] | None:
 def _trained_weights(source: str, name: str) -> Mapping[str, Tensor]:
     path = Path(source)
     if path.is_file():
-        try:
-            state = load_file(path) if path.suffix == ".safetensors" else checkpoint.load_tensors(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no .safetensors file ({error}): make or fetch it again") from error
+        state = checkpoint.load_tensors(path)
         nested: list[Any] = [state[key] for key in ("state_dict", "model") if isinstance(state.get(key), dict)]
         return nested[0] if nested else state
     trained, _ = load_trained(path)

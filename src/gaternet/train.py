@@ -25,6 +25,7 @@ from gaternet import checkpoint
 from gaternet.data import ImageData, load_data, mix_seed
 from gaternet.evaluate import BATCH as EVALUATION_BATCH
 from gaternet.evaluate import ToInput, evaluate
+from gaternet.graph import run_once
 from gaternet.loader import make_batches
 from gaternet.machine import (
     collect_signals,
@@ -44,7 +45,6 @@ from gaternet.network import (
     model_metadata,
     prepared_for,
     set_training_mode,
-    try_network,
 )
 from gaternet.objective import distillation_loss, gate_penalty, learning_rate, noise_scale
 from gaternet.progress import TrainingDisplay
@@ -106,7 +106,7 @@ def train(
     data = prepared_for(data, network, built_from)
     to_input = ToInput(data.preprocessing, runtime.channels_last)
     example = to_input(data.test[0][0][None].to(accelerator.device))
-    try_network(network, example)
+    run_once(network, example, "the network")
     set_training_mode(network, recipe)
     if runtime.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

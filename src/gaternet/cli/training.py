@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import json
-import os
 import sys
 import types
 import typing
@@ -67,7 +66,9 @@ def _train(
         record = train(changed, path, runtime, seed, resume)
         if ledger is not None:
             add_run(ledger, path)
-    if as_json and int(os.environ.get("RANK", "0")) == 0:  # one process of several
+    from accelerate import PartialState
+
+    if as_json and PartialState().is_main_process:
         print(json.dumps(record))
 
 

@@ -251,8 +251,7 @@ def _torchvision(name: str, num_classes: int, in_chans: int, pretrained: bool) -
     network = models.get_model(name, weights=None, num_classes=num_classes, **options)
     if pretrained:
         try:
-            weights = models.get_model_weights(name)["DEFAULT"]
-            trained = weights.get_state_dict(check_hash=True)
+            trained = models.get_model(name, weights="DEFAULT").state_dict()  # which knows the names in old files
         except (OSError, RuntimeError) as error:  # no network, or a file that is damaged
             raise _no_weights(_TORCHVISION + name, error) from error
         wanted = network.state_dict()
@@ -262,9 +261,8 @@ def _torchvision(name: str, num_classes: int, in_chans: int, pretrained: bool) -
                 f"the trained weights of {_TORCHVISION}{name} are for images of another size ({unfit[0]}): choose one "
                 "of timm's"
             )
-        fitting = {key: value for key, value in trained.items() if key in wanted and key not in classifier}
-        network.load_state_dict(fitting, strict=False)
-        made = weights.transforms()
+        network.load_state_dict({key: wanted[key] if key in classifier else trained[key] for key in wanted})
+        made = models.get_model_weights(name)["DEFAULT"].transforms()
         config: Any = {"mean": tuple(made.mean), "std": tuple(made.std)}
         if auxiliary:  # their transform_input makes these inputs of the usual ones
             config = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}

@@ -16,7 +16,8 @@ from gaternet.evaluate import BATCH, load_test_set
 from gaternet.forcing import force_gates
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
-from gaternet.recipe import Runtime
+from gaternet.method import GaterNet
+from gaternet.recipe import Runtime, data_name
 from gaternet.report.comparison import write_comparison
 from gaternet.report.page import write_report
 from gaternet.run import data_of, load_gated
@@ -56,15 +57,16 @@ def report_runs(
     runtime = runtime or Runtime()
     found: dict[str, GateAnalysis] = {}
     pages = []
-    for run in runs:  # what is wrong with one is to be found before the work on others is done
-        data_of(run, load_gated(run, which)[1], data)
-    for run in runs:
+    loaded = [load_gated(run, which) for run in runs]  # what is wrong is to be found before the work on others is done
+    sources = [data_of(run, metadata, data) for run, (_, metadata) in zip(runs, loaded, strict=True)]
+    for run, (network, metadata), source in zip(runs, loaded, sources, strict=True):
         name = str(run) if str(run) not in found else f"{run} ({len(found)})"
         if out is None and len(runs) == 1:
             directory = run / "report"
         else:
             directory = (out or Path("report")) / (f"run{len(found) + 1}" if len(runs) > 1 else "")
-        found[name], page = _report_run(run, which, data, directory, runtime, samples, forced)
+        title = f"Gates of {run.resolve().name}"
+        found[name], page = _report_run(network, metadata, source, title, directory, runtime, samples, forced)
         pages.append(page)
     if len(runs) > 1:
         pages.append(write_comparison(found, out or Path("report"), [page.parent.name for page in pages]))
@@ -72,16 +74,15 @@ def report_runs(
 
 
 def _report_run(
-    run: Path,
-    which: Literal["last", "best"],
-    data: str | None,
+    network: GaterNet,
+    metadata: dict[str, Any],
+    source: str,
+    title: str,
     directory: Path,
     runtime: Runtime,
     samples: int,
     forced: int,
 ) -> tuple[GateAnalysis, Path]:
-    network, metadata = load_gated(run, which)
-    source = data_of(run, metadata, data)
     accelerator = make_accelerator(runtime)
     network.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     images = load_test_set(source, metadata, runtime.data_root)
@@ -91,19 +92,15 @@ def _report_run(
     checkpoint.make_folder(directory)  # an error now, not after the work
     analysis = analyze(network, batches.epoch(), classes=classes, samples=samples, **options)
     tried = force_gates(network, _shuffled(images, forced), analysis, images=forced, **options) if forced else None
-    about = [
-        f"{network.num_gates:,} gates",
-        f"test images of {Path(source).stem}",
-        *_about(metadata.get("trained", {})),
-    ]
-    title = f"Gates of {run.resolve().name}"
+    about = [f"{network.num_gates:,} gates", f"test images of {data_name(source)}"]
+    about += _about(metadata.get("trained", {}))
     page = write_report(analysis, directory, forced=tried, title=title, subtitle=", ".join(about))
     return analysis, page
 
 
 def class_names(source: str, classes: Sequence[str]) -> list[str]:
     """The classes' names; a file's have none, but it may be called after a set whose classes are known."""
-    known = _NAMES.get(Path(source).stem, ())
+    known = _NAMES.get(data_name(source), ())
     return list(
         known if len(known) == len(classes) and list(classes) == list(map(str, range(len(classes)))) else classes
     )

@@ -19,6 +19,7 @@ from gaternet.channels import ALIVE
 Kind = Literal["conv", "keep", "add", "scale", "cat", "aten"]
 DENSE = -1  # the pattern of a tensor that holds all its channels
 NEVER = -2  # in a pattern, of a channel that no gate opens
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 class Ref(NamedTuple):
@@ -47,7 +48,7 @@ class Call:
             return values[arg.name] if isinstance(arg, Ref) else arg
 
         args, kwargs = _mapped(self.args, value), _mapped(self.kwargs, value)
-        if self.target is torch.ops.aten.scaled_dot_product_attention.default:
+        if self.target is _ATTENTION:
             _check_keys(*args, **kwargs)
         return self.target(*args, **kwargs)
 
