@@ -31,11 +31,12 @@ from gaternet.machine import make_accelerator, seed_step
 from gaternet.method import GaterNet
 from gaternet.models import create_model
 from gaternet.network import make_density, make_optimizer
+from gaternet.objective import schedule
 from gaternet.recipe import Recipe, Runtime
 from gaternet.recipes import find_recipe
 from gaternet.run import describe_machine
 from gaternet.state import Progress
-from gaternet.train import training_step
+from gaternet.step import RecordedStep, TrainingStep, can_be_recorded
 
 BATCH = 128
 PREPROCESSING = Preprocessing(32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -62,19 +63,19 @@ class Stepper:
         self.density_of = None
         if isinstance(self.network, GaterNet):
             self.density_of = make_density(self.network, recipe.gating, self.example)
+        self.train = TrainingStep(
+            self.model, self.optimizer, recipe, self.accelerator, self.to_input, density_of=self.density_of
+        )
+        if runtime.cuda_graph and can_be_recorded(self.accelerator):
+            self.train = RecordedStep(self.train)
         self.seconds: list[float] = []
 
     def step(self) -> None:
         """One timed step."""
         start = time.perf_counter()
         seed_step(mix_seed(0, self.progress.step), self.accelerator.device)
-        self.optimizer.zero_grad()
         images, labels = next(self.batches)
-        inputs = self.to_input(images)
-        self.progress.add(
-            training_step(self.model, inputs, labels, self.recipe, 1.0, self.accelerator, self.density_of)
-        )
-        self.optimizer.step()
+        self.progress.add(self.train(images, labels, schedule(self.recipe, self.progress.step, 390)))
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - start)

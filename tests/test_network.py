@@ -306,11 +306,11 @@ def test_model_and_backbone_take_each_others_place():
 
 
 def test_finetuning_resumes_to_the_same_weights(tmp_path: Path, monkeypatch):
-    import gaternet.train
+    import gaternet.step
 
     recipe = finetune(epochs=2, freeze="none", gater_lr=0.03)
     train(recipe, tmp_path / "whole", CPU)
-    original, calls = gaternet.train.training_step, []
+    original, calls = gaternet.step.training_step, []
 
     def breaks(*args: Any) -> Any:
         calls.append(0)
@@ -318,7 +318,7 @@ def test_finetuning_resumes_to_the_same_weights(tmp_path: Path, monkeypatch):
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(gaternet.train, "training_step", breaks)
+    monkeypatch.setattr(gaternet.step, "training_step", breaks)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path / "cut", CPU)
     monkeypatch.undo()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gaternet.objective import distillation_loss, gate_penalty, learning_rate, noise_scale
+from gaternet.objective import distillation_loss, gate_penalty, learning_rate, noise_scale, penalty_ramp
 from gaternet.recipe import Gating, Optimizer
 from gaternet.recipes import find_recipe
 
@@ -68,7 +68,8 @@ def test_every_step_learns_at_no_more_than_the_peak(schedule, warmup, steps_per_
 
 
 def penalty(density: float, epoch: float, **options: float | None) -> float:
-    return gate_penalty(torch.tensor(density), Gating(**options), epoch).item()  # pyright: ignore[reportArgumentType]
+    gating = Gating(**options)  # pyright: ignore[reportArgumentType]
+    return gate_penalty(torch.tensor(density), gating, penalty_ramp(gating, epoch)).item()
 
 
 def test_by_default_gates_cost_nothing():
@@ -99,11 +100,11 @@ def test_penalty_starts_at_its_epoch_and_rises_over_the_ramp(weight):
 
 def test_penalty_has_the_gradient_of_its_formula():
     density = torch.tensor(0.7, requires_grad=True)
-    gate_penalty(density, Gating(sparsity=0.2), 1.0).backward()
+    gate_penalty(density, Gating(sparsity=0.2)).backward()
     assert density.grad is not None
     assert density.grad.item() == pytest.approx(0.2)
     density.grad = None
-    gate_penalty(density, Gating(target_density=0.4), 1.0).backward()
+    gate_penalty(density, Gating(target_density=0.4)).backward()
     assert density.grad is not None
     assert density.grad.item() == pytest.approx(2 * 10 * 0.3)
 

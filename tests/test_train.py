@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 from training_runs import CPU, assert_same_weights, records, send_signal_after, small, weights
 
-import gaternet.train
+import gaternet.step
 from gaternet.checkpoint import load_model
 from gaternet.cost import count_macs
 from gaternet.data import Preprocessing, load_data
@@ -31,7 +31,8 @@ from gaternet.models import create_model
 from gaternet.network import WithAuxiliary
 from gaternet.recipe import Runtime
 from gaternet.run import RunDirectory, find_model
-from gaternet.train import Stopped, build_network, train, training_step
+from gaternet.step import training_step
+from gaternet.train import Stopped, build_network, train
 
 
 def test_run_directory_holds_everything(finished):
@@ -288,7 +289,7 @@ def test_the_gates_noise_falls(tmp_path, monkeypatch):
         found.append(model.gater.noise_std)
         return training_step(model, *rest)
 
-    monkeypatch.setattr(gaternet.train, "training_step", noted)
+    monkeypatch.setattr(gaternet.step, "training_step", noted)
     recipe = small(anneal_noise=True, noise_std=0.5)
     train(recipe, tmp_path / "own", CPU)
     assert found == pytest.approx([0.5 * (1 - step / 10) for step in range(10)])

@@ -15,10 +15,11 @@ import pytest
 import torch
 from training_runs import CPU, assert_same_weights, records, send_signal_after, small, weights
 
-import gaternet.train
+import gaternet.step
 from gaternet.evaluate import evaluate_saved
 from gaternet.run import RunDirectory
-from gaternet.train import Stopped, TrainingError, train, training_step
+from gaternet.step import training_step
+from gaternet.train import Stopped, TrainingError, train
 
 
 @pytest.mark.parametrize(("step", "signum"), [(3, signal.SIGTERM), (5, signal.SIGINT), (7, signal.SIGINT)])
@@ -168,7 +169,7 @@ def test_weights_that_are_no_numbers_never_take_the_place_of_others(tmp_path, mo
             os.kill(os.getpid(), signal.SIGTERM)
         return training_step(model, inputs * float("nan") if len(calls) == 7 else inputs, *rest)
 
-    monkeypatch.setattr(gaternet.train, "training_step", poisoned)
+    monkeypatch.setattr(gaternet.step, "training_step", poisoned)
     runtime = replace(CPU, log_every=20, save_minutes=99.0 if stopped else 0.0)
     with pytest.raises(TrainingError, match="the weights' norm is nan in epoch 2 by step 7: start again"):
         train(small("resnet20"), tmp_path / "run", runtime)
@@ -184,7 +185,7 @@ def test_non_finite_loss_stops_and_keeps_what_was_saved(tmp_path, monkeypatch):
         calls.append(0)
         return training_step(model, inputs * float("nan") if len(calls) == 7 else inputs, *rest)
 
-    monkeypatch.setattr(gaternet.train, "training_step", poisoned)
+    monkeypatch.setattr(gaternet.step, "training_step", poisoned)
     with pytest.raises(TrainingError, match="the loss is nan in epoch 2 by step 7: start again with a lower --lr"):
         train(small("resnet20"), tmp_path / "run", CPU)
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from training_runs import CPU, small
 
+import gaternet.step
 import gaternet.train
 from gaternet import checkpoint
 
 out, resume = Path(sys.argv[1]), (Path(sys.argv[1]) / "config.json").exists()
-step, save = gaternet.train.training_step, checkpoint.save_state
+step, save = gaternet.step.training_step, checkpoint.save_state
 steps = []
 
 
@@ -34,7 +35,7 @@ def slow_save(*args):
     save(*args)
 
 
-gaternet.train.training_step, checkpoint.save_state = stopping_step, slow_save
+gaternet.step.training_step, checkpoint.save_state = stopping_step, slow_save
 torch.set_num_threads(1)
 try:
     gaternet.train.train(small("resnet20", ema_decay=0.9, epochs=1), out, CPU, resume=resume)

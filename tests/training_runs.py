@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import gaternet.train
+import gaternet.step
 from gaternet.checkpoint import load_model
 from gaternet.recipe import Recipe, Runtime, override
 from gaternet.recipes import find_recipe
 from gaternet.run import find_model
-from gaternet.train import training_step
+from gaternet.step import training_step
 
 CPU = Runtime(cpu=True, precision="no", log_every=1)
 
@@ -21,7 +21,17 @@ def small(model: str = "resnet20_gated", **changes: object) -> Recipe:
     """Five steps an epoch, two epochs; the gater is not guided."""
     recipe = find_recipe("digits_resnet20_gated" if model.endswith("_gated") else "digits_resnet20")
     plain = {"auxiliary_weight": 0.0, "initial_bias": 0.0, "anneal_noise": False}
-    return override(recipe, {"model": model, "batch_size": 256, "epochs": 2, "warmup_epochs": 0.0, **plain, **changes})
+    return override(
+        recipe,
+        {
+            "model": None if "backbone" in changes else model,
+            "batch_size": 256,
+            "epochs": 2,
+            "warmup_epochs": 0.0,
+            **plain,
+            **changes,
+        },
+    )
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -49,4 +59,4 @@ def send_signal_after(monkeypatch: pytest.MonkeyPatch, step: int, signum: int) -
             os.kill(os.getpid(), signum)
         return training_step(*args, **kwargs)
 
-    monkeypatch.setattr(gaternet.train, "training_step", counted)
+    monkeypatch.setattr(gaternet.step, "training_step", counted)

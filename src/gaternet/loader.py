@@ -34,7 +34,7 @@ class MemoryBatches:
         count, device, seed = len(self._labels), self._accelerator.device, self._seed
         order, draws = torch.arange(count), torch.zeros(count, DRAWS)
         if seed is not None:
-            order = torch.tensor(list(EpochSampler(count, seed, epoch)))
+            order = EpochSampler(count, seed, epoch).order()
             draws = torch.rand(count, DRAWS, generator=torch.Generator().manual_seed(mix_seed(seed, epoch, 1)))
         order, draws = order.to(device), draws.to(device)
         rank, processes = self._accelerator.process_index, self._accelerator.num_processes
@@ -120,5 +120,8 @@ class EpochSampler(Sampler[int]):
         return self.size
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
-        return iter(torch.randperm(self.size, generator=generator).tolist())
+        return iter(self.order().tolist())
+
+    def order(self) -> Tensor:
+        """The epoch's items, (size,)."""
+        return torch.randperm(self.size, generator=torch.Generator().manual_seed(mix_seed(self.seed, self.epoch)))

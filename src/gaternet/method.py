@@ -26,7 +26,7 @@ def improved_semhash(
     logits: Float[Tensor, "batch gates"],
     *,
     training: bool,
-    noise_std: float = 1.0,
+    noise_std: float | Float[Tensor, ""] = 1.0,
     hard_probability: float = 0.5,
     threshold: float = 0.0,
     generator: torch.Generator | None = None,
@@ -39,7 +39,7 @@ def improved_semhash(
     Args:
         logits: g', any real numbers; the gates have their dtype, device and shape.
         training: whether to add noise and mix soft gates in.
-        noise_std: standard deviation of the Gaussian noise, the paper's is 1.
+        noise_std: standard deviation of the Gaussian noise, the paper's is 1; a number, or a tensor of one.
         hard_probability: chance, in [0, 1], that a sample's gates are hard, the paper's is 1/2.
         threshold: a hard gate is open where its (noisy) logit is above this, the paper's is 0.
         generator: source of the noise and of the mixing, on the device of `logits`; default: PyTorch's own.
@@ -102,7 +102,7 @@ class Gater(nn.Module):
         self.fc2 = nn.Linear(bottleneck, num_gates)
         nn.init.zeros_(self.fc1.bias)
         nn.init.constant_(self.fc2.bias, initial_bias)
-        self.noise_std = noise_std
+        self.noise_std: float | Tensor = noise_std
         self.hard_probability = hard_probability
         self.threshold = threshold
 

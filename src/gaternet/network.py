@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gaternet import checkpoint
 from gaternet.cost import CostModel
 from gaternet.data import ImageData, Preprocessing, same_classes
+from gaternet.evaluate import ToInput
 from gaternet.gating import gate
 from gaternet.graph import read_graph
 from gaternet.method import Gater, GaterNet
@@ -101,13 +102,14 @@ def load_teacher(recipe: Recipe, data: ImageData, accelerator: Accelerator) -> C
     network, metadata = load_trained(Path(source))
     network.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     preprocessing, ours = Preprocessing.from_metadata(metadata), data.preprocessing
+    to_input = ToInput(preprocessing)
     sizes = [(p.channels, p.height, p.width) for p in (preprocessing, ours)]
     if not same_classes(metadata["classes"], data.classes) or sizes[0] != sizes[1]:
         raise ValueError(f"the teacher {source} was trained on other classes or images of another size: name another")
 
     def ask(images: Tensor) -> Tensor:
         with torch.no_grad(), accelerator.autocast():
-            return network(preprocessing.normalize(images))
+            return network(to_input(images))
 
     return ask
 

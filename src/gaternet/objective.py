@@ -1,25 +1,56 @@
 """Pure functions of the training objective: losses and what changes with time. No state, so nothing to resume."""
 
 import math
+from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from gaternet.recipe import Gating, Optimizer
+from gaternet.recipe import Gating, Optimizer, Recipe
 
 
-def gate_penalty(density: Float[Tensor, "*densities"], gating: Gating, epoch: float) -> Float[Tensor, ""]:
+class Schedule(NamedTuple):
+    """What changes from step to step, beside the images.
+
+    Attributes:
+        rate: the learning rate, of groups of parameters whose scale is 1.
+        noise: factor, in [0, 1], of the noise on the gates' logits.
+        ramp: factor, in [0, 1], of the penalty on gates.
+    """
+
+    rate: float | Tensor
+    noise: float | Tensor
+    ramp: float | Tensor
+
+
+def schedule(recipe: Recipe, step: int, steps_per_epoch: int) -> Schedule:
+    """Of a step, counted from 0."""
+    epoch = step / steps_per_epoch
+    return Schedule(
+        learning_rate(recipe.optimizer, step, steps_per_epoch, recipe.epochs),
+        noise_scale(recipe.gating, epoch / recipe.epochs),
+        penalty_ramp(recipe.gating, epoch),
+    )
+
+
+def penalty_ramp(gating: Gating, epoch: float) -> float:
+    """Factor, in [0, 1], of the penalty on gates when `epoch` epochs are done, fractions included."""
+    if gating.sparsity_ramp > 0:
+        return min(1.0, max(0.0, (epoch - gating.sparsity_start) / gating.sparsity_ramp))
+    return 1.0 if epoch >= gating.sparsity_start else 0.0
+
+
+def gate_penalty(
+    density: Float[Tensor, "*densities"], gating: Gating, ramp: float | Float[Tensor, ""] = 1.0
+) -> Float[Tensor, ""]:
     """What gates add to the loss: lambda * density (paper, equation 8), or density_weight * (density - target)^2.
 
     Args:
         density: of the batch, in [0, 1]: one, or several whose penalties are averaged (see `network.make_density`).
-        gating: the weights, and when they act.
-        epoch: epochs done so far, fractions included.
+        gating: the weights.
+        ramp: factor of either weight, see `penalty_ramp`.
     """
-    ramp = 1.0 if epoch >= gating.sparsity_start else 0.0
-    if gating.sparsity_ramp > 0:
-        ramp = min(1.0, max(0.0, (epoch - gating.sparsity_start) / gating.sparsity_ramp))
     if gating.target_density is not None:
         return ramp * gating.density_weight * ((density - gating.target_density) ** 2).mean()
     return ramp * gating.sparsity * density.mean()

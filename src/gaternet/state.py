@@ -38,11 +38,11 @@ class Progress:
         self.window_sums: dict[str, Tensor] = {}  # since the last log line
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
-        """Count one step and what it summed."""
+        """Count one step and what it summed; the tensors may be overwritten afterwards."""
         self.step += 1
         for total in (self.epoch_sums, self.window_sums):
             for name, value in sums.items():
-                total[name] = total[name] + value if name in total else value
+                total[name] = total[name] + value if name in total else value.clone()
 
     def means(self, accelerator: Accelerator) -> tuple[dict[str, float], dict[str, float]]:
         """Means over the images since the last call, and since the epoch's beginning, of all processes."""

@@ -8,7 +8,7 @@ bit for bit where sums always come in the same order, as on a CPU.
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gaternet import checkpoint
@@ -35,7 +34,7 @@ from gaternet.machine import (
     should_stop,
     tensorboard,
 )
-from gaternet.method import Gater, GaterNet, gate_sparsity
+from gaternet.method import Gater, GaterNet
 from gaternet.network import (
     WithAuxiliary,
     build_network,
@@ -46,11 +45,12 @@ from gaternet.network import (
     prepared_for,
     set_training_mode,
 )
-from gaternet.objective import distillation_loss, gate_penalty, learning_rate, noise_scale
+from gaternet.objective import schedule
 from gaternet.progress import TrainingDisplay
 from gaternet.recipe import Recipe, Runtime
 from gaternet.run import RunDirectory
 from gaternet.state import Progress
+from gaternet.step import RecordedStep, TrainingStep, can_be_recorded
 
 
 class TrainingError(RuntimeError):
@@ -128,6 +128,11 @@ def train(
     train_batches = make_batches(data.train, recipe.batch_size, runtime, accelerator, seed)
     test_batches = make_batches(data.test, EVALUATION_BATCH, runtime, accelerator)
     steps_per_epoch = len(train_batches)
+    step = TrainingStep(
+        model, optimizer, recipe, accelerator, to_input, density_of=density_of, gater=gater, teacher=teacher
+    )
+    if runtime.cuda_graph and can_be_recorded(accelerator):
+        step = RecordedStep(step)
     progress = Progress(network, optimizer, ema, accelerator, auxiliary)
     if runtime.tensorboard:
         import_tensorboard()
@@ -153,18 +158,9 @@ def train(
             clock = _Clock(recipe.batch_size, progress.step, progress.seconds)
             metrics: dict[str, float] = {}
             for images, labels in train_batches.epoch(epoch, progress.step - epoch * steps_per_epoch):
-                for group in optimizer.param_groups:
-                    rate = learning_rate(recipe.optimizer, progress.step, steps_per_epoch, recipe.epochs)
-                    group["lr"] = rate * group["scale"]
                 seed_step(mix_seed(seed, progress.step, accelerator.process_index), accelerator.device)
-                epochs_done = progress.step / steps_per_epoch
-                optimizer.zero_grad()
-                inputs, targets = to_input(images), teacher(images) if teacher else None
-                with _scaled_noise(gater, noise_scale(recipe.gating, epochs_done / recipe.epochs)):
-                    progress.add(
-                        training_step(model, inputs, labels, recipe, epochs_done, accelerator, density_of, targets)
-                    )
-                optimizer.step()
+                now = schedule(recipe, progress.step, steps_per_epoch)
+                progress.add(step(images, labels, now))
                 if ema is not None:
                     ema.update_parameters(network)
 
@@ -217,47 +213,6 @@ def train(
     return record
 
 
-def training_step(
-    model: nn.Module,
-    inputs: Tensor,
-    labels: Tensor,
-    recipe: Recipe,
-    epochs_done: float,
-    accelerator: Accelerator,
-    density_of: Callable[[Tensor], Tensor] | None = None,
-    targets: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Forward and backward of one batch (equation 8); sums over the batch, on the device: nothing waits for them.
-
-    `model` is a network, or a GaterNet's `WithAuxiliary` where the recipe has a weight for it. `density_of` is a
-    GaterNet's `make_density`; `targets` are the logits of a teacher, where there is one.
-    """
-    smoothing = recipe.optimizer.label_smoothing
-    logits, *others = (model(inputs),) if density_of is None else model(inputs, return_gates=True)
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-    if targets is not None:
-        share = recipe.distillation.teacher_weight
-        learned = distillation_loss(logits, targets, recipe.distillation.temperature)
-        loss = (1 - share) * loss + share * learned
-    sums = {"loss": loss.detach() * len(labels), "correct": (logits.argmax(1) == labels).sum()}
-    if density_of is not None:
-        gates = others[0]
-        density = density_of(gates)  # (S,)
-        if accelerator.num_processes > 1:  # the value of the whole batch, with the gradient of this process' part
-            mean = accelerator.reduce(density.detach(), "mean")
-            assert isinstance(mean, Tensor)
-            density = density + (mean - density.detach())
-        penalty = gate_penalty(density, recipe.gating, epochs_done)
-        sums |= {"density": gate_sparsity(gates.detach()) * len(labels), "penalty": penalty.detach() * len(labels)}
-        loss = loss + penalty
-        if recipe.gating.auxiliary_weight:
-            auxiliary = F.cross_entropy(others[1].float(), labels, label_smoothing=smoothing)
-            sums["auxiliary_loss"] = auxiliary.detach() * len(labels)
-            loss = loss + recipe.gating.auxiliary_weight * auxiliary
-    accelerator.backward(loss)
-    return sums | {"images": torch.full_like(loss, len(labels)).detach()}
-
-
 @contextmanager
 def _unwrapped(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     """Takes Accelerate's mixed precision off the model at the end: it may be the caller's, and goes on without."""
@@ -265,20 +220,6 @@ def _unwrapped(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-
-
-@contextmanager
-def _scaled_noise(gater: Gater | None, scale: float) -> Iterator[None]:
-    """The gater's noise times `scale`, for a step; what is saved is the whole."""
-    if gater is None:
-        yield
-        return
-    whole = gater.noise_std
-    gater.noise_std = whole * scale
-    try:
-        yield
-    finally:
-        gater.noise_std = whole
 
 
 def _open_run(

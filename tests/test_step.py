@@ -1,0 +1,135 @@
+"""A recorded step learns what a step learns that is run anew each time; without a GPU, the graph has a stand-in."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_networks import Net
+from torch import nn
+from training_runs import records, small, weights
+
+import gaternet
+import gaternet.step
+import gaternet.train
+from gaternet.recipe import Recipe, Runtime
+from gaternet.step import RecordedStep, StepGraph, Sums
+from gaternet.train import Stopped, train
+
+GPU = torch.cuda.is_available()
+RUNTIME = Runtime(cpu=not GPU, precision="no", log_every=1)
+TEN_STEPS: dict[str, Any] = {"lr": 0.01, "target_density": 0.3, "sparsity_start": 0.0, "sparsity_ramp": 1.5}
+RECIPES = {
+    "plain": small("resnet8", lr=0.01),
+    "gated": small("resnet8_gated", extractor="resnet8", **TEN_STEPS),
+    "guided": small(
+        "resnet8_gated", extractor="resnet8", auxiliary_weight=1.0, anneal_noise=True, gater_lr=0.02, **TEN_STEPS
+    ),
+    "macs": small("resnet8_gated", backbone="resnet8", sites="all", extractor="resnet8", penalty="macs", **TEN_STEPS),
+    "averaged, step schedule": small("resnet8", lr=0.01, schedule="step", ema_decay=0.9),
+}
+
+
+class StandIn(StepGraph):
+    """What a graph does, without a GPU: the function is run anew, and what it gives lies where it lay before."""
+
+    made: "list[StandIn]"
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.made.append(self)
+
+    def warm_up(self, run: Callable[[], Sums]) -> Sums:
+        self.calls.append("warm up")
+        return run()
+
+    def record(self, run: Callable[[], Sums]) -> None:
+        self.calls.append("record")
+        self.run, self.result = run, dict[str, torch.Tensor]()
+
+    def replay(self) -> Sums:
+        self.calls.append("replay")
+        for name, value in self.run().items():
+            self.result.setdefault(name, value).copy_(value)
+        return self.result
+
+
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
+    """The stand-ins that were used; on a GPU there are none."""
+    StandIn.made = []
+    if not GPU:
+        monkeypatch.setattr(gaternet.step, "StepGraph", StandIn)
+        monkeypatch.setattr(gaternet.train, "can_be_recorded", lambda accelerator: True)
+    return StandIn.made
+
+
+def assert_close(first: Path, second: Path) -> None:
+    for a, b in zip(records(first, "step"), records(second, "step"), strict=True):
+        assert a.pop("kind") == b.pop("kind")
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+    a, b = weights(first), weights(second)
+    assert all(torch.allclose(a[name].double(), b[name].double(), rtol=1e-2, atol=1e-3) for name in a)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recorded_step_learns_the_same(name: str, tmp_path: Path, graphs: list[StandIn]):
+    train(RECIPES[name], tmp_path / "recorded", RUNTIME)
+    train(RECIPES[name], tmp_path / "anew", replace(RUNTIME, cuda_graph=False))
+    assert_close(tmp_path / "recorded", tmp_path / "anew")
+    assert len(records(tmp_path / "anew", "step")) == 10
+    if not GPU:
+        assert [graph.calls for graph in graphs] == [["warm up"] * 3 + ["record"] + ["replay"] * 7]
+
+
+def test_so_does_one_that_learns_from_a_teacher(tmp_path: Path):
+    train(RECIPES["plain"], tmp_path / "teacher", RUNTIME)
+    recipe = small("resnet8", lr=0.01, teacher=str(tmp_path / "teacher"))
+    train(recipe, tmp_path / "recorded", RUNTIME)
+    train(recipe, tmp_path / "anew", replace(RUNTIME, cuda_graph=False))
+    assert_close(tmp_path / "recorded", tmp_path / "anew")
+
+
+def test_a_recorded_run_that_was_cut_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In the middle of the replays, also as a run that is not recorded; rates are saved as numbers."""
+    recipe = RECIPES["guided"]
+    train(recipe, tmp_path / "whole", RUNTIME)
+    for name, runtime in (("recorded", RUNTIME), ("anew", replace(RUNTIME, cuda_graph=False))):
+        stop_after(7, monkeypatch)
+        with pytest.raises(Stopped):
+            train(recipe, tmp_path / name, RUNTIME)
+        state = torch.load(tmp_path / name / "training.pt", weights_only=True)
+        assert state["step"] == 7
+        assert all(type(group["lr"]) is float for group in state["optimizer"]["param_groups"])
+        train(recipe, tmp_path / name, runtime, resume=True)
+        assert_close(tmp_path / name, tmp_path / "whole")
+
+
+def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C during a step; a replay runs no Python of ours, so it is counted one floor above."""
+    call, calls = RecordedStep.__call__, []
+
+    def counted(self: RecordedStep, *args: Any) -> Sums:
+        calls.append(0)
+        if len(calls) == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return call(self, *args)
+
+    monkeypatch.setattr(RecordedStep, "__call__", counted)
+
+
+@pytest.mark.skipif(not GPU, reason="no GPU")
+def test_a_network_that_waits_for_the_gpu_cannot_be_recorded(tmp_path: Path):
+    def waiting(net: Any, x: torch.Tensor) -> torch.Tensor:
+        x = net.conv(x)
+        return net.fc((x if x.sum().item() > 0 else -x).mean((2, 3)))
+
+    recipe = Recipe("own", model="resnet8", data="digits", batch_size=256, epochs=2)
+    network = Net(waiting, conv=nn.Conv2d(1, 8, 3))
+    network.fc = nn.Linear(8, 10)
+    with pytest.raises(ValueError, match="the training step cannot be recorded as a CUDA graph, use --no-cuda-graph"):
+        train(recipe, tmp_path / "run", RUNTIME, network=network)
