@@ -2,6 +2,7 @@
 
 python benchmarks/skipping.py                                 # ResNet-50 at 224 pixels, random gates; minutes
 python benchmarks/skipping.py --trained NAME=RUN=DATA=PLAIN   # and a trained model under its own gates; may be repeated
+python benchmarks/skipping.py --gpu                           # ResNet-50 on a GPU, to skipping_gpu.json beside it
 
 PLAIN is the run, or the file of weights, of the network without gates: what its accuracy is.
 
@@ -41,6 +42,7 @@ from gaternet.skipping.planner import make_plan
 from gaternet.skipping.specialise import Specialised, prune
 
 RESULT = Path(__file__).parents[1] / "docs" / "results" / "skipping.json"
+GPU_RESULT = RESULT.with_name("skipping_gpu.json")
 DENSITIES = (1.0, 0.75, 0.5, 0.25)
 
 
@@ -151,6 +153,29 @@ def trained(name: str, run: str, data: str, plain: str, rounds: int) -> dict[str
     }
 
 
+def on_gpu(rounds: int) -> None:
+    """ResNet-50 under random gates on a GPU; what is measured is written at once."""
+    found: dict[str, Any] = {**describe_machine(), "command": f"python benchmarks/skipping.py --gpu --rounds {rounds}"}
+    found |= {"rounds": rounds, "parts": []}
+    for dtype in (torch.bfloat16, torch.float32):
+        model = resnet50().to("cuda", dtype)
+        for batch in (64, 1):
+            images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
+            engines = ("eager", "channels_last", "inductor")
+            timings = bench(model, images, DENSITIES, engines, rounds=rounds, seconds=0.1, note=print)
+            precision = "bfloat16" if dtype == torch.bfloat16 else "float32, products in TF32"
+            found["parts"].append({"precision": precision, "timings": rows(timings)})
+            GPU_RESULT.write_text(json.dumps(found, indent=2) + "\n")
+            print_rows(rows(timings))
+
+
+def print_rows(found: list[dict[str, Any]]) -> None:
+    """One line for each engine and batch."""
+    for row in found:
+        density = "" if row["density"] is None else f"{row['density']:.2f}"
+        print(f"{row['name']:24} {row['batch']:3} {density:5} {row['median']:8.2f} ms  x dense {row['over_dense']:.3f}")
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,7 +183,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="turns at 16 images or more; at one, three times as many")
     parts = ("resnet50", "planning", "bounds", "groups")
     parser.add_argument("--part", choices=parts, action="append", help="measure this, keep what is recorded of others")
+    parser.add_argument("--gpu", action="store_true", help="measure on a GPU, and nothing else")
     args = parser.parse_args()
+    if args.gpu:
+        on_gpu(args.rounds)
+        return
     found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     wanted = args.part or ([] if args.trained else parts)
     machine = describe_machine()["machine"]
@@ -187,9 +216,7 @@ def main() -> None:
     if args.trained:
         found["trained"] = [trained(*given.split("=", 3), rounds=args.rounds) for given in args.trained]
     RESULT.write_text(json.dumps(found, indent=2) + "\n")
-    for row in [*found["resnet50"], *(row for model in found.get("trained", []) for row in model["timings"])]:
-        density = "" if row["density"] is None else f"{row['density']:.2f}"
-        print(f"{row['name']:24} {row['batch']:3} {density:5} {row['median']:8.2f} ms  x dense {row['over_dense']:.3f}")
+    print_rows([*found["resnet50"], *(row for model in found.get("trained", []) for row in model["timings"])])
 
 
 if __name__ == "__main__":

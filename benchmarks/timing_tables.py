@@ -66,7 +66,21 @@ def skipping() -> str:
         text += f"filters; one of them fits {100 * model['fitting']:.0f} % of the test images.\n\n"
         text += f"`{model['command']}`, medians of {model['rounds']} turns:\n\n"
         text += timing_table(model["timings"], {})
-    return text + "\n### On a GPU\n\nNot measured.\n"
+    return text + "\n### On a GPU\n\n" + skipping_on_gpu()
+
+
+def skipping_on_gpu() -> str:
+    """What skipping saves on a GPU."""
+    path = DOCS / "results" / "skipping_gpu.json"
+    if not path.exists():
+        return "Not measured.\n"
+    found = read_json(path)
+    text = f"`{found['command']}` at commit {found['commit']}, {machine_of(found)}, {found['rounds']} turns, ResNet-50 "
+    text += "at 224 pixels as above. Skipping includes the reading of the gates.\n"
+    for part in found["parts"]:
+        text += f"\n#### {part['precision']}, batch {part['timings'][0]['batch']}\n\n"
+        text += timing_table(part["timings"], {})
+    return text
 
 
 def timing_table(timings: list[dict[str, Any]], targets: dict[tuple[int, float], float]) -> str:
@@ -136,29 +150,34 @@ def reports() -> str:
 def speed() -> str:
     """The benchmarks' figures."""
     text = ""
-    path = DOCS / "results" / "training.json"
-    if path.exists():
-        found = read_json(path)
-        rows = [
-            [
-                f"`{name}`",
-                f"{1e3 * found['seconds'][part]:.0f}",
-                f"{found['images_per_second'][part]:.0f}",
-                f"{100 * found['outside'][part]:.1f} %",
-                f"{found['macs'][part] / 1e6:.1f}M",
-            ]
-            for part, name in found["models"].items()
-        ]
-        text += f"### Training\n\n`{found['command']}`, {machine_of(found)}, {found['precision']} precision, "
-        text += f"batch {found['batch']}, medians of {found['steps']} steps:\n\n"
-        text += table(["model", "ms a step", "images/s", "outside of kernels", "MACs an image"], rows)
-        text += f"\nGated over plain: {found['time_ratio']:.2f} in time, {found['mac_ratio']:.2f} in MACs, "
-        text += f"quotient {found['time_ratio_over_mac_ratio']:.2f} (target: at most 1.10). Gates and bookkeeping, the "
-        text += f"gated step over the sum of plain backbone and extractor: {found['overhead']:.3f}.\n"
+    for title, name in (("Training", "training"), ("Training on a GPU", "training_gpu")):
+        path = DOCS / "results" / f"{name}.json"
+        if path.exists():
+            text += f"### {title}\n\n{training_speed(read_json(path))}\n"
     path = DOCS / "results" / "startup.json"
     if path.exists():
         found = read_json(path)
-        text += f"\n### Startup\n\n`{found['command']}`, {machine_of(found)}, whole processes, "
+        text += f"### Startup\n\n`{found['command']}`, {machine_of(found)}, whole processes, "
         text += f"medians of {found['runs']}:\n\n"
         text += table(["command", "seconds"], [[f"`{name}`", f"{s:.2f}"] for name, s in found["seconds"].items()])
     return text or "Not measured.\n"
+
+
+def training_speed(found: dict[str, Any]) -> str:
+    """Steps of the gated model, of its backbone and of its extractor."""
+    rows = [
+        [
+            f"`{name}`",
+            f"{1e3 * found['seconds'][part]:{'.2f' if found['machine']['gpus'] else '.0f'}}",
+            f"{found['images_per_second'][part]:.0f}",
+            f"{100 * found['outside'][part]:.1f} %",
+            f"{found['macs'][part] / 1e6:.1f}M",
+        ]
+        for part, name in found["models"].items()
+    ]
+    text = f"`{found['command']}`, {machine_of(found)}, {found['precision']} precision, "
+    text += f"batch {found['batch']}, medians of {found['steps']} steps:\n\n"
+    text += table(["model", "ms a step", "images/s", "outside of kernels", "MACs an image"], rows)
+    text += f"\nGated over plain: {found['time_ratio']:.2f} in time, {found['mac_ratio']:.2f} in MACs, "
+    text += f"quotient {found['time_ratio_over_mac_ratio']:.2f} (target: at most 1.10). Gates and bookkeeping, the "
+    return text + f"gated step over the sum of plain backbone and extractor: {found['overhead']:.3f}.\n"
