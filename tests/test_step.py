@@ -62,6 +62,8 @@ class StandIn(StepGraph):
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
     """The stand-ins that were used; on a GPU there are none."""
     StandIn.made = []
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     if not GPU:
         monkeypatch.setattr(gaternet.step, "StepGraph", StandIn)
         monkeypatch.setattr(gaternet.train, "can_be_recorded", lambda accelerator: True)
@@ -71,7 +73,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
 def assert_close(first: Path, second: Path) -> None:
     for a, b in zip(records(first, "step"), records(second, "step"), strict=True):
         assert a.pop("kind") == b.pop("kind")
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+        assert a == pytest.approx(b, rel=1e-2, abs=1e-3)
     a, b = weights(first), weights(second)
     assert all(torch.allclose(a[name].double(), b[name].double(), rtol=1e-2, atol=1e-3) for name in a)
 

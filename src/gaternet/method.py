@@ -121,11 +121,8 @@ class Gater(nn.Module):
         return features
 
     def decide(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch gates"]:
-        """D (equation 3): pre-activations g'; cast to float32 under autocast, for noise and soft gates."""
-        logits = self.fc2(F.relu(self.norm(self.fc1(features))))
-        device = features.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        return logits.float() if autocast else logits
+        """D (equation 3): pre-activations g' in the weights' precision, which for noise matters under autocast."""
+        return self.fc2(F.relu(self.norm(self.fc1(features)))).to(self.fc2.weight.dtype)
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], generator: torch.Generator | None = None

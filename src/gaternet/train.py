@@ -117,8 +117,7 @@ def train(
         learner = WithAuxiliary(network, len(data.classes)).to(accelerator.device)
         auxiliary = learner.classifier
     if runtime.compile:
-        for module in {network, learner}:  # one is evaluated, the other learns
-            module.compile()
+        learner.compile()
     model, optimizer = accelerator.prepare(learner, make_optimizer(network, recipe, accelerator, auxiliary))
     gater = density_of = None
     if isinstance(network, GaterNet):
@@ -190,7 +189,8 @@ def train(
             judged = ema.module if ema is not None else network
             if accelerator.num_processes > 1:  # each saw other images: agree on BatchNorm's statistics
                 broadcast([*network.buffers(), *judged.buffers()])
-            tested = evaluate(judged, test_batches, to_input, accelerator)
+            with torch.compiler.set_stance("force_eager"):  # evaluation is not worth a compilation of its own
+                tested = evaluate(judged, test_batches, to_input, accelerator)
             display.epoch(epoch, metrics, tested)
             record = {"kind": "epoch", "epoch": epoch + 1, "step": progress.step, "lr": optimizer.param_groups[0]["lr"]}
             record |= {f"train_{name}": value for name, value in metrics.items()}
