@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from open_points import DATA, EACH_OPTION, GAP, STUDIES, Study
-from tables import DOCS, error_of, machines_of, read_finetuned, table
+from tables import DOCS, error_of, machine_of, machines_of, read_finetuned, table
 from timing_tables import exported, reports, skipping, speed
 
 from gaternet.ledger import add_run, changed_options, read_ledger, train_flags
@@ -43,7 +43,19 @@ def paper_rows(ledger: list[dict[str, Any]]) -> str:
             if runs:
                 ours += f" / {statistics.mean(r['test_top5_error'] for r in runs):.2f}"
         rows.append([f"`{recipe.name}`", paper.params or "", reported, ours, difference])
-    return table(["recipe", "size", "paper's error %", "ours", "difference"], rows)
+    return table(["recipe", "size", "paper's error %", "ours", "difference"], rows) + places(ledger)
+
+
+def places(ledger: list[dict[str, Any]]) -> str:
+    """Where the published rows were trained."""
+    found = []
+    for line in ledger:
+        if line["as_published"]:
+            where = f"{machine_of(line)}, {line['precision']} precision, {line['seconds'] / 60:.0f} minutes"
+            for part in line.get("resumed", []):
+                where += f"; from epoch {part['epoch']} on {machine_of(part)}, {part['precision']} precision"
+            found.append(f"- `{line['command']}`: {where} (commit {line['commit']})\n")
+    return "\n" + "".join(found).replace("no precision", "full precision") if found else ""
 
 
 def by_options(ledger: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:

@@ -40,6 +40,9 @@ def _line(recipe: str, seed: int, error: float, **options: object) -> dict[str, 
         "train_loss": 0.5,
         "gates": gates,
         "seconds": 60.0,
+        "precision": "no",
+        "commit": "abc",
+        "command": f"gaternet train {recipe} --seed {seed}",
         "machine": {"gpus": [], "processor": "P", "cores": 2},
     }
 
@@ -54,6 +57,14 @@ def test_seeds_share_a_row_and_options_have_their_own():
     assert other == f"| `gaternet train cifar10_resnet20_gated --epochs 2` | {cells} |"
     ledger += [_line("cifar10_resnet20_half", 0, 7.5), _line("cifar10_resnet20_half", 0, 30.0, epochs=2)]
     assert "| 7.50 (n = 1) | 1.00 |" in results.past_the_paper(ledger)  # 2M + 1M of 3M MACs
+
+
+def test_published_rows_say_where_they_were_trained():
+    line = _line("cifar10_resnet20_gated", 1, 7.0)
+    there = "- `gaternet train cifar10_resnet20_gated --seed 1`: P, 2 cores, full precision, 1 minutes"
+    assert f"\n{there} (commit abc)\n" in results.paper_rows([line])
+    line["resumed"] = [{"epoch": 3, "precision": "bf16", "machine": {"gpus": ["G"], "processor": "Q", "cores": 4}}]
+    assert f"\n{there}; from epoch 3 on G, bf16 precision (commit abc)\n" in results.paper_rows([line])
 
 
 def test_a_study_lists_all_that_it_asks_and_nothing_of_the_other():

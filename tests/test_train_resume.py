@@ -17,6 +17,7 @@ from training_runs import CPU, assert_same_weights, records, send_signal_after, 
 
 import gaternet.step
 from gaternet.evaluate import evaluate_saved
+from gaternet.ledger import describe_run
 from gaternet.run import RunDirectory
 from gaternet.step import training_step
 from gaternet.train import Stopped, TrainingError, train
@@ -79,6 +80,27 @@ def test_a_run_of_an_earlier_version_resumes_unless_an_option_that_came_later_is
     train(small(ema_decay=0.9), run, CPU, resume=True)
     with pytest.raises(ValueError, match=r"auxiliary_weight was 0.0, now it is 0.5"):
         train(small(ema_decay=0.9, auxiliary_weight=0.5), run, CPU, resume=True)
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    for _ in range(2):  # in the first epoch of five steps, then in the second
+        with monkeypatch.context() as patched:
+            send_signal_after(patched, 4, signal.SIGTERM)
+            with pytest.raises(Stopped):
+                train(small("resnet20"), run, CPU, resume=run.exists())
+    config = json.loads((run / "config.json").read_text())
+    assert config["precision"] == "no"
+    assert "resumed" not in config  # it is the same machine
+    config["machine"]["gpus"], config["precision"] = ["a GPU"], "bf16"
+    (run / "config.json").write_text(json.dumps(config))
+    train(small("resnet20"), run, CPU, resume=True)
+    line = describe_run(run)
+    assert (line["machine"]["gpus"], line["precision"]) == (["a GPU"], "bf16")
+    (place,) = line["resumed"]
+    assert (place["epoch"], place["precision"], place["machine"]["gpus"]) == (2, "no", [])
+    train(small("resnet20"), run, CPU, resume=True)  # does nothing
+    assert describe_run(run)["resumed"] == [place]
 
 
 def test_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_path):

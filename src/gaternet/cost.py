@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from gaternet.channels import ALIVE, gate_columns
@@ -142,28 +143,32 @@ class _Terms:
                 sides[1].append(writes)
                 weights.append(cost.conv.macs_per_pair)
         self.full = sum(cost.conv.macs for cost in convs if not _always_open(cost))
-        self._weights = torch.tensor(weights, dtype=torch.float64)
-        self._sums = [_sums(side, num_gates + 1) for side in sides]
+        self._constants = torch.tensor(weights, dtype=torch.float64), *(part for side in sides for part in _ends(side))
         self._moved: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}  # the same where gates were before
 
     def __call__(self, gates: Float[Tensor, "batch columns"]) -> Float[Tensor, " batch"]:
-        if not len(self._weights):
-            return gates.new_zeros(gates.shape[0])
         place = gates.device, gates.dtype
         if place not in self._moved:
-            self._moved[place] = [tensor.to(gates) for tensor in (*self._sums, self._weights)]
-        *sums, weights = self._moved[place]
-        open_channels, open_filters = (torch.sparse.mm(some, gates.T) for some in sums)  # (terms, B)
-        return weights @ (open_channels * open_filters)
+            weights, *sides = self._constants
+            self._moved[place] = [weights.to(gates), *(side.to(gates.device) for side in sides)]
+        weights, *sides = self._moved[place]
+        open_channels, open_filters = _sums(gates, *sides[:2]), _sums(gates, *sides[2:])  # (B, terms)
+        return (open_channels * open_filters) @ weights
 
 
 def _always_open(cost: ConvCost) -> bool:
     return bool((cost.reads == ALIVE).all() and (cost.writes == ALIVE).all())
 
 
-def _sums(columns: Sequence[Tensor], width: int) -> Tensor:
-    """A sparse matrix (terms, width) that sums, for each term, the gates of its columns; ALIVE is the last of them."""
-    terms = torch.cat([torch.full_like(some, number) for number, some in enumerate(columns)] or [torch.zeros(0).long()])
-    where = torch.stack([terms, torch.cat([*columns, terms[:0]]) % width])
-    ones, size = torch.ones(where.shape[1], dtype=torch.float64), (len(columns), width)
-    return torch.sparse_coo_tensor(where, ones, size, check_invariants=True).coalesce()
+def _ends(columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """All terms' columns behind each other, and where each term's begin and the last's end, (terms + 1,)."""
+    sizes = torch.tensor([len(some) for some in columns], dtype=torch.long)
+    return torch.cat([*columns, torch.zeros(0, dtype=torch.long)]), torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+
+
+def _sums(gates: Tensor, columns: Tensor, ends: Tensor) -> Tensor:
+    """The sum of each term's gates, (B, terms): what was summed up to its end, less that up to its beginning.
+
+    In place of a sparse product, which no CUDA graph can record.
+    """
+    return F.pad(gates.index_select(1, columns % gates.shape[1]).cumsum(1), (1, 0)).index_select(1, ends).diff(dim=1)

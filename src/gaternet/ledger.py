@@ -93,7 +93,8 @@ def describe_run(path: Path) -> dict[str, Any]:
         "gates": {name: measured[name] for name in _GATES} if "density" in measured else None,
         "seconds": sum(epoch["seconds"] for epoch in epochs),
         "started": config.get("started"),
-        "precision": make_accelerator(runtime).mixed_precision,
+        "precision": config.get("precision") or make_accelerator(runtime).mixed_precision,
+        **({"resumed": config["resumed"]} if "resumed" in config else {}),
         **{name: config[name] for name in ("versions", "machine", "commit", "processes")},
     }
 

@@ -1,6 +1,6 @@
 """A run directory: what one training run leaves behind.
 
-    config.json     recipe, runtime, seed, versions, machine, command
+    config.json     recipe, runtime, seed, versions, machine, command; and where else the run went on
     metrics.jsonl   one line every few steps and one an epoch
     last/, best/    the model after the last epoch, and after the one with the highest test accuracy
     training.pt     what `--resume` continues from
@@ -47,11 +47,14 @@ class RunDirectory:
         if (self.path / CONFIG).exists():
             self.close()
             raise ValueError(f"{self.path} holds a run already: continue it with --resume, or name another --out")
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        checkpoint.write_json(self.path / CONFIG, {**config, "started": started, **describe_machine()})
+        checkpoint.write_json(self.path / CONFIG, {**config, "started": _now(), **describe_machine()})
 
-    def resume(self, config: Mapping[str, Any], main: bool = True) -> dict[str, Any] | None:
+    def resume(
+        self, config: Mapping[str, Any], main: bool = True, precision: str | None = None
+    ) -> dict[str, Any] | None:
         """The training state to continue from, None where none was saved yet.
+
+        A run that goes on with another machine, software or precision says so in its config.
 
         Raises:
             ValueError: there is no run here, it has other options, or another process is training it.
@@ -76,6 +79,8 @@ class RunDirectory:
             kept = [line for line in self._lines() if line["step"] <= step and state]
             text = "".join(json.dumps(line) + "\n" for line in kept)
             checkpoint.write_atomically(self.path / METRICS, lambda temporary: temporary.write_text(text))
+            if state and state["epoch"] < before["recipe"]["epochs"]:
+                self._note_place(before, {"epoch": state["epoch"] + 1, "precision": precision})
         return state
 
     def close(self) -> None:
@@ -107,6 +112,13 @@ class RunDirectory:
             self._lock = lock_folder(self.path, wait=False)
         except BlockingIOError as error:
             raise ValueError(f"another process is training in {self.path}: wait for it or stop it first") from error
+
+    def _note_place(self, config: dict[str, Any], position: Mapping[str, Any]) -> None:
+        found = {**position, "started": _now(), **describe_machine()}
+        before = {**config, **(config.get("resumed") or [{}])[-1]}
+        if any(before.get(name, found[name]) != found[name] for name in ("machine", "versions", "commit", "precision")):
+            config["resumed"] = [*config.get("resumed", []), found]
+            checkpoint.write_json(self.path / CONFIG, config)
 
     def _remove_leftovers(self) -> None:
         """What a killed run was about to write."""
@@ -187,6 +199,10 @@ def describe_machine() -> dict[str, Any]:
             "gpus": gpus,
         },
     }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _commit() -> str | None:

@@ -126,9 +126,8 @@ class StepGraph:
             with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._result = run()
         except RuntimeError as error:
-            raise ValueError(
-                f"the training step cannot be recorded as a CUDA graph, use --no-cuda-graph: {error}"
-            ) from error
+            why = str(error).splitlines()[0]
+            raise ValueError(f"this training step cannot be a CUDA graph ({why}): use --no-cuda-graph") from error
 
     def replay(self) -> Sums:
         """Do what was recorded; what it returns lies where it lay before."""

@@ -230,9 +230,10 @@ def _open_run(
         config |= {"network": given}
     with accelerator.main_process_first():  # the others read what the main process has put in order
         if resume:
-            state = run.resume(config, accelerator.is_main_process)
+            state = run.resume(config, accelerator.is_main_process, accelerator.mixed_precision)
         elif accelerator.is_main_process:
-            run.start({**config, "runtime": asdict(runtime), "processes": accelerator.num_processes})
+            here = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
+            run.start({**config, "runtime": asdict(runtime), **here})
     return run, state
 
 
