@@ -36,7 +36,7 @@ from gaternet.recipe import Recipe, Runtime
 from gaternet.recipes import find_recipe
 from gaternet.run import describe_machine
 from gaternet.state import Progress
-from gaternet.step import RecordedStep, TrainingStep, can_be_recorded
+from gaternet.step import WARM_UP, RecordedStep, TrainingStep, can_be_recorded
 
 BATCH = 128
 PREPROCESSING = Preprocessing(32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -50,6 +50,8 @@ class Stepper:
         torch.manual_seed(0)
         self.network = create_model(str(recipe.model), 10, 3, **recipe.gater_options()).to(self.accelerator.device)
         self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if runtime.compile:
+            self.network.compile()
         self.model, self.optimizer = self.accelerator.prepare(
             self.network, make_optimizer(self.network, recipe, self.accelerator)
         )
@@ -106,15 +108,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each model")
     parser.add_argument("--depth", type=int, choices=(20, 56, 110, 164), default=56)
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--no-cuda-graph", action="store_true", help="on a GPU: run each step anew")
+    parser.add_argument("--compile", action="store_true", help="compile the models")
     parser.add_argument("--out", type=Path, default=Path("docs/results/training.json"))
     args = parser.parse_args()
-    runtime = replace(Runtime(), precision=args.precision)
+    runtime = replace(Runtime(), precision=args.precision, cuda_graph=not args.no_cuda_graph, compile=args.compile)
     names = {"plain": f"resnet{args.depth}", "extractor": "resnet20", "gated": f"resnet{args.depth}_gated"}
     steppers = {part: Stepper(find_recipe(f"cifar10_{name}"), runtime) for part, name in names.items()}
-    for round_ in range(args.steps + 3):
+    for round_ in range(args.steps + WARM_UP + 2):
         for stepper in steppers.values():
             stepper.step()
-            if round_ < 3:  # warm-up
+            if round_ < WARM_UP + 2:  # a graph is recorded, too
                 stepper.seconds.clear()
     seconds = {part: statistics.median(stepper.seconds) for part, stepper in steppers.items()}
     outside = {part: stepper.outside() for part, stepper in steppers.items()}
@@ -137,7 +141,7 @@ def main() -> None:
         "overhead": overhead,
         **describe_machine(),
         "command": f"python benchmarks/training.py --steps {args.steps} --depth {args.depth} "
-        f"--precision {args.precision}",
+        f"--precision {args.precision}{' --no-cuda-graph' * args.no_cuda_graph}{' --compile' * args.compile}",
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n")

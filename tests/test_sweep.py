@@ -133,6 +133,44 @@ def test_runs_share_the_gpus_that_were_given(tmp_path, monkeypatch):
     assert found == ["2", "GPU-1f", "0", "1"]
 
 
+@pytest.mark.parametrize(
+    ("gpus", "at_once", "code", "serves"), [(1, 2, 0, True), (1, 1, 0, False), (2, 2, 0, False), (1, 2, 1, False)]
+)
+def test_runs_on_one_gpu_run_side_by_side(tmp_path, monkeypatch, gpus, at_once, code, serves):
+    """NVIDIA's service is started for them, and ended; where it cannot be started, they go on without."""
+    found, control = [], tmp_path / "nvidia-cuda-mps-control"
+    control.write_text(
+        f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES: ${{1:-$(cat)}} $CUDA_MPS_PIPE_DIRECTORY" >> {tmp_path}/log\n'
+        f"exit {code}\n"
+    )
+    control.chmod(0o755)
+
+    def start(job, runtime, ledger, environment):
+        found.append({name: value for name, value in environment.items() if name.startswith("CUDA")})
+        job.state = "finished"
+
+    monkeypatch.setattr(Job, "start", start)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join("345"[:gpus]))
+    sweep(make_jobs([PLAIN], [0], tmp_path / "runs"), tmp_path / "ledger.jsonl", at_once=at_once)
+    log = (tmp_path / "log").read_text().split("\n") if (tmp_path / "log").exists() else []
+    if serves:
+        folder = found[0]["CUDA_MPS_PIPE_DIRECTORY"]
+        assert found[0] | {"CUDA_MPS_LOG_DIRECTORY": ""} == {
+            "CUDA_MPS_PIPE_DIRECTORY": folder,
+            "CUDA_MPS_LOG_DIRECTORY": "",
+            "CUDA_VISIBLE_DEVICES": "0",
+        }
+        assert log == [f"3: -d {folder}", f"3: quit {folder}", ""]
+        assert not Path(folder).exists()
+    else:
+        assert not any("CUDA_MPS_PIPE_DIRECTORY" in environment for environment in found)
+        assert len(log) == (2 if code else 0)
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "mine")  # one runs already
+    sweep(make_jobs([PLAIN], [1], tmp_path / "runs"), tmp_path / "ledger.jsonl", at_once=at_once)
+    assert not any(name.startswith("CUDA_MPS") for name in found[-1])
+
+
 def test_the_last_words_of_an_error_in_a_frame_are_its_words(tmp_path):
     (tmp_path / "log.txt").write_text("Usage: gaternet\n╭─ Error ───╮\n│ No such option: --x │\n╰───────────╯\n\n")
     assert Job(PLAIN, 0, tmp_path).last_words() == "No such option: --x"

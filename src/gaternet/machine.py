@@ -1,9 +1,12 @@
-"""The machine under a run: Accelerate, precision, seeds, signals, TensorBoard."""
+"""The machine under a run: Accelerate, precision, seeds, signals, a GPU for several processes, TensorBoard."""
 
 import os
+import shutil
 import signal
+import subprocess
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,35 @@ def _has_fast_bf16(cpu: bool) -> bool:
     # Intel's bf16 products without AMX are no faster than its float32 ones, AMD's are
     slow = "Intel" in processor()
     return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not slow)
+
+
+@contextmanager
+def shared_gpu() -> Iterator[dict[str, str]]:
+    """The environment of processes whose kernels are to run side by side on the one GPU that this process sees.
+
+    Without NVIDIA's Multi-Process Service (MPS) they take turns, and nothing is gained. It is started, and ended; where
+    it is not installed, or runs already, the environment is empty.
+    """
+    control = shutil.which("nvidia-cuda-mps-control")
+    runs = "CUDA_MPS_PIPE_DIRECTORY" in os.environ or Path("/tmp/nvidia-mps/control").exists()
+    if control is None or runs:
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix="gaternet-mps-", ignore_cleanup_errors=True) as folder:
+        environment = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
+        ours: dict[str, Any] = {"env": {**os.environ, **environment}, "stdout": subprocess.DEVNULL, "timeout": 60}
+        ours["stderr"] = subprocess.DEVNULL
+        started = False
+        with suppress(OSError, subprocess.TimeoutExpired):
+            started = subprocess.run([control, "-d"], **ours).returncode == 0
+        if started and "CUDA_VISIBLE_DEVICES" in os.environ:
+            environment["CUDA_VISIBLE_DEVICES"] = "0"  # its processes count from the first that the service sees
+        try:
+            yield environment if started else {}
+        finally:
+            if started:
+                with suppress(OSError, subprocess.TimeoutExpired):
+                    subprocess.run([control], input=b"quit\n", **ours)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 
 from gaternet.ledger import changed_options, find_line, read_ledger, train_flags
-from gaternet.machine import collect_signals
+from gaternet.machine import collect_signals, shared_gpu
 from gaternet.progress import summary
 from gaternet.recipe import Recipe, Runtime, override
 from gaternet.run import CONFIG, RunDirectory
@@ -147,12 +147,13 @@ def sweep(
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
     waiting, running = deque(jobs), dict[int, Job]()
     read_ledger(ledger)  # what is wrong with it is to be found before the first run
-    with _Overview(jobs) as overview, collect_signals() as received, _ended(running):
+    sharing = shared_gpu() if len(gpus) == 1 and at_once > 1 else nullcontext({})
+    with sharing as shared, _Overview(jobs) as overview, collect_signals() as received, _ended(running):
         while waiting or running:
             for slot in range(at_once):
                 if slot not in running and waiting:
                     running[slot] = waiting.popleft()
-                    environment = {"OMP_NUM_THREADS": threads}
+                    environment = {"OMP_NUM_THREADS": threads, **shared}
                     if len(gpus) > 1:
                         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
                     running[slot].start(runtime, ledger, environment)
