@@ -35,7 +35,7 @@ from gaternet.run import RunDirectory, describe_machine
 from gaternet.train import Stopped, train
 
 RESULT = Path(__file__).parents[1] / "docs" / "results" / "finetune.json"
-KEYS = ("model", "half", "epochs", "group_size", "seed")
+KEYS = ("model", "half", "epochs", "group_size", "final_slope", "seed")
 SMALL_GATER = ("extractor", "shrink", "bottleneck", "target_density", "penalty", "auxiliary_weight", "anneal_noise")
 
 
@@ -52,13 +52,13 @@ def mean_macs(model: GaterNet, batches: Any, to_input: ToInput) -> float:
 
 
 def finetune(
-    path: Path, data_path: str, out: Path, half: str, epochs: int, group_size: int, seed: int
+    path: Path, data_path: str, out: Path, half: str, epochs: int, group_size: int, final_slope: float, seed: int
 ) -> dict[str, Any]:
     """Gate, evaluate, fine-tune and evaluate one network."""
     name = path.name.split("-")[0]
     changes = {"backbone": name, "pretrained": False, "data": data_path, "batch_size": 128, "epochs": epochs}
     changes |= {"lr": 0.05, "gater_lr": 0.5, "noise_std": 0.25, "penalty": "gates", "sparsity_ramp": 1.0}
-    changes |= {"group_size": group_size}
+    changes |= {"group_size": group_size, "final_slope": final_slope}
     if half == "macs":
         small = find_recipe(f"cifar10_{name}_half").gating
         changes |= {option: getattr(small, option) for option in SMALL_GATER} | {"sparsity_ramp": 2.0}
@@ -73,13 +73,14 @@ def finetune(
     torch.manual_seed(seed)
     model = gate_as(recipe.gating, network, torch.zeros(2, 3, 32, 32))
     opened = evaluate(model, batches, to_input, accelerator)
-    run = out / f"finetune_{name}_{half}_group{group_size}_epochs{epochs}_seed{seed}"
+    run = out / f"finetune_{name}_{half}_group{group_size}_slope{final_slope:g}_epochs{epochs}_seed{seed}"
     record = train(recipe, run, Runtime(), seed, resume=(run / "config.json").exists(), network=model)
     macs = gaternet.count_macs(model.eval(), torch.zeros(1, 3, 32, 32))
     return {
         "model": name,
         "half": half,
         "group_size": group_size,
+        "final_slope": final_slope,
         "gates": model.num_gates,
         "sites": len(model.sites),
         "images": plain["images"],
@@ -98,7 +99,7 @@ def finetune(
         "seed": seed,
         **describe_machine(),
         "command": f"python benchmarks/finetune.py --data {Path(data_path).name} --half {half} --epochs {epochs} "
-        f"--group-size {group_size} --seed {seed} {path.name}",
+        f"--group-size {group_size} --final-slope {final_slope:g} --seed {seed} {path.name}",
     }
 
 
@@ -110,12 +111,14 @@ def main() -> None:
     parser.add_argument("--half", choices=("filters", "macs"), default="filters")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--group-size", type=int, default=1)
+    parser.add_argument("--final-slope", type=float, default=1.0, help="of the soft gates; 1 is the paper's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs"))
     args = parser.parse_args()
     for path in args.weights:
         try:
-            found = finetune(path, args.data, args.out, args.half, args.epochs, args.group_size, args.seed)
+            options = args.half, args.epochs, args.group_size, args.final_slope, args.seed
+            found = finetune(path, args.data, args.out, *options)
         except Stopped as stopped:
             sys.exit(str(stopped))
         before = json.loads(RESULT.read_text()) if RESULT.exists() else []

@@ -153,9 +153,10 @@ def finetuned() -> str:
     """Networks trained by others, before and after; runs that differ only in their seed on one line."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for line in read_finetuned():
-        groups.setdefault((line["model"], line["half"], line["epochs"], line["group_size"]), []).append(line)
+        key = tuple(line[name] for name in ("model", "half", "epochs", "group_size", "final_slope"))
+        groups.setdefault(key, []).append(line)
     rows, commands = [], []
-    for (model, half, epochs, group_size), lines in groups.items():
+    for (model, half, epochs, group_size, final_slope), lines in groups.items():
         images = lines[0]["images"]
 
         def mean(key: str, lines: list[dict[str, Any]] = lines) -> float:
@@ -166,6 +167,7 @@ def finetuned() -> str:
                 model,
                 {"filters": "filters", "macs": "MACs"}[half],
                 str(group_size),
+                f"{final_slope:g}",
                 str(epochs),
                 f"{100 * (1 - mean('plain_correct') / images):.2f}",
                 f"{mean('open_correct') - mean('plain_correct'):+g} of {images:,}",
@@ -179,7 +181,15 @@ def finetuned() -> str:
         )
         threads = lines[0]["machine"]["threads"]
         commands += [f"`{line['command']}` ({machines_of([line])}, {threads} threads)" for line in lines]
-    titles = ["network", "half of its", "group_size", "epochs", "test error %", "images right, gated and open"]
+    titles = [
+        "network",
+        "half of its",
+        "group_size",
+        "final_slope",
+        "epochs",
+        "test error %",
+        "images right, gated and open",
+    ]
     titles.append("error % fine-tuned")
     titles += ["open gates", "dependent", "backbone's MACs", "with the gater", "minutes"]
     return table(titles, rows) + "\n" + "\n".join(f"- {command}" for command in commands) + "\n"

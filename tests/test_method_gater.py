@@ -22,7 +22,9 @@ def images() -> Tensor:
 # --- improved_semhash
 
 
-def semhash_by_hand(logits: Tensor, noise_std: float, hard_probability: float, threshold: float, seed: int) -> Tensor:
+def semhash_by_hand(
+    logits: Tensor, noise_std: float, hard_probability: float, threshold: float, slope: float, seed: int
+) -> Tensor:
     """Equations 4 to 7, gate by gate: noise is drawn first, then one number per sample."""
     generator = seeded(seed)
     noise = torch.randn(logits.shape, generator=generator, dtype=logits.dtype).tolist()
@@ -33,7 +35,7 @@ def semhash_by_hand(logits: Tensor, noise_std: float, hard_probability: float, t
         if coin < hard_probability:
             gates.append([1.0 if g > threshold else 0.0 for g in noisy])
         else:
-            gates.append([max(0.0, min(1.0, 1.2 / (1 + math.exp(-g)) - 0.1)) for g in noisy])
+            gates.append([max(0.0, min(1.0, 1.2 / (1 + math.exp(-slope * g)) - 0.1)) for g in noisy])
     return torch.tensor(gates, dtype=logits.dtype)
 
 
@@ -42,14 +44,27 @@ def semhash_by_hand(logits: Tensor, noise_std: float, hard_probability: float, t
     noise_std=st.floats(0, 3),
     hard_probability=st.floats(0, 1),
     threshold=st.floats(-1, 1),
+    slope=st.none() | st.floats(0.5, 8),
     seed=st.integers(0, 10_000),
 )
 @settings(max_examples=50, deadline=None)
-def test_training_gates_are_those_of_the_plain_reference(shape, noise_std, hard_probability, threshold, seed):
+def test_training_gates_are_those_of_the_plain_reference(shape, noise_std, hard_probability, threshold, slope, seed):
     logits = 3 * torch.randn(shape, generator=seeded(seed + 1), dtype=torch.float64)
     options = {"noise_std": noise_std, "hard_probability": hard_probability, "threshold": threshold}
-    gates = improved_semhash(logits, training=True, **options, generator=seeded(seed))
-    torch.testing.assert_close(gates, semhash_by_hand(logits, **options, seed=seed), rtol=0, atol=1e-12)
+    gates = improved_semhash(logits, training=True, **options, slope=slope, generator=seeded(seed))
+    expected = semhash_by_hand(logits, **options, slope=1.0 if slope is None else slope, seed=seed)
+    torch.testing.assert_close(gates, expected, rtol=0, atol=1e-12)
+
+
+def test_steep_gates_have_the_gradient_of_the_papers():
+    gradients = []
+    for slope in (None, 5.0, torch.tensor(5.0)):
+        logits = torch.linspace(-4, 4, 60).view(6, 10).requires_grad_()
+        improved_semhash(logits, training=True, slope=slope, generator=seeded(4)).sum().backward()
+        gradients.append(logits.grad)
+    assert gradients[0] is not None
+    assert gradients[0].count_nonzero() > 20
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:])
 
 
 @given(rows=st.lists(st.lists(st.floats(-5, 5, width=32), min_size=3, max_size=3), min_size=1, max_size=5))

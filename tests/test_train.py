@@ -26,7 +26,7 @@ from gaternet.gating import gate
 from gaternet.ledger import describe_run
 from gaternet.loader import make_batches
 from gaternet.machine import collect_signals, make_accelerator
-from gaternet.method import GaterNet
+from gaternet.method import Gater, GaterNet
 from gaternet.models import create_model
 from gaternet.network import WithAuxiliary
 from gaternet.recipe import Runtime
@@ -282,11 +282,12 @@ def test_an_auxiliary_classifier_teaches_the_extractor_and_is_not_kept(tmp_path,
     assert "auxiliary_loss" not in records(without, "step")[0]
 
 
-def test_the_gates_noise_falls(tmp_path, monkeypatch):
-    found = []
+def test_the_gates_noise_falls_and_their_slope_rises(tmp_path, monkeypatch):
+    found, slopes = [], []
 
     def noted(model, *rest):
         found.append(model.gater.noise_std)
+        slopes.append(model.gater.slope)
         return training_step(model, *rest)
 
     monkeypatch.setattr(gaternet.step, "training_step", noted)
@@ -297,7 +298,11 @@ def test_the_gates_noise_falls(tmp_path, monkeypatch):
     assert isinstance(trained, GaterNet)
     assert trained.gater.noise_std == 0.5  # to go on with
     given = create_model("resnet8_gated", 10, 1, extractor="resnet8", noise_std=0.25)
-    train(recipe, tmp_path / "given", CPU, network=given)
+    train(replace(recipe, gating=replace(recipe.gating, final_slope=5.0)), tmp_path / "given", CPU, network=given)
+    assert slopes[:10] == [None] * 10
+    assert slopes[10:] == pytest.approx([1 + 0.4 * step for step in range(10)])
+    assert isinstance(given.gater, Gater)
+    assert given.gater.slope is None
     assert found[10:] == pytest.approx([0.25 * (1 - step / 10) for step in range(10)])
 
 

@@ -29,6 +29,7 @@ def improved_semhash(
     noise_std: float | Float[Tensor, ""] = 1.0,
     hard_probability: float = 0.5,
     threshold: float = 0.0,
+    slope: float | Float[Tensor, ""] | None = None,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "batch gates"]:
     """Turn gate pre-activations g' into gates, with a gradient (equations 4 to 7).
@@ -42,6 +43,7 @@ def improved_semhash(
         noise_std: standard deviation of the Gaussian noise, the paper's is 1; a number, or a tensor of one.
         hard_probability: chance, in [0, 1], that a sample's gates are hard, the paper's is 1/2.
         threshold: a hard gate is open where its (noisy) logit is above this, the paper's is 0.
+        slope: of the soft gates' sigmoid, above 0; their gradient stays that of slope 1. Default: the paper's, 1.
         generator: source of the noise and of the mixing, on the device of `logits`; default: PyTorch's own.
     """
     if not training:
@@ -51,6 +53,9 @@ def improved_semhash(
     soft = (1.2 * noisy.sigmoid() - 0.1).clamp(0, 1)  # (5)
     hard = (noisy > threshold).to(soft.dtype)  # (6)
     hard = hard + (soft - soft.detach())  # straight-through: the value of `hard`, the gradient of `soft`
+    if slope is not None:
+        steep = (1.2 * (slope * noisy).sigmoid() - 0.1).clamp(0, 1)
+        soft = steep.detach() + (soft - soft.detach())
     is_hard = torch.rand(logits.shape[0], 1, generator=generator, device=logits.device) < hard_probability  # (B, 1)
     return torch.where(is_hard, hard, soft)  # (7)
 
@@ -74,6 +79,9 @@ class Gater(nn.Module):
         batch_norm: whether D has the BatchNorm.
         initial_bias: FC2's bias at the start. 0 is the paper's: about half of the gates start open. 2 starts "open".
         noise_std, hard_probability, threshold: see `improved_semhash`.
+
+    Attributes:
+        slope: see `improved_semhash`; training may change it from step to step.
     """
 
     def __init__(
@@ -105,6 +113,7 @@ class Gater(nn.Module):
         self.noise_std: float | Tensor = noise_std
         self.hard_probability = hard_probability
         self.threshold = threshold
+        self.slope: float | Tensor | None = None
 
     def logits(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch gates"]:
         """The gate pre-activations g' (equations 2 and 3)."""
@@ -140,6 +149,7 @@ class Gater(nn.Module):
             noise_std=self.noise_std,
             hard_probability=self.hard_probability,
             threshold=self.threshold,
+            slope=self.slope,
             generator=generator,
         )
 

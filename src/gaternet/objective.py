@@ -17,11 +17,13 @@ class Schedule(NamedTuple):
         rate: the learning rate, of groups of parameters whose scale is 1.
         noise: factor, in [0, 1], of the noise on the gates' logits.
         ramp: factor, in [0, 1], of the penalty on gates.
+        slope: of the soft gates, above 0.
     """
 
     rate: float | Tensor
     noise: float | Tensor
     ramp: float | Tensor
+    slope: float | Tensor
 
 
 def schedule(recipe: Recipe, step: int, steps_per_epoch: int) -> Schedule:
@@ -31,6 +33,7 @@ def schedule(recipe: Recipe, step: int, steps_per_epoch: int) -> Schedule:
         learning_rate(recipe.optimizer, step, steps_per_epoch, recipe.epochs),
         noise_scale(recipe.gating, epoch / recipe.epochs),
         penalty_ramp(recipe.gating, epoch),
+        1 + (recipe.gating.final_slope - 1) * epoch / recipe.epochs,
     )
 
 

@@ -68,6 +68,9 @@ class Gating:
     )
     noise_std: float = option(1.0, "standard deviation of the noise on the gates' logits in training")
     anneal_noise: bool = option(False, "let the noise fall linearly, to 0 at the end of training")
+    final_slope: float = option(
+        1.0, "slope of the soft gates at the end of training, from 1 at its start; their gradient stays that of 1"
+    )
     hard_probability: float = option(0.5, "chance that a training sample's gates are hard")
     sparsity: float = option(0.0, "lambda: weight of the share of open gates in the loss")
     target_density: float | None = option(None, "share of open gates to steer to, in place of lambda")
@@ -88,6 +91,7 @@ class Gating:
         _check(self, "bottleneck", self.bottleneck >= 1, "at least 1")
         _check(self, "noise_std", self.noise_std >= 0, "at least 0")
         _check(self, "hard_probability", 0 <= self.hard_probability <= 1, "in [0, 1]")
+        _check(self, "final_slope", self.final_slope > 0, "above 0")
         _check(self, "initial_bias", not (self.open and self.initial_bias), "left out where open is set")
         _check(self, "sparsity", self.sparsity >= 0, "at least 0")
         target = self.target_density

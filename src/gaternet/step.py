@@ -55,7 +55,7 @@ class TrainingStep:
         self.set_rate(now.rate)
         self.optimizer.zero_grad()
         inputs, targets = self.to_input(images), self.teacher(images) if self.teacher else None
-        with _scaled_noise(self.gater, now.noise):
+        with _scheduled(self.gater, self.recipe, now):
             sums = training_step(
                 self.model, inputs, labels, self.recipe, now.ramp, self.accelerator, self.density_of, targets
             )
@@ -182,14 +182,16 @@ def training_step(
 
 
 @contextmanager
-def _scaled_noise(gater: Gater | None, scale: float | Tensor) -> Iterator[None]:
-    """The gater's noise times `scale`, for a step; what is saved is the whole."""
+def _scheduled(gater: Gater | None, recipe: Recipe, now: Schedule) -> Iterator[None]:
+    """The gater's noise and slope as they are now, for a step; what is saved is as before."""
     if gater is None:
         yield
         return
-    whole = gater.noise_std
-    gater.noise_std = whole * scale
+    noise_std, slope = gater.noise_std, gater.slope
+    gater.noise_std = noise_std * now.noise
+    if recipe.gating.final_slope != 1:
+        gater.slope = now.slope
     try:
         yield
     finally:
-        gater.noise_std = whole
+        gater.noise_std, gater.slope = noise_std, slope
