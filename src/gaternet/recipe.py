@@ -209,7 +209,11 @@ class Runtime:
     precision: Literal["auto", "no", "bf16", "fp16"] = option("auto", "no, bf16, fp16, or auto: bf16 where fast")
     channels_last: bool = option(True, "keep images as NHWC in memory")
     compile: bool = option(False, "compile the model with torch.compile")
-    cuda_graph: bool = option(True, "on one GPU: record the training step as a CUDA graph, and replay that")
+    cuda_graph: bool = option(
+        True,
+        "on one GPU: record the training step as a CUDA graph, and replay that; off for "
+        "networks that wait for the GPU, or decide at random on the processor",
+    )
     workers: int | None = option(None, "processes that read image files; default: one a core, at most 8")
     log_every: int = option(20, "steps between lines in metrics.jsonl")
     save_minutes: float = option(5.0, "minutes between checkpoints within an epoch; each epoch ends with one anyway")
