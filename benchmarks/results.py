@@ -51,11 +51,13 @@ def places(ledger: list[dict[str, Any]]) -> str:
     found = []
     for line in ledger:
         if line["as_published"]:
-            where = f"{machine_of(line)}, {line['precision']} precision, {line['seconds'] / 60:.0f} minutes"
+            where = f"{machine_of(line)}, {line['precision']} precision (commit {line['commit']})"
             for part in line.get("resumed", []):
-                where += f"; from epoch {part['epoch']} on {machine_of(part)}, {part['precision']} precision"
-            found.append(f"- `{line['command']}`: {where} (commit {line['commit']})\n")
-    return "\n" + "".join(found).replace("no precision", "full precision") if found else ""
+                where += f", from epoch {part['epoch']} on {machine_of(part)}, {part['precision']} precision "
+                where += f"(commit {part['commit']})"
+            found.append(f"- `{line['command']}`: {where}, {line['seconds'] / 60:.0f} minutes\n")
+    text = "\nWhere these were trained, some side by side with others on one GPU:\n\n"
+    return text + "".join(found).replace("no precision", "full precision") if found else ""
 
 
 def by_options(ledger: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:

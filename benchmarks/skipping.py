@@ -163,7 +163,7 @@ def on_gpu(rounds: int) -> None:
             images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
             engines = ("eager", "channels_last", "inductor")
             timings = bench(model, images, DENSITIES, engines, rounds=rounds, seconds=0.1, note=print)
-            precision = "bfloat16" if dtype == torch.bfloat16 else "float32, products in TF32"
+            precision = "bfloat16" if dtype == torch.bfloat16 else "float32, convolutions in TF32"
             found["parts"].append({"precision": precision, "timings": rows(timings)})
             GPU_RESULT.write_text(json.dumps(found, indent=2) + "\n")
             print_rows(rows(timings))

@@ -37,8 +37,8 @@ def skipping() -> str:
         "the error of CIFAR-10's ResNet-20, fine-tuned for two epochs to half of its filters. Its first stage has 16 "
     )
     text += "filters, so 16 is a whole layer there.\n\n"
-    wanted = ("resnet20", "filters", 2)
-    tuned = [line for line in read_finetuned() if (line["model"], line["half"], line["epochs"]) == wanted]
+    wanted = {"model": "resnet20", "half": "filters", "epochs": 2, "final_slope": 1}
+    tuned = [line for line in read_finetuned() if wanted.items() <= line.items()]
     rows = []
     for size, timings in found["groups"].items():
         (row,) = [row for row in timings if row["name"] == "skipped"]

@@ -110,7 +110,8 @@ def main() -> None:
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--no-cuda-graph", action="store_true", help="on a GPU: run each step anew")
     parser.add_argument("--compile", action="store_true", help="compile the models")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/training.json"))
+    name = "training_gpu.json" if torch.cuda.is_available() else "training.json"
+    parser.add_argument("--out", type=Path, default=Path("docs/results") / name)
     args = parser.parse_args()
     runtime = replace(Runtime(), precision=args.precision, cuda_graph=not args.no_cuda_graph, compile=args.compile)
     names = {"plain": f"resnet{args.depth}", "extractor": "resnet20", "gated": f"resnet{args.depth}_gated"}

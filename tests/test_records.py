@@ -61,10 +61,11 @@ def test_seeds_share_a_row_and_options_have_their_own():
 
 def test_published_rows_say_where_they_were_trained():
     line = _line("cifar10_resnet20_gated", 1, 7.0)
-    there = "- `gaternet train cifar10_resnet20_gated --seed 1`: P, 2 cores, full precision, 1 minutes"
-    assert f"\n{there} (commit abc)\n" in results.paper_rows([line])
-    line["resumed"] = [{"epoch": 3, "precision": "bf16", "machine": {"gpus": ["G"], "processor": "Q", "cores": 4}}]
-    assert f"\n{there}; from epoch 3 on G, bf16 precision (commit abc)\n" in results.paper_rows([line])
+    there = "\n- `gaternet train cifar10_resnet20_gated --seed 1`: P, 2 cores, full precision (commit abc)"
+    assert f"{there}, 1 minutes\n" in results.paper_rows([line])
+    other = {"epoch": 3, "precision": "bf16", "commit": "abd", "machine": {"gpus": ["G"], "processor": "Q", "cores": 4}}
+    text = results.paper_rows([{**line, "resumed": [other]}])
+    assert f"{there}, from epoch 3 on G, bf16 precision (commit abd), 1 minutes\n" in text
 
 
 def test_a_study_lists_all_that_it_asks_and_nothing_of_the_other():

@@ -134,10 +134,17 @@ def test_runs_share_the_gpus_that_were_given(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "at_once", "code", "serves"), [(1, 2, 0, True), (1, 1, 0, False), (2, 2, 0, False), (1, 2, 1, False)]
+    ("gpus", "at_once", "code", "works", "serves"),
+    [
+        (1, 2, 0, True, True),
+        (1, 1, 0, True, False),
+        (2, 2, 0, True, False),
+        (1, 2, 1, True, False),
+        (1, 2, 0, False, False),
+    ],
 )
-def test_runs_on_one_gpu_run_side_by_side(tmp_path, monkeypatch, gpus, at_once, code, serves):
-    """NVIDIA's service is started for them, and ended; where it cannot be started, they go on without."""
+def test_runs_on_one_gpu_run_side_by_side(tmp_path, monkeypatch, gpus, at_once, code, works, serves):
+    """NVIDIA's service is started for them, and ended; where it does not work, they go on without."""
     found, control = [], tmp_path / "nvidia-cuda-mps-control"
     control.write_text(
         f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES: ${{1:-$(cat)}} $CUDA_MPS_PIPE_DIRECTORY" >> {tmp_path}/log\n'
@@ -150,6 +157,8 @@ def test_runs_on_one_gpu_run_side_by_side(tmp_path, monkeypatch, gpus, at_once, 
         job.state = "finished"
 
     monkeypatch.setattr(Job, "start", start)
+    monkeypatch.setattr("gaternet.machine._USE_GPU", "print()" if works else "raise SystemExit(1)")
+    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join("345"[:gpus]))
     sweep(make_jobs([PLAIN], [0], tmp_path / "runs"), tmp_path / "ledger.jsonl", at_once=at_once)
@@ -165,7 +174,8 @@ def test_runs_on_one_gpu_run_side_by_side(tmp_path, monkeypatch, gpus, at_once, 
         assert not Path(folder).exists()
     else:
         assert not any("CUDA_MPS_PIPE_DIRECTORY" in environment for environment in found)
-        assert len(log) == (2 if code else 0)
+        tried = (gpus, at_once) == (1, 2)
+        assert [line.split()[1] for line in log if line] == ["-d", "quit"] * tried
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "mine")  # one runs already
     sweep(make_jobs([PLAIN], [1], tmp_path / "runs"), tmp_path / "ledger.jsonl", at_once=at_once)
     assert not any(name.startswith("CUDA_MPS") for name in found[-1])

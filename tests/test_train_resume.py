@@ -98,9 +98,42 @@ def test_a_run_that_goes_on_elsewhere_says_so(tmp_path, monkeypatch):
     line = describe_run(run)
     assert (line["machine"]["gpus"], line["precision"]) == (["a GPU"], "bf16")
     (place,) = line["resumed"]
-    assert (place["epoch"], place["precision"], place["machine"]["gpus"]) == (2, "no", [])
+    assert (place["epoch"], place["precision"], place["processes"], place["machine"]["gpus"]) == (2, "no", 1, [])
     train(small("resnet20"), run, CPU, resume=True)  # does nothing
     assert describe_run(run)["resumed"] == [place]
+
+
+def test_a_run_without_a_checkpoint_that_starts_again_elsewhere_says_so(finished, tmp_path):
+    shutil.copytree(finished, run := tmp_path / "run")
+    (run / "training.pt").unlink()
+    (run / "metrics.jsonl").unlink()
+    config = json.loads((run / "config.json").read_text())
+    config["machine"]["threads"] += 1
+    (run / "config.json").write_text(json.dumps(config))
+    directory = RunDirectory(run)
+    directory.resume(config)
+    directory.close()
+    assert "resumed" not in json.loads((run / "config.json").read_text())  # threads make no other machine
+    config["commit"] = "another"
+    (run / "config.json").write_text(json.dumps(config))
+    for precision in ("bf16", "no"):  # the first comes to nothing
+        directory.resume(config, here={"precision": precision})
+        directory.close()
+    (place,) = json.loads((run / "config.json").read_text())["resumed"]
+    assert (place["epoch"], place["precision"]) == (1, "no")
+
+
+def test_a_run_goes_on_with_the_optimizer_that_is_fast_here(finished, tmp_path):
+    shutil.copytree(finished, run := tmp_path / "run")
+    state = torch.load(run / "training.pt", weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        assert group["fused"] is True
+        group["fused"] = False
+    state["epoch"], state["step"] = 1, 5
+    torch.save(state, run / "training.pt")
+    config = json.loads((run / "config.json").read_text())
+    train(small(ema_decay=0.9), run, CPU, seed=config["seed"], resume=True)
+    assert torch.load(run / "training.pt", weights_only=True)["optimizer"]["param_groups"][0]["fused"] is True
 
 
 def test_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_path):

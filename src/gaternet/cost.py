@@ -143,16 +143,18 @@ class _Terms:
                 sides[1].append(writes)
                 weights.append(cost.conv.macs_per_pair)
         self.full = sum(cost.conv.macs for cost in convs if not _always_open(cost))
-        self._constants = torch.tensor(weights, dtype=torch.float64), *(part for side in sides for part in _ends(side))
+        runs = (constant for side in sides for constant in _runs(side, num_gates + 1))
+        self._constants = torch.tensor(weights, dtype=torch.float64), *runs
         self._moved: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}  # the same where gates were before
 
     def __call__(self, gates: Float[Tensor, "batch columns"]) -> Float[Tensor, " batch"]:
         place = gates.device, gates.dtype
         if place not in self._moved:
-            weights, *sides = self._constants
-            self._moved[place] = [weights.to(gates), *(side.to(gates.device) for side in sides)]
-        weights, *sides = self._moved[place]
-        open_channels, open_filters = _sums(gates, *sides[:2]), _sums(gates, *sides[2:])  # (B, terms)
+            moved = (each.to(gates) if each.is_floating_point() else each.to(gates.device) for each in self._constants)
+            self._moved[place] = list(moved)
+        weights, *runs = self._moved[place]
+        before = F.pad(gates.cumsum(1), (1, 0))  # (B, columns + 1): the sum of all columns before each
+        open_channels, open_filters = _sums(before, *runs[:4]), _sums(before, *runs[4:])  # (B, terms)
         return (open_channels * open_filters) @ weights
 
 
@@ -160,15 +162,22 @@ def _always_open(cost: ConvCost) -> bool:
     return bool((cost.reads == ALIVE).all() and (cost.writes == ALIVE).all())
 
 
-def _ends(columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """All terms' columns behind each other, and where each term's begin and the last's end, (terms + 1,)."""
-    sizes = torch.tensor([len(some) for some in columns], dtype=torch.long)
-    return torch.cat([*columns, torch.zeros(0, dtype=torch.long)]), torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+def _runs(terms: Sequence[Tensor], width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The terms' columns as runs of neighbours: first column, the one behind the last, how often, (runs,) each.
 
-
-def _sums(gates: Tensor, columns: Tensor, ends: Tensor) -> Tensor:
-    """The sum of each term's gates, (B, terms): what was summed up to its end, less that up to its beginning.
-
-    In place of a sparse product, which no CUDA graph can record.
+    The last are the numbers of runs before each term, and of all, (terms + 1,). Column ALIVE is the last of `width`.
     """
-    return F.pad(gates.index_select(1, columns % gates.shape[1]).cumsum(1), (1, 0)).index_select(1, ends).diff(dim=1)
+    runs = []
+    for columns in terms:
+        found, often = (columns % width).unique(return_counts=True)
+        breaks = ((found.diff() != 1) | (often.diff() != 0)).nonzero()[:, 0]
+        first, last = F.pad(breaks + 1, (1, 0)), F.pad(breaks, (0, 1), value=len(found) - 1)
+        runs.append(torch.stack([found[first], found[last] + 1, often[first]]))
+    first, stop, often = torch.cat([*runs, torch.zeros(3, 0, dtype=torch.long)], 1)
+    return first, stop, often.double(), torch.tensor([0, *(run.shape[1] for run in runs)]).cumsum(0)
+
+
+def _sums(before: Tensor, first: Tensor, stop: Tensor, often: Tensor, ends: Tensor) -> Tensor:
+    """The sum of each term's gates, (B, terms), from running sums, since no CUDA graph takes sparse products."""
+    parts = (before.index_select(1, stop) - before.index_select(1, first)) * often
+    return F.pad(parts.cumsum(1), (1, 0)).index_select(1, ends).diff(dim=1)

@@ -4,9 +4,10 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def shared_gpu() -> Iterator[dict[str, str]]:
     """The environment of processes whose kernels are to run side by side on the one GPU that this process sees.
 
     Without NVIDIA's Multi-Process Service (MPS) they take turns, and nothing is gained. It is started, and ended; where
-    it is not installed, or runs already, the environment is empty.
+    it is not installed, does not work, or seems to run already, the environment is empty.
     """
     control = shutil.which("nvidia-cuda-mps-control")
     runs = "CUDA_MPS_PIPE_DIRECTORY" in os.environ or Path("/tmp/nvidia-mps/control").exists()
@@ -72,20 +73,35 @@ def shared_gpu() -> Iterator[dict[str, str]]:
         yield {}
         return
     with tempfile.TemporaryDirectory(prefix="gaternet-mps-", ignore_cleanup_errors=True) as folder:
-        environment = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
-        ours: dict[str, Any] = {"env": {**os.environ, **environment}, "stdout": subprocess.DEVNULL, "timeout": 60}
-        ours["stderr"] = subprocess.DEVNULL
-        started = False
-        with suppress(OSError, subprocess.TimeoutExpired):
-            started = subprocess.run([control, "-d"], **ours).returncode == 0
-        if started and "CUDA_VISIBLE_DEVICES" in os.environ:
+        service = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
+        environment = dict(service)
+        if "CUDA_VISIBLE_DEVICES" in os.environ:
             environment["CUDA_VISIBLE_DEVICES"] = "0"  # its processes count from the first that the service sees
         try:
-            yield environment if started else {}
+            works = _runs([control, "-d"], service) and _runs([sys.executable, "-c", _USE_GPU], environment)
+            yield environment if works else {}
         finally:
-            if started:
-                with suppress(OSError, subprocess.TimeoutExpired):
-                    subprocess.run([control], input=b"quit\n", **ours)
+            _runs([control], service, b"quit\n")
+
+
+_USE_GPU = "import torch; torch.ones(1, device='cuda').item()"
+
+
+def _runs(command: list[str], environment: Mapping[str, str], said: bytes = b"") -> bool:
+    """Whether a command ends well, in a session of its own, so that Ctrl-C does not reach it."""
+    try:
+        ended = subprocess.run(
+            command,
+            env={**os.environ, **environment},
+            input=said,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=60,
+            start_new_session=True,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return ended.returncode == 0
 
 
 @contextmanager

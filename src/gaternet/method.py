@@ -131,7 +131,9 @@ class Gater(nn.Module):
 
     def decide(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch gates"]:
         """D (equation 3): pre-activations g' in the weights' precision, which for noise matters under autocast."""
-        return self.fc2(F.relu(self.norm(self.fc1(features)))).to(self.fc2.weight.dtype)
+        logits = self.fc2(F.relu(self.norm(self.fc1(features))))
+        weight = self.fc2.weight  # of a quantised layer something else
+        return logits.to(weight.dtype) if isinstance(weight, Tensor) and weight.is_floating_point() else logits
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], generator: torch.Generator | None = None

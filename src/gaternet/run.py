@@ -50,11 +50,11 @@ class RunDirectory:
         checkpoint.write_json(self.path / CONFIG, {**config, "started": _now(), **describe_machine()})
 
     def resume(
-        self, config: Mapping[str, Any], main: bool = True, precision: str | None = None
+        self, config: Mapping[str, Any], main: bool = True, here: Mapping[str, Any] | None = None
     ) -> dict[str, Any] | None:
         """The training state to continue from, None where none was saved yet.
 
-        A run that goes on with another machine, software or precision says so in its config.
+        A run that goes on with another machine or software, or in another way, `here`, says so in its config.
 
         Raises:
             ValueError: there is no run here, it has other options, or another process is training it.
@@ -79,8 +79,9 @@ class RunDirectory:
             kept = [line for line in self._lines() if line["step"] <= step and state]
             text = "".join(json.dumps(line) + "\n" for line in kept)
             checkpoint.write_atomically(self.path / METRICS, lambda temporary: temporary.write_text(text))
-            if state and state["epoch"] < before["recipe"]["epochs"]:
-                self._note_place(before, {"epoch": state["epoch"] + 1, "precision": precision})
+            epoch = 1 + (state["epoch"] if state else 0)
+            if epoch <= before.get("recipe", {}).get("epochs", epoch):
+                self._note_place(before, {"epoch": epoch, **(here or {})})
         return state
 
     def close(self) -> None:
@@ -115,10 +116,13 @@ class RunDirectory:
 
     def _note_place(self, config: dict[str, Any], position: Mapping[str, Any]) -> None:
         found = {**position, "started": _now(), **describe_machine()}
-        before = {**config, **(config.get("resumed") or [{}])[-1]}
-        if any(before.get(name, found[name]) != found[name] for name in ("machine", "versions", "commit", "precision")):
-            config["resumed"] = [*config.get("resumed", []), found]
-            checkpoint.write_json(self.path / CONFIG, config)
+        earlier = [place for place in config.get("resumed", []) if place["epoch"] < position["epoch"]]
+        before = {**found, **config, **(earlier or [{}])[-1]}  # an older version's config has less
+        ways = ("machine", "versions", "commit", "precision", "processes")
+        changed = any(_but_threads(before[name]) != _but_threads(found[name]) for name in ways if name in found)
+        places = [*earlier, found] if changed else earlier
+        if places != config.get("resumed", []):
+            checkpoint.write_json(self.path / CONFIG, {**config, "resumed": places})
 
     def _remove_leftovers(self) -> None:
         """What a killed run was about to write."""
@@ -199,6 +203,10 @@ def describe_machine() -> dict[str, Any]:
             "gpus": gpus,
         },
     }
+
+
+def _but_threads(value: Any) -> Any:
+    return {**value, "threads": None} if isinstance(value, Mapping) else value
 
 
 def _now() -> str:

@@ -79,6 +79,10 @@ class Progress:
         device = next(self.parts["network"].parameters()).device
         for name in ("epoch_sums", "window_sums"):
             setattr(self, name, {key: value.to(device) for key, value in state[name].items()})
+        optimizer = self.parts["optimizer"]
+        fused = [group["fused"] for group in optimizer.param_groups]
         for name, part in self.parts.items():
             if name != "scaler" or name in state:  # a run may go on in another precision
                 part.load_state_dict(state[name])
+        for group, ours in zip(optimizer.param_groups, fused, strict=True):
+            group["fused"] = ours  # as it is fast here, not where the state was saved

@@ -121,13 +121,26 @@ class StepGraph:
         return result
 
     def record(self, run: Callable[[], Sums]) -> None:
-        """Record what it would do; ValueError if it waits for the GPU, which no graph can."""
+        """Record what it would do.
+
+        Raises:
+            ValueError: it does what no graph can, such as waiting for the GPU. The process should end then.
+            torch.OutOfMemoryError: the graph keeps what it works with for itself.
+        """
         try:
             with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._result = run()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            why = str(error).splitlines()[0]
-            raise ValueError(f"this training step cannot be a CUDA graph ({why}): use --no-cuda-graph") from error
+            first: BaseException = error
+            while first.__context__ is not None:  # leaving the graph fails as well
+                first = first.__context__
+            why = str(first).partition("\n")[0] or type(first).__name__
+            raise ValueError(
+                f"this training step cannot be a CUDA graph ({why}): run it with --no-cuda-graph, "
+                "and with --resume where there is a run already"
+            ) from error
 
     def replay(self) -> Sums:
         """Do what was recorded; what it returns lies where it lay before."""

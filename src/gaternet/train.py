@@ -82,7 +82,7 @@ def train(
         seed: of the weights, the order of images, the augmentation and the gates' noise.
         resume: continue the run that is there.
         network: train this one, a GaterNet say that `gate` made, in place of the recipe's own; its gater's settings
-            stay, and the recipe's do not act on it.
+            stay, and of the recipe's only what changes with time acts on it (`anneal_noise`, `final_slope`).
 
     Returns:
         The metrics of the last epoch, as in metrics.jsonl; accuracies and densities lie in [0, 1].
@@ -229,10 +229,10 @@ def _open_run(
     if given:  # a network that the recipe did not build
         config |= {"network": given}
     with accelerator.main_process_first():  # the others read what the main process has put in order
+        here = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
         if resume:
-            state = run.resume(config, accelerator.is_main_process, accelerator.mixed_precision)
+            state = run.resume(config, accelerator.is_main_process, here)
         elif accelerator.is_main_process:
-            here = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
             run.start({**config, "runtime": asdict(runtime), **here})
     return run, state
 
