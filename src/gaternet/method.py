@@ -133,7 +133,8 @@ class Gater(nn.Module):
         """D (equation 3): pre-activations g' in the weights' precision, which for noise matters under autocast."""
         logits = self.fc2(F.relu(self.norm(self.fc1(features))))
         weight = self.fc2.weight  # of a quantised layer something else
-        return logits.to(weight.dtype) if isinstance(weight, Tensor) and weight.is_floating_point() else logits
+        lowered = isinstance(weight, Tensor) and weight.is_floating_point() and logits.dtype != weight.dtype
+        return logits.to(weight.dtype) if lowered else logits
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], generator: torch.Generator | None = None
