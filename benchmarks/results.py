@@ -55,7 +55,12 @@ def places(ledger: list[dict[str, Any]]) -> str:
             for part in line.get("resumed", []):
                 where += f", from epoch {part['epoch']} on {machine_of(part)}, {part['precision']} precision "
                 where += f"(commit {part['commit']})"
-            found.append(f"- `{line['command']}`: {where}, {line['seconds'] / 60:.0f} minutes\n")
+            where += f", {line['seconds'] / 60:.0f} minutes; training loss {line['train_loss']:.3f}"
+            if gates := line["gates"]:
+                where += (
+                    f"; {100 * gates['density']:.1f} % of the gates open, {100 * gates['dependent']:.1f} % dependent"
+                )
+            found.append(f"- `{line['command']}`: {where}\n")
     text = "\nWhere these were trained, some side by side with others on one GPU:\n\n"
     return text + "".join(found).replace("no precision", "full precision") if found else ""
 

@@ -36,7 +36,7 @@ from gaternet.recipe import Recipe, Runtime
 from gaternet.recipes import find_recipe
 from gaternet.run import describe_machine
 from gaternet.state import Progress
-from gaternet.step import WARM_UP, RecordedStep, TrainingStep, can_be_recorded
+from gaternet.step import WARM_UP, TrainingStep, recorded
 
 BATCH = 128
 PREPROCESSING = Preprocessing(32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -65,11 +65,10 @@ class Stepper:
         self.density_of = None
         if isinstance(self.network, GaterNet):
             self.density_of = make_density(self.network, recipe.gating, self.example)
-        self.train = TrainingStep(
+        step = TrainingStep(
             self.model, self.optimizer, recipe, self.accelerator, self.to_input, density_of=self.density_of
         )
-        if runtime.cuda_graph and can_be_recorded(self.accelerator):
-            self.train = RecordedStep(self.train)
+        self.train = recorded(step, runtime)
         self.seconds: list[float] = []
 
     def step(self) -> None:

@@ -62,10 +62,11 @@ def test_seeds_share_a_row_and_options_have_their_own():
 def test_published_rows_say_where_they_were_trained():
     line = _line("cifar10_resnet20_gated", 1, 7.0)
     there = "\n- `gaternet train cifar10_resnet20_gated --seed 1`: P, 2 cores, full precision (commit abc)"
-    assert f"{there}, 1 minutes\n" in results.paper_rows([line])
+    rest = ", 1 minutes; training loss 0.500; 50.0 % of the gates open, 25.0 % dependent\n"
+    assert there + rest in results.paper_rows([line])
     other = {"epoch": 3, "precision": "bf16", "commit": "abd", "machine": {"gpus": ["G"], "processor": "Q", "cores": 4}}
     text = results.paper_rows([{**line, "resumed": [other]}])
-    assert f"{there}, from epoch 3 on G, bf16 precision (commit abd), 1 minutes\n" in text
+    assert f"{there}, from epoch 3 on G, bf16 precision (commit abd){rest}" in text
 
 
 def test_a_study_lists_all_that_it_asks_and_nothing_of_the_other():

@@ -68,7 +68,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     if not GPU:
         monkeypatch.setattr(gaternet.step, "StepGraph", StandIn)
-        monkeypatch.setattr(gaternet.train, "can_be_recorded", lambda accelerator: True)
+        monkeypatch.setattr(gaternet.step, "can_be_recorded", lambda accelerator: True)
     return StandIn.made
 
 
@@ -76,6 +76,8 @@ def assert_close(first: Path, second: Path) -> None:
     for a, b in zip(records(first, "step"), records(second, "step"), strict=True):
         assert a.pop("kind") == b.pop("kind")
         assert a == pytest.approx(b, rel=1e-2, abs=1e-3)
+    losses = [[line["train_loss"] for line in records(run, "epoch")] for run in (first, second)]  # of all its steps
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     a, b = weights(first), weights(second)
     assert all(torch.allclose(a[name].double(), b[name].double(), rtol=1e-2, atol=1e-3) for name in a)
 

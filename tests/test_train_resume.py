@@ -111,14 +111,12 @@ def test_a_run_without_a_checkpoint_that_starts_again_elsewhere_says_so(finished
     config["machine"]["threads"] += 1
     (run / "config.json").write_text(json.dumps(config))
     directory = RunDirectory(run)
-    directory.resume(config)
-    directory.close()
+    directory.note_place(1, {"precision": "no", "processes": 1})
     assert "resumed" not in json.loads((run / "config.json").read_text())  # threads make no other machine
     config["commit"] = "another"
     (run / "config.json").write_text(json.dumps(config))
-    for precision in ("bf16", "no"):  # the first comes to nothing
-        directory.resume(config, here={"precision": precision})
-        directory.close()
+    directory.note_place(1, {"precision": "bf16", "processes": 1})  # and came to nothing
+    train(small(ema_decay=0.9), run, CPU, resume=True)
     (place,) = json.loads((run / "config.json").read_text())["resumed"]
     assert (place["epoch"], place["precision"]) == (1, "no")
 

@@ -275,7 +275,7 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
     except Exception as error:  # tracing runs the network's own code, which may raise anything
         raise ValueError(
             f"{type(backbone).__name__} cannot be exported with images {tuple(example_input.shape)} "
-            f"({_first_line(error)}): try "
+            f"({first_line(error)}): try "
             "torch.export.export on it, and mend what that names or give images of another shape"
         ) from error
     return Graph(backbone, program, example_input)
@@ -289,12 +289,13 @@ def run_once(network: nn.Module, images: Tensor, name: str) -> Any:
             return network(images)
     except Exception as error:  # the network's own code may raise anything
         raise ValueError(
-            f"{name} cannot take images {tuple(images.shape)} ({_first_line(error)}): give images of another size, or "
+            f"{name} cannot take images {tuple(images.shape)} ({first_line(error)}): give images of another size, or "
             "shrink them less"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without what is below it."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

@@ -52,10 +52,10 @@ def improved_semhash(
     noisy = logits + noise_std * noise  # (4)
     soft = (1.2 * noisy.sigmoid() - 0.1).clamp(0, 1)  # (5)
     hard = (noisy > threshold).to(soft.dtype)  # (6)
-    hard = hard + (soft - soft.detach())  # straight-through: the value of `hard`, the gradient of `soft`
+    straight_through = soft - soft.detach()  # the gradient of `soft` for gates of other values
+    hard = hard + straight_through
     if slope is not None:
-        steep = (1.2 * (slope * noisy).sigmoid() - 0.1).clamp(0, 1)
-        soft = steep.detach() + (soft - soft.detach())
+        soft = (1.2 * (slope * noisy).sigmoid() - 0.1).clamp(0, 1).detach() + straight_through
     is_hard = torch.rand(logits.shape[0], 1, generator=generator, device=logits.device) < hard_probability  # (B, 1)
     return torch.where(is_hard, hard, soft)  # (7)
 

@@ -49,12 +49,8 @@ class RunDirectory:
             raise ValueError(f"{self.path} holds a run already: continue it with --resume, or name another --out")
         checkpoint.write_json(self.path / CONFIG, {**config, "started": _now(), **describe_machine()})
 
-    def resume(
-        self, config: Mapping[str, Any], main: bool = True, here: Mapping[str, Any] | None = None
-    ) -> dict[str, Any] | None:
+    def resume(self, config: Mapping[str, Any], main: bool = True) -> dict[str, Any] | None:
         """The training state to continue from, None where none was saved yet.
-
-        A run that goes on with another machine or software, or in another way, `here`, says so in its config.
 
         Raises:
             ValueError: there is no run here, it has other options, or another process is training it.
@@ -79,10 +75,22 @@ class RunDirectory:
             kept = [line for line in self._lines() if line["step"] <= step and state]
             text = "".join(json.dumps(line) + "\n" for line in kept)
             checkpoint.write_atomically(self.path / METRICS, lambda temporary: temporary.write_text(text))
-            epoch = 1 + (state["epoch"] if state else 0)
-            if epoch <= before.get("recipe", {}).get("epochs", epoch):
-                self._note_place(before, {"epoch": epoch, **(here or {})})
         return state
+
+    def note_place(self, epoch: int, way: Mapping[str, Any]) -> None:
+        """Say in the config that the run goes on here from `epoch` on, if machine, software or `way` are others now.
+
+        `way` has "precision" and "processes".
+        """
+        config = checkpoint.read_json(self.path / CONFIG)
+        found = {"epoch": epoch, **way, "started": _now(), **describe_machine()}
+        earlier = [place for place in config.get("resumed", []) if place["epoch"] < epoch]
+        before = {**found, **config, **(earlier or [{}])[-1]}  # an older version's config has less
+        facts = ("machine", "versions", "commit", "precision", "processes")
+        changed = any(_but_threads(before[name]) != _but_threads(found[name]) for name in facts)
+        places = [*earlier, found] if changed else earlier
+        if places != config.get("resumed", []):
+            checkpoint.write_json(self.path / CONFIG, {**config, "resumed": places})
 
     def close(self) -> None:
         """Let other processes resume the run, which `start` and `resume` forbid; so does the end of this one."""
@@ -113,16 +121,6 @@ class RunDirectory:
             self._lock = lock_folder(self.path, wait=False)
         except BlockingIOError as error:
             raise ValueError(f"another process is training in {self.path}: wait for it or stop it first") from error
-
-    def _note_place(self, config: dict[str, Any], position: Mapping[str, Any]) -> None:
-        found = {**position, "started": _now(), **describe_machine()}
-        earlier = [place for place in config.get("resumed", []) if place["epoch"] < position["epoch"]]
-        before = {**found, **config, **(earlier or [{}])[-1]}  # an older version's config has less
-        ways = ("machine", "versions", "commit", "precision", "processes")
-        changed = any(_but_threads(before[name]) != _but_threads(found[name]) for name in ways if name in found)
-        places = [*earlier, found] if changed else earlier
-        if places != config.get("resumed", []):
-            checkpoint.write_json(self.path / CONFIG, {**config, "resumed": places})
 
     def _remove_leftovers(self) -> None:
         """What a killed run was about to write."""

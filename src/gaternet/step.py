@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gaternet.evaluate import ToInput
+from gaternet.graph import first_line
 from gaternet.method import Gater, gate_sparsity
 from gaternet.objective import Schedule, distillation_loss, gate_penalty
-from gaternet.recipe import Recipe
+from gaternet.recipe import Recipe, Runtime
 
 WARM_UP = 3  # steps before one is recorded: memory, cuDNN's choices and the optimizer's state are settled by then
 
@@ -74,8 +75,8 @@ class RecordedStep:
     What it returns is overwritten by the next call.
     """
 
-    def __init__(self, step: TrainingStep, graph: "StepGraph | None" = None) -> None:
-        self.step, self._graph = step, graph or StepGraph()
+    def __init__(self, step: TrainingStep) -> None:
+        self.step, self._graph = step, StepGraph()
         self._calls = 0
         self._batch: tuple[Tensor, Tensor] | None = None
         self._now = [torch.ones((), device=step.accelerator.device) for _ in Schedule._fields]
@@ -136,9 +137,8 @@ class StepGraph:
             first: BaseException = error
             while first.__context__ is not None:  # leaving the graph fails as well
                 first = first.__context__
-            why = str(first).partition("\n")[0] or type(first).__name__
             raise ValueError(
-                f"this training step cannot be a CUDA graph ({why}): run it with --no-cuda-graph, "
+                f"this training step cannot be a CUDA graph ({first_line(first)}): run it with --no-cuda-graph, "
                 "and with --resume where there is a run already"
             ) from error
 
@@ -146,6 +146,11 @@ class StepGraph:
         """Do what was recorded; what it returns lies where it lay before."""
         self._graph.replay()
         return self._result
+
+
+def recorded(step: TrainingStep, runtime: Runtime) -> TrainingStep | RecordedStep:
+    """The step as a CUDA graph, where that is wanted and can be."""
+    return RecordedStep(step) if runtime.cuda_graph and can_be_recorded(step.accelerator) else step
 
 
 def can_be_recorded(accelerator: Accelerator) -> bool:

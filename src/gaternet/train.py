@@ -50,7 +50,7 @@ from gaternet.progress import TrainingDisplay
 from gaternet.recipe import Recipe, Runtime
 from gaternet.run import RunDirectory
 from gaternet.state import Progress
-from gaternet.step import RecordedStep, TrainingStep, can_be_recorded
+from gaternet.step import TrainingStep, recorded
 
 
 class TrainingError(RuntimeError):
@@ -130,8 +130,7 @@ def train(
     step = TrainingStep(
         model, optimizer, recipe, accelerator, to_input, density_of=density_of, gater=gater, teacher=teacher
     )
-    if runtime.cuda_graph and can_be_recorded(accelerator):
-        step = RecordedStep(step)
+    step = recorded(step, runtime)
     progress = Progress(network, optimizer, ema, accelerator, auxiliary)
     if runtime.tensorboard:
         import_tensorboard()
@@ -151,6 +150,8 @@ def train(
     ):
         if progress.epoch == recipe.epochs:
             return run.epochs()[-1]
+        if resume and main:
+            run.note_place(progress.epoch + 1, _way(accelerator))
         display.line(_title(recipe, network, data, accelerator))
         for epoch in range(progress.epoch, recipe.epochs):
             set_training_mode(network, recipe)
@@ -229,12 +230,15 @@ def _open_run(
     if given:  # a network that the recipe did not build
         config |= {"network": given}
     with accelerator.main_process_first():  # the others read what the main process has put in order
-        here = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
         if resume:
-            state = run.resume(config, accelerator.is_main_process, here)
+            state = run.resume(config, accelerator.is_main_process)
         elif accelerator.is_main_process:
-            run.start({**config, "runtime": asdict(runtime), **here})
+            run.start({**config, "runtime": asdict(runtime), **_way(accelerator)})
     return run, state
+
+
+def _way(accelerator: Accelerator) -> dict[str, Any]:
+    return {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
 
 
 def _check_loss(window: Mapping[str, float], epoch: int, step: int) -> None:
