@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_networks import IMAGES, Net, conv, norm, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from gaternet import count_macs, find_sites
-from gaternet.cost import CostModel, count_dense_macs
+from gaternet.channels import ALIVE
+from gaternet.cost import CostModel, _runs, _sums, count_dense_macs
 from gaternet.graph import read_graph
 from gaternet.method import Gater, GaterNet, GateSite
 from gaternet.models.cifar_resnet import BasicBlock, CifarResNet
@@ -362,3 +365,17 @@ def test_attention_layers_are_counted():
 class Transposed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2)
+
+
+@given(
+    terms=st.lists(st.lists(st.sampled_from([ALIVE, *range(6)]), min_size=1, max_size=9), max_size=4),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None)
+def test_sums_of_runs_are_those_of_single_columns(terms, seed):
+    """However often a column comes, and in whatever order."""
+    gates = torch.rand(3, 7, dtype=torch.float64, generator=seeded(seed))
+    gates[:, ALIVE] = 1
+    found = _sums(F.pad(gates.cumsum(1), (1, 0)), *_runs([torch.tensor(term) for term in terms], 7))
+    expected = torch.stack([gates[:, term].sum(1) for term in terms], 1) if terms else gates[:, :0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
