@@ -183,6 +183,8 @@ def test_gater_passes_its_options_on(images):
             assert torch.equal(g(images), (logits > g.threshold).float())
     g.train().hard_probability = 0.0
     torch.testing.assert_close(g(images), (1.2 * g.logits(images).sigmoid() - 0.1).clamp(0, 1))
+    g.slope = 5.0
+    torch.testing.assert_close(g(images), (1.2 * (5 * g.logits(images)).sigmoid() - 0.1).clamp(0, 1))
     g.noise_std = 2.0
     assert torch.equal(g(images, seeded(0)), g(images, seeded(0)))
     assert not torch.equal(g(images, seeded(0)), g(images, seeded(1)))

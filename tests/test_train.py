@@ -28,7 +28,7 @@ from gaternet.loader import make_batches
 from gaternet.machine import collect_signals, make_accelerator
 from gaternet.method import Gater, GaterNet
 from gaternet.models import create_model
-from gaternet.network import WithAuxiliary
+from gaternet.network import WithAuxiliary, load_teacher
 from gaternet.recipe import Runtime
 from gaternet.run import RunDirectory, find_model
 from gaternet.step import training_step
@@ -224,6 +224,17 @@ def test_compile_bf16_and_tensorboard_options_work(tmp_path, monkeypatch):
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
     plain = train(small(epochs=1), tmp_path / "plain", CPU)
     assert abs(plain["train_loss"] - record["train_loss"]) < 0.2
+
+
+def test_a_teacher_sees_images_as_it_did_when_it_learned(finished):
+    recipe = small("resnet20", teacher=str(finished))
+    data = load_data(recipe.data)
+    teacher = load_teacher(recipe, data, make_accelerator(CPU))
+    assert teacher is not None
+    pixels = torch.stack([torch.as_tensor(data.test[i][0]) for i in range(8)])
+    known, _ = load_model(finished / "last")
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(pixels), known.eval()(data.preprocessing.normalize(pixels)))
 
 
 def test_a_network_learns_from_its_teacher(finished, tmp_path):
