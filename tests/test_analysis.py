@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ import torch
 from analyzed_model import IMAGES, LABELS, MODEL, PIXELS, make_model
 from sklearn.metrics import mutual_info_score
 from torch import Tensor, nn
+from torch.nn import functional
 
-from gaternet import GateAnalysis, Gater, analyze, count_macs, create_model, gate
+from gaternet import GateAnalysis, Gater, GaterNet, GateSite, analyze, count_macs, create_model, gate
 from gaternet.analysis import THUMBNAIL, mutual_information, thumbnail
-from gaternet.forcing import class_gates, force_gates
+from gaternet.forcing import class_gates, exchange_gates, force_gates
 
 
 def batches(size: int = 32, labels: bool = True) -> list[Any]:
@@ -289,6 +291,61 @@ def test_forced_gates_by_hand(analysis, truth):
             assert np.isnan(effect.forced[value, row, 5:]).all()
     assert found.before[:5] == pytest.approx([right(gates)[labels == label].mean() for label in range(5)])
     assert np.isnan(found.before[5:]).all()
+
+
+class Told(GaterNet):
+    """Predicts the class of the image, or that of its gates, and notes whose gates each image gets."""
+
+    def __init__(self, reads_gates: bool) -> None:
+        super().__init__(nn.Conv2d(4, 4, 1), nn.Identity(), [GateSite("", "", 0, 4)])
+        self.reads_gates = reads_gates
+        self.pairs: list[np.ndarray] = []
+
+    def gates(self, images: Tensor) -> Tensor:
+        return images[:, :, 0, 0]
+
+    def forward_gated(self, images: Tensor, gates: Tensor) -> Tensor:
+        self.pairs.append(torch.stack([images[:, 3, 0, 0], gates[:, 3]], 1).long().numpy())
+        return (gates if self.reads_gates else images[:, :, 0, 0])[:, :3]
+
+
+def told_images(number: int) -> tuple[Tensor, Tensor]:
+    """Three channels that say the class, and one that numbers the images."""
+    labels = torch.arange(number) % 3
+    channels = torch.cat([functional.one_hot(labels, 3), torch.arange(number)[:, None]], 1)
+    return channels.float()[:, :, None, None], labels
+
+
+def test_gates_of_other_images_by_hand():
+    images, labels = told_images(60)
+    loader = list(zip(images.split(40), labels.split(40), strict=True))
+    looks, reads = Told(False), Told(True)
+    assert astuple(exchange_gates(looks, loader, images=60)) == (1, 1, 1, 0)
+    assert astuple(exchange_gates(reads, loader, images=60)) == (1 / 3, 1, 0, 1)  # no gate is open for most of them
+    same, other, _ = looks.pairs
+    assert sorted(same[:, 0]) == sorted(same[:, 1]) == list(range(60))
+    assert (same[:, 0] != same[:, 1]).all()
+    assert (same[:, 0] % 3 == same[:, 1] % 3).all()
+    assert 30 < len(other) < 50  # of pairs drawn at random a third are of one class
+    assert (other[:, 0] % 3 != other[:, 1] % 3).all()
+
+    lonely = exchange_gates(reads, [(images[:3], labels[:3])])
+    assert math.isnan(lonely.same)
+    assert (lonely.image, lonely.gates) == (0, 1)
+    alike = exchange_gates(reads, [(images[::3], labels[::3])])
+    assert (alike.usual, alike.same) == (1, 1)
+    assert math.isnan(alike.image)
+    assert math.isnan(alike.gates)
+
+
+def test_exchanged_gates_are_part_of_forced_ones(analysis):
+    found = force_gates(MODEL, batches(), analysis, preprocessing=PIXELS, images=90).exchanged
+    inputs, labels = PIXELS.normalize(IMAGES), LABELS.numpy()
+    with torch.no_grad():
+        usual = (MODEL.gates(inputs).mean(0, keepdim=True) > 0.5).float().expand(90, -1)
+        right = MODEL.forward_gated(inputs, usual).argmax(1).numpy() == labels
+    assert found.usual == pytest.approx(right.mean())
+    assert 0 <= found.image + found.gates <= 1
 
 
 def test_random_gates_are_drawn_from_like_ones_and_as_many(analysis):

@@ -1,5 +1,6 @@
 """The report: its numbers, its page in a real browser, and data that makes figures impossible."""
 
+import dataclasses
 import json
 import subprocess
 from pathlib import Path
@@ -85,6 +86,7 @@ def test_numbers_of_forced_gates(pages):
     assert found["gates"]["open_by_class"][7] == pytest.approx(
         forced.single.forced[1, 7, :5].round(6).tolist() + [None] * 2
     )
+    assert found["exchanged"] == pytest.approx(dataclasses.asdict(forced.exchanged), abs=1e-6)
 
 
 def traces(figure: Any) -> Any:
@@ -171,7 +173,7 @@ class Shown:
 COSTS = {"class-costs", "class-densities", "costs"}
 ABOUT_CLASSES = {"class-map", "information", "selectivity"}
 EVERY = {"units", "per-sample", "per-gate", "map", "gate-classes"} | COSTS | ABOUT_CLASSES
-FORCED = {"forced-sites", "forced-site-classes", "forced-classes"}
+FORCED = {"forced-sites", "forced-site-classes", "forced-classes", "exchanged-gates"}
 
 
 @pytest.mark.parametrize("options", [{}, {"color_scheme": "dark"}, {"viewport": {"width": 390, "height": 800}}])

@@ -1,5 +1,6 @@
-"""What gates are for: what becomes of a trained model's predictions when some gates are forced open or shut."""
+"""What gates are for: what becomes of a trained model's predictions when gates are forced, or another image's."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -34,6 +35,26 @@ class Effect:
 
 
 @dataclass(frozen=True)
+class Exchanged:
+    """Predictions of M images under gates that are not their own: shares of them, in [0, 1].
+
+    If a gater has found out the class, its gates can tell it to the backbone, which then need not look itself: given
+    another image's gates, it predicts that one's class.
+
+    Attributes:
+        usual: right when each gate is as it is for most of these images.
+        same: right under the gates of another image of the same class; NaN where no class has two images.
+        image, gates: under those of an image of another class: predicted as the class of the image; as the class of
+            the image that the gates were made for. NaN where all images are of one class.
+    """
+
+    usual: float
+    same: float
+    image: float
+    gates: float
+
+
+@dataclass(frozen=True)
 class Forced:
     """Accuracy on M labeled images with gates forced.
 
@@ -47,6 +68,7 @@ class Forced:
             often than for the others, most so first.
         classes: the classes whose gates are taken, (R,).
         own: the gates of each of them; by chance from those that depend on the input.
+        exchanged: with gates of other images.
     """
 
     counts: Int[NDArray[np.int64], " classes"]
@@ -57,6 +79,7 @@ class Forced:
     taken: int
     classes: Int[NDArray[np.int64], " chosen"]
     own: Effect
+    exchanged: Exchanged
 
     @property
     def images(self) -> int:
@@ -88,8 +111,8 @@ def force_gates(
 ) -> Forced:
     """Run the backbone under changed gates, on the first images of a loader.
 
-    Takes about 2 (S + min(K, classes)) + gates passes over the images, and 2 draws more for each size of site and the
-    like.
+    Takes about 2 (S + min(K, classes)) + gates + 3 passes over the images, and 2 draws more for each size of site and
+    the like.
 
     Args:
         model, loader, preprocessing: as for `gaternet.analyze`; with labels. A loader in random order is best.
@@ -151,15 +174,69 @@ def force_gates(
             taken=taken,
             classes=np.array(list(tops), np.int64),
             own=effect(list(tops.values()), True),
+            exchanged=_exchanged(model, inputs, own, named, generator),
         )
+
+
+@torch.no_grad()
+def exchange_gates(
+    model: GaterNet,
+    loader: Iterable[Any],
+    *,
+    preprocessing: Preprocessing | None = None,
+    images: int = 300,
+    seed: int = 0,
+) -> Exchanged:
+    """Run the backbone under the gates of other images, on the first images of a loader.
+
+    Args:
+        model, loader, preprocessing, images: as for `force_gates`.
+        seed: of which image gets whose gates.
+
+    Raises:
+        ValueError: the loader has no images or no labels.
+    """
+    with evaluation_mode(model):
+        inputs, labels = _first(loader, images, preprocessing, next(model.parameters()).device)
+        return _exchanged(model, inputs, model.gates(inputs), labels.cpu().numpy(), np.random.default_rng(seed))
+
+
+def _exchanged(
+    model: GaterNet, inputs: Tensor, own: Tensor, labels: NDArray[np.int64], generator: np.random.Generator
+) -> Exchanged:
+    def share(rows: NDArray[np.int64], gates: Tensor, said: NDArray[np.int64]) -> list[float]:
+        """Of the images in `rows`, under these gates: those predicted as their own class, and as `said`."""
+        if not len(rows):
+            return [math.nan, math.nan]
+        found = _predict(model, inputs[rows], gates).cpu().numpy()
+        return [float((found == classes).mean()) for classes in (labels[rows], said)]
+
+    everything = np.arange(len(labels))
+    pairs = []  # of images of one class: each gets the gates of the next
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        if len(members) > 1:
+            pairs.append(np.stack([members, np.roll(members, 1)]))
+    rows, givers = np.concatenate(pairs, 1) if pairs else np.zeros((2, 0), np.int64)
+    same, _ = share(rows, own[givers], labels[givers])
+    givers = generator.permutation(everything)
+    rows = np.flatnonzero(labels[givers] != labels)
+    image, gates = share(rows, own[givers[rows]], labels[givers[rows]])
+    usual = (own.mean(0, keepdim=True) > 0.5).to(own.dtype).expand_as(own)
+    return Exchanged(share(everything, usual, labels)[0], same, image, gates)
 
 
 def _right(model: GaterNet, inputs: Tensor, gates: Tensor, labels: Tensor) -> Tensor:
     """Whether each image is predicted rightly under these gates, (M,)."""
     if not len(inputs):
         return torch.zeros(0, dtype=torch.bool, device=labels.device)
+    return _predict(model, inputs, gates) == labels
+
+
+def _predict(model: GaterNet, inputs: Tensor, gates: Tensor) -> Tensor:
+    """The likeliest class of each image under these gates, (M,)."""
     chunks = zip(inputs.split(100), gates.split(100), strict=True)
-    return torch.cat([model.forward_gated(*chunk).argmax(1) for chunk in chunks]) == labels
+    return torch.cat([model.forward_gated(*chunk).argmax(1) for chunk in chunks])
 
 
 def class_gates(analysis: GateAnalysis, label: int, number: int) -> Int[NDArray[np.int64], " gates"]:

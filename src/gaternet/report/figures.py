@@ -1,6 +1,7 @@
 """The figures of the report, as Plotly figures: what `GateAnalysis` and `Forced` hold, drawn."""
 
 import html
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -277,6 +278,27 @@ def forced_classes(analysis: GateAnalysis, forced: Forced) -> go.Figure:
         bar.hovertemplate = "%{x}: %{y:.1f} %"
     drawn = figure(bars, "", "% right", barmode="group")
     drawn.update_xaxes(type="category")
+    return drawn
+
+
+def exchanged_gates(forced: Forced) -> go.Figure:
+    """What is predicted under gates of other images: the image's class, or that of the image they were made for."""
+    found = forced.exchanged
+    kinds = [
+        ("its own", forced.accuracy, math.nan),
+        ("each as usual", found.usual, math.nan),
+        ("another image's,<br>same class", found.same, math.nan),
+        ("another image's,<br>another class", found.image, found.gates),
+    ]
+    names, image, gates = zip(*(kind for kind in kinds if not math.isnan(kind[1])), strict=True)
+    told = (("the image's class", image, PALETTE[0]), ("the class of the gates' image", gates, PALETTE[1]))
+    bars = [
+        go.Bar(x=names, y=100 * np.array(shares), name=name, marker_color=colour, hovertemplate="%{y:.1f} %")
+        for name, shares, colour in told
+    ]
+    drawn = figure(bars, "gates", "% predicted as", barmode="stack")
+    drawn.update_xaxes(type="category")
+    drawn.update_yaxes(range=[0, 100])
     return drawn
 
 

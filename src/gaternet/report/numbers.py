@@ -1,6 +1,7 @@
 """What gates.json holds: the numbers behind the page, as plain data."""
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,7 @@ def _forced_numbers(forced: Forced) -> dict[str, Any]:
             told[f"{name}_by_class_by_chance"] = [_rounded(row) for row in of.by_chance[value]]
         return told
 
+    exchanged = asdict(forced.exchanged)
     return {
         "images": forced.images,
         "accuracy": forced.accuracy,
@@ -71,6 +73,7 @@ def _forced_numbers(forced: Forced) -> dict[str, Any]:
         "sites": effect(forced.sites),
         "gates": {"gate": forced.gates.tolist(), **effect(forced.single)},
         "classes": {"class": forced.classes.tolist(), "gates_taken": forced.taken, **effect(forced.own)},
+        "exchanged": dict(zip(exchanged, _rounded(list(exchanged.values())), strict=True)),
     }
 
 

@@ -71,6 +71,7 @@ def report_page(analysis: GateAnalysis, forced: Forced | None, title: str, subti
         drawn["forced-site-classes"] = figures.forced_site_classes(analysis, forced)
         if len(forced.classes):
             drawn["forced-classes"] = figures.forced_classes(analysis, forced)
+        drawn["exchanged-gates"] = figures.exchanged_gates(forced)
     gates = _shown(analysis, forced) if some else []
     places = {place for gate in gates for place in (*gate["surest"], *gate["least"]) if place >= 0}
     groups = (analysis.samples, analysis.cheapest, analysis.dearest)
@@ -241,6 +242,12 @@ def _sections(
         )
         names = [name for name in ("forced-sites", "forced-site-classes", "forced-classes") if name in drawn]
         sections.append(("What gates are for", text, "".join(map(place, names))))
+        text = (
+            "The same images under gates that are not their own. Under those of an image of another class, a backbone "
+            "that looks at the image predicts the image's class; one that reads the class from its gates predicts that "
+            "of the gates' image. As usual: each gate as it is for most images."
+        )
+        sections.append(("Image or gates", text, place("exchanged-gates")))
     return sections
 
 
