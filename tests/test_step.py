@@ -29,7 +29,13 @@ RECIPES = {
     "plain": small("resnet8", lr=0.01),
     "gated": small("resnet8_gated", extractor="resnet8", **TEN_STEPS),
     "guided": small(
-        "resnet8_gated", extractor="resnet8", auxiliary_weight=1.0, anneal_noise=True, final_slope=3.0, **TEN_STEPS
+        "resnet8_gated",
+        extractor="resnet8",
+        auxiliary_weight=1.0,
+        anneal_noise=True,
+        final_slope=3.0,
+        open_probability=0.5,
+        **TEN_STEPS,
     ),
     "macs": small("resnet8_gated", backbone="resnet8", sites="all", extractor="resnet8", penalty="macs", **TEN_STEPS),
     "averaged, step schedule": small("resnet8", lr=0.01, schedule="step", ema_decay=0.9),

@@ -28,8 +28,8 @@ from gaternet.loader import make_batches
 from gaternet.machine import collect_signals, make_accelerator
 from gaternet.method import Gater, GaterNet
 from gaternet.models import create_model
-from gaternet.network import WithAuxiliary, load_teacher
-from gaternet.recipe import Runtime
+from gaternet.network import GuidedNet, load_teacher
+from gaternet.recipe import Gating, Runtime
 from gaternet.run import RunDirectory, find_model
 from gaternet.step import training_step
 from gaternet.train import Stopped, build_network, train
@@ -258,20 +258,44 @@ def test_a_network_learns_from_its_teacher(finished, tmp_path):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_network_and_the_one_with_an_auxiliary_classifier_are_alike(training):
+def test_a_guided_network_is_the_network_with_a_classifier(training):
     network = build_network(small(), load_data("digits"), seed=3).train(training)
     assert isinstance(network, GaterNet)
     images = torch.randn(6, 1, 8, 8)
-    learner = WithAuxiliary(network, 10)
+    guided = GuidedNet(network, Gating(auxiliary_weight=1.0), 10).train(training)
+    assert guided.classifier is not None
     torch.manual_seed(0)
     expected = network(images, return_gates=True)
     torch.manual_seed(0)
-    logits, gates, guess = learner(images, return_gates=True)
+    logits, gates, guess = guided(images, return_gates=True)
     assert torch.equal(logits, expected[0])
     assert torch.equal(gates, expected[1])
-    torch.testing.assert_close(guess, learner.classifier(network.gater.get_submodule("extractor")(images)))
+    torch.testing.assert_close(guess, guided.classifier(network.gater.get_submodule("extractor")(images)))
+    of_another = GaterNet(create_model("resnet20", in_chans=1), nn.Linear(1, 1), network.sites)
     with pytest.raises(ValueError, match="auxiliary_weight needs an extractor, and a Linear has none"):
-        WithAuxiliary(GaterNet(create_model("resnet20", in_chans=1), nn.Linear(1, 1), network.sites), 10)
+        GuidedNet(of_another, Gating(auxiliary_weight=1.0), 10)
+
+
+@pytest.mark.parametrize("auxiliary_weight", [0.0, 1.0])
+def test_training_samples_have_all_gates_open_at_random(auxiliary_weight, monkeypatch):
+    network = create_model("resnet8_gated", 10, 1, extractor="resnet8", batch_norm=False)
+    assert isinstance(network, GaterNet)
+    network.train()
+    used = []
+    monkeypatch.setattr(network, "forward_gated", lambda images, gates: used.append(gates) or gates)
+    guided = GuidedNet(network, Gating(auxiliary_weight=auxiliary_weight, open_probability=0.25), 10)
+    images = torch.randn(2000, 1, 8, 8)
+    torch.manual_seed(0)
+    _, gates, *_ = guided(images, return_gates=True)
+    torch.manual_seed(0)
+    assert torch.equal(gates, network.gates(images))  # the penalty is on these
+    is_open = (used[0] == 1).all(1)
+    assert torch.equal(used[0][~is_open], gates[~is_open])
+    assert not (gates == 1).all(1).any()
+    assert is_open.float().mean() == pytest.approx(0.25, abs=0.04)  # 4 standard deviations
+    guided.eval()(images[:20], return_gates=True)
+    assert torch.equal(used[1], network.gates(images[:20]))
+    assert not (used[1] == 1).all(1).any()
 
 
 def test_an_auxiliary_classifier_teaches_the_extractor_and_is_not_kept(tmp_path, monkeypatch):
@@ -291,6 +315,14 @@ def test_an_auxiliary_classifier_teaches_the_extractor_and_is_not_kept(tmp_path,
     parts = [{k: v for k, v in weights(run).items() if "extractor" in k} for run in (whole, without)]
     assert not any(torch.equal(parts[0][k], parts[1][k]) for k in parts[0] if k.endswith("conv1.weight"))
     assert "auxiliary_loss" not in records(without, "step")[0]
+
+
+def test_open_samples_are_part_of_training_and_not_of_its_penalty(tmp_path):
+    for name, chance in (("own", 0.0), ("open", 0.9)):
+        train(small(open_probability=chance, initial_bias=-1.0), tmp_path / name, replace(CPU, log_every=1))
+    first, second = (records(tmp_path / name, "step")[0] for name in ("own", "open"))
+    assert first["density"] == second["density"] < 0.4
+    assert first["loss"] != second["loss"]
 
 
 def test_the_gates_noise_falls_and_their_slope_rises(tmp_path, monkeypatch):

@@ -64,30 +64,42 @@ def gate_as(gating: Gating, backbone: nn.Module, example_input: Tensor) -> Gater
     )
 
 
-class WithAuxiliary(nn.Module):
-    """A GaterNet and, while it trains, a classifier on its extractor's features (Szegedy et al., 2015, section 5).
+class GuidedNet(nn.Module):
+    """A GaterNet while it trains, with what our own recipes add to the paper's training and evaluation lacks.
 
-    At first the gates teach the extractor little, and gates that know nothing of the image teach the backbone to do
-    without them. With a loss of its own the extractor learns as fast as a plain network.
+    With `auxiliary_weight`, a classifier on the extractor's features (Szegedy et al., 2015, section 5). At first the
+    gates teach the extractor little, and gates that know nothing of the image teach the backbone to do without them.
+    With a loss of its own the extractor learns as fast as a plain network.
+
+    With `open_probability`, samples for which all gates are open, at random. A gater that knows the training images
+    tells the backbone their classes by its gates; the backbone then learns to read those rather than to look.
 
     Raises:
-        ValueError: the network's gater has no extractor.
+        ValueError: there is to be a classifier, and the network's gater has no extractor.
     """
 
-    def __init__(self, network: GaterNet, num_classes: int) -> None:
+    def __init__(self, network: GaterNet, gating: Gating, num_classes: int) -> None:
         super().__init__()
-        if not isinstance(network.gater, Gater):
-            raise ValueError(f"auxiliary_weight needs an extractor, and a {type(network.gater).__name__} has none")
-        self.network = network
-        self.classifier = nn.Linear(network.gater.fc1.in_features, num_classes)
+        self.network, self.open_probability = network, gating.open_probability
+        self.classifier: nn.Linear | None = None
+        if gating.auxiliary_weight:
+            if not isinstance(network.gater, Gater):
+                raise ValueError(f"auxiliary_weight needs an extractor, and a {type(network.gater).__name__} has none")
+            self.classifier = nn.Linear(network.gater.fc1.in_features, num_classes)
 
-    def forward(self, images: Tensor, return_gates: Literal[True]) -> tuple[Tensor, Tensor, Tensor]:
-        """The network's logits (B, K) and gates (B, C), and the classifier's logits (B, K)."""
-        gater = self.network.gater
-        assert isinstance(gater, Gater)
-        features = gater.features(images)
-        gates = gater.sample(gater.decide(features))
-        return self.network.forward_gated(images, gates), gates, self.classifier(features)
+    def forward(self, images: Tensor, return_gates: Literal[True]) -> tuple[Tensor, ...]:
+        """The network's logits (B, K), its gater's gates (B, C), and the classifier's logits (B, K) if there is one."""
+        gater, guess = self.network.gater, ()
+        if self.classifier is None:
+            gates = self.network.gates(images)
+        else:
+            assert isinstance(gater, Gater)
+            features = gater.features(images)
+            gates, guess = gater.sample(gater.decide(features)), (self.classifier(features),)
+        used = gates
+        if self.training and self.open_probability:
+            used = gates.masked_fill(torch.rand_like(gates[:, :1]) < self.open_probability, 1)
+        return self.network.forward_gated(images, used), gates, *guess
 
 
 def load_teacher(recipe: Recipe, data: ImageData, accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:

@@ -72,6 +72,7 @@ class Gating:
         1.0, "slope of the soft gates at the end of training, from 1 at its start; their gradient stays that of 1"
     )
     hard_probability: float = option(0.5, "chance that a training sample's gates are hard")
+    open_probability: float = option(0.0, "chance that a training sample has all gates open, whatever the gater says")
     sparsity: float = option(0.0, "lambda: weight of the share of open gates in the loss")
     target_density: float | None = option(None, "share of open gates to steer to, in place of lambda")
     density_weight: float = option(10.0, "weight of (density - target_density)^2 in the loss")
@@ -91,6 +92,7 @@ class Gating:
         _check(self, "bottleneck", self.bottleneck >= 1, "at least 1")
         _check(self, "noise_std", self.noise_std >= 0, "at least 0")
         _check(self, "hard_probability", 0 <= self.hard_probability <= 1, "in [0, 1]")
+        _check(self, "open_probability", 0 <= self.open_probability < 1, "in [0, 1)")
         _check(self, "final_slope", self.final_slope > 0, "above 0")
         _check(self, "initial_bias", not (self.open and self.initial_bias), "left out where open is set")
         _check(self, "sparsity", self.sparsity >= 0, "at least 0")

@@ -170,7 +170,7 @@ def training_step(
 ) -> dict[str, Tensor]:
     """Forward and backward of one batch (equation 8); sums over the batch, on the device: nothing waits for them.
 
-    `model` is a network, or a GaterNet's `WithAuxiliary` where the recipe has a weight for it. `ramp` scales the gates'
+    `model` is a network, or a GaterNet's `GuidedNet` where the recipe asks for what that adds. `ramp` scales the gates'
     penalty. `density_of` is a GaterNet's `make_density`; `targets` are the logits of a teacher, where there is one.
     """
     smoothing = recipe.optimizer.label_smoothing

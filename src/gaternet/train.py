@@ -36,7 +36,7 @@ from gaternet.machine import (
 )
 from gaternet.method import Gater, GaterNet
 from gaternet.network import (
-    WithAuxiliary,
+    GuidedNet,
     build_network,
     load_teacher,
     make_density,
@@ -113,8 +113,8 @@ def train(
     decay = recipe.optimizer.ema_decay
     ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
     learner, auxiliary = network, None
-    if isinstance(network, GaterNet) and recipe.gating.auxiliary_weight:
-        learner = WithAuxiliary(network, len(data.classes)).to(accelerator.device)
+    if isinstance(network, GaterNet) and (recipe.gating.auxiliary_weight or recipe.gating.open_probability):
+        learner = GuidedNet(network, recipe.gating, len(data.classes)).to(accelerator.device)
         auxiliary = learner.classifier
     if runtime.compile:
         learner.compile()
