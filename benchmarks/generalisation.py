@@ -9,24 +9,23 @@ strengths each. The training error is that of as many training images, without a
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from measured_runs import measure_runs
 from rich.progress import track
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from gaternet.checkpoint import load_model, read_json
+from gaternet.checkpoint import load_model
 from gaternet.data import ImageSet, Preprocessing, load_data
 from gaternet.evaluate import BATCH, ToInput, evaluate
-from gaternet.ledger import changed_options
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.recipe import Runtime
-from gaternet.run import describe_machine, find_model
+from gaternet.run import find_model
 
 RESULT = Path(__file__).parents[1] / "docs" / "results" / "generalisation.json"
 
@@ -72,9 +71,8 @@ def main() -> None:
             sets[f"{name} {strength}"] = ImageSet(corrupt(images, strength), list(data.test.labels))
     runtime = Runtime(precision="no")
     accelerator = make_accelerator(runtime)
-    before = json.loads(RESULT.read_text()) if RESULT.exists() else []
-    results = {(line["recipe"], json.dumps(line["options"]), line["seed"]): line for line in before}
-    for run in args.runs:
+
+    def measure(run: Path) -> dict[str, Any]:
         network, metadata = load_model(find_model(run))
         preprocessing = Preprocessing.from_metadata(metadata)
         if images.shape[2:] != (preprocessing.height, preprocessing.width):
@@ -86,18 +84,10 @@ def main() -> None:
         for name, some in track(sets.items(), str(run)):
             metrics = evaluate(network, make_batches(some, BATCH, runtime, accelerator), to_input, accelerator)
             errors[name] = 100 * (1 - metrics["accuracy"])
-        config = read_json(run / "config.json")
-        line = {
-            "recipe": config["recipe"]["name"],
-            "options": changed_options(config["recipe"]),
-            "seed": config["seed"],
-            "parameters": sum(p.numel() for p in network.parameters()),
-            "errors": errors,
-            **describe_machine(),
-        }
-        line["command"] = f"python benchmarks/generalisation.py --data {Path(args.data).name} RUN..."
-        results[line["recipe"], json.dumps(line["options"]), line["seed"]] = line
-        RESULT.write_text(json.dumps([results[key] for key in sorted(results)], indent=2) + "\n")
+        return {"parameters": sum(p.numel() for p in network.parameters()), "errors": errors}
+
+    command = f"python benchmarks/generalisation.py --data {Path(args.data).name} RUN..."
+    measure_runs(args.runs, RESULT, command, measure)
 
 
 if __name__ == "__main__":

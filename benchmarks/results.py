@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from measured_runs import by_recipe
 from open_points import DATA, EACH_OPTION, GAP, STUDIES, Study
 from tables import DOCS, error_of, machine_of, machines_of, read_finetuned, table
 from timing_tables import exported, reports, skipping, speed
@@ -207,14 +208,10 @@ def generalisation() -> str:
     path = DOCS / "results" / "generalisation.json"
     if not path.exists():
         return "Not measured.\n"
-    groups: dict[str, list[dict[str, Any]]] = {}
     recorded = json.loads(path.read_text())
-    for line in recorded:
-        words = [line["recipe"], *train_flags(line["options"])]
-        groups.setdefault(f"`{' '.join(words)}`", []).append(line)
     kinds = ("noise", "blur", "contrast", "jpeg")
     rows = []
-    for name, lines in groups.items():
+    for name, lines in by_recipe(recorded).items():
 
         def mean(kind: str, lines: list[dict[str, Any]] = lines) -> float:
             found = [e for line in lines for k, e in line["errors"].items() if k.split()[0] == kind]
@@ -227,6 +224,27 @@ def generalisation() -> str:
     text = "`python benchmarks/generalisation.py`: errors in %, of each corruption the mean of three strengths "
     text += f"({machines_of(recorded)}).\n\n"
     titles = ["recipe", "size", "n", "train", "test", "gap", *kinds, "corrupted"]
+    return text + table(titles, rows)
+
+
+def exchanged_gates() -> str:
+    """Whether the image or its gates decide, means over seeds."""
+    path = DOCS / "results" / "exchanged_gates.json"
+    if not path.exists():
+        return "Not measured.\n"
+    recorded = json.loads(path.read_text())
+    kinds = ("right", "usual", "same", "image", "gates")
+    rows = []
+    for name, lines in by_recipe(recorded).items():
+        shares = [f"{100 * statistics.mean(line[kind] for line in lines):.1f}" for kind in kinds]
+        rows.append([name, str(lines[0]["epochs"]), str(len(lines)), *shares])
+    text = (
+        f"`{recorded[0]['command']}`: % of {recorded[0]['images']:,} test images that the backbone predicts rightly "
+        "under their own gates, under each gate as it is for most images, and under the gates of another image of the "
+        "same class; then, under the gates of an image of another class, those predicted as the class of the image, "
+        f"and as the class of the one that the gates were made for ({machines_of(recorded)}).\n\n"
+    )
+    titles = ["recipe", "epochs", "n", "own", "usual", "same class", "other class: image's", "other class: gates'"]
     return text + table(titles, rows)
 
 
@@ -260,6 +278,7 @@ def page() -> str:
         "relative to the plain backbone.\n\n"
         f"{finetuned()}\n"
         f"## Generalisation\n\n{generalisation()}\n"
+        f"## Image or gates\n\n{exchanged_gates()}\n"
         f"## Skipping\n\n{skipping()}\n"
         f"## Exported files\n\n{exported()}\n"
         f"## Reports\n\n{reports()}\n"

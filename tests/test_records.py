@@ -1,13 +1,20 @@
 """The pages in docs/ say what was recorded, and no more: each is what its script writes from docs/results/."""
 
+import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import export_families
 import pytest
 import results
+from measured_runs import by_recipe, measure_runs
 from open_points import DATA, EACH_OPTION, GAP, STUDIES
 
+from gaternet.checkpoint import write_json
 from gaternet.ledger import changed_options, train_flags
+from gaternet.recipe import override
+from gaternet.recipes import find_recipe
 
 
 def test_pages_are_those_of_the_recorded_figures():
@@ -91,3 +98,35 @@ def test_each_open_point_is_a_recipe_of_its_own(study):
     flags = [train_flags(changed_options(recipe)) for recipes in variants.values() for recipe in recipes]
     assert len({tuple(words) for words in flags}) == len(flags)
     assert all(flags)
+
+
+def test_what_is_measured_of_a_run_takes_the_place_of_what_was(tmp_path):
+    runs = [tmp_path / name for name in ("a", "b", "c")]
+    for run, epochs, seed in zip(runs, (8, 8, 16), (0, 1, 0), strict=True):
+        run.mkdir()
+        recipe = override(find_recipe("short_resnet20_gated"), {"epochs": epochs})
+        write_json(run / "config.json", {"recipe": dataclasses.asdict(recipe), "seed": seed})
+
+    def measure(run: Path) -> dict[str, Any]:
+        return {"value": values[run.name]}
+
+    values = {"a": 1, "b": 2, "c": 3}
+    measure_runs(runs, tmp_path / "found.json", "python x.py", measure)
+    values["b"] = 4
+    measure_runs(runs[1:2], tmp_path / "found.json", "python x.py", measure)
+    lines = by_recipe(json.loads((tmp_path / "found.json").read_text()))
+    found = {name: [(line["seed"], line["value"]) for line in group] for name, group in lines.items()}
+    assert found == {"`short_resnet20_gated`": [(0, 1), (1, 4)], "`short_resnet20_gated --epochs 16`": [(0, 3)]}
+
+
+def test_exchanged_gates_are_averaged_over_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "DOCS", tmp_path)
+    assert results.exchanged_gates() == "Not measured.\n"
+    shares = {"right": 0.5, "usual": 0.25, "same": 0.5, "image": 0.125, "gates": 0.75}
+    line = {"recipe": "short_resnet20_gated", "options": {}, "command": "x", "images": 10, "epochs": 8, **shares}
+    line["machine"] = {"gpus": [], "processor": "P", "cores": 2}
+    (tmp_path / "results").mkdir()
+    found = [{**line, "seed": 0}, {**line, "seed": 1, "gates": 0.25}]
+    (tmp_path / "results" / "exchanged_gates.json").write_text(json.dumps(found))
+    text = results.exchanged_gates().splitlines()
+    assert text[-1] == "| `short_resnet20_gated` | 8 | 2 | 50.0 | 25.0 | 50.0 | 12.5 | 50.0 |"

@@ -1,0 +1,54 @@
+"""Does a gated network look at the image, or does it read the class from the gates?
+
+python benchmarks/exchanged_gates.py --data cifar10.npz RUN...
+
+Each RUN is a run directory of a gated network. Its backbone sees the first test images with each gate as it is for most
+of them, and under the gates of other images, of the same class and of another one; see `gaternet.forcing.Exchanged`.
+Writes docs/results/exchanged_gates.json.
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from measured_runs import measure_runs
+
+from gaternet.data import Preprocessing
+from gaternet.evaluate import BATCH, load_test_set
+from gaternet.forcing import exchange_gates
+from gaternet.loader import make_batches
+from gaternet.machine import make_accelerator
+from gaternet.recipe import Runtime
+from gaternet.run import load_gated
+
+RESULT = Path(__file__).parents[1] / "docs" / "results" / "exchanged_gates.json"
+
+
+def main() -> None:
+    """Measure all that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--images", type=int, default=10_000)
+    args = parser.parse_args()
+    runtime = Runtime(precision="no")
+    accelerator = make_accelerator(runtime)
+
+    def measure(run: Path) -> dict[str, Any]:
+        network, metadata = load_gated(run, "last")
+        network.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        images = load_test_set(args.data, metadata)
+        count = min(args.images, len(images))
+        batches = make_batches(images, BATCH, runtime, accelerator).epoch()
+        found = exchange_gates(network, batches, preprocessing=Preprocessing.from_metadata(metadata), images=count)
+        trained = metadata["trained"]
+        return {"images": count, "epochs": trained["epochs"], "right": trained["test_accuracy"], **asdict(found)}
+
+    command = f"python benchmarks/exchanged_gates.py --data {Path(args.data).name} RUN..."
+    measure_runs(args.runs, RESULT, command, measure)
+
+
+if __name__ == "__main__":
+    main()
