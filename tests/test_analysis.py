@@ -332,6 +332,8 @@ def test_gates_of_other_images_by_hand():
     lonely = exchange_gates(reads, [(images[:3], labels[:3])])
     assert math.isnan(lonely.same)
     assert (lonely.image, lonely.gates) == (0, 1)
+    chosen = torch.cat([torch.arange(2, 60, 3), torch.tensor([0, 3])])
+    assert exchange_gates(reads, [(images[chosen], labels[chosen])]).usual == 20 / 22  # the gates of class 2
     alike = exchange_gates(reads, [(images[::3], labels[::3])])
     assert (alike.usual, alike.same) == (1, 1)
     assert math.isnan(alike.image)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from gaternet import Gater, GaterNet, analyze, create_model
 from gaternet.checkpoint import save_model
 from gaternet.data import Preprocessing, load_data
-from gaternet.forcing import force_gates
+from gaternet.forcing import Exchanged, force_gates
 from gaternet.recipe import Runtime
 from gaternet.report import figures, runs, write_report
 from gaternet.report.comparison import write_comparison
@@ -91,6 +92,19 @@ def test_numbers_of_forced_gates(pages):
 
 def traces(figure: Any) -> Any:
     return figure.data
+
+
+def test_exchanged_gates_are_drawn_as_far_as_there_are_any():
+    analysis = analysis_of()
+    forced = force_gates(MODEL, [(IMAGES, LABELS)], analysis, preprocessing=PIXELS, images=60, gates=5)
+    found = Exchanged(usual=0.5, same=0.75, image=0.125, gates=0.625)
+    image, gates = traces(figures.exchanged_gates(dataclasses.replace(forced, exchanged=found)))
+    assert list(image.y) == pytest.approx([100 * forced.accuracy, 50, 75, 12.5])
+    assert (image.name, gates.y[3]) == ("the image's class", 62.5)
+    found = Exchanged(usual=0.5, same=0.75, image=math.nan, gates=math.nan)
+    image, gates = traces(figures.exchanged_gates(dataclasses.replace(forced, exchanged=found)))
+    assert len(image.x) == len(image.y) == 3
+    assert np.isnan(gates.y).all()
 
 
 def test_figures_show_the_analysis():
