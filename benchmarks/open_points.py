@@ -23,6 +23,7 @@ from gaternet.train import Stopped
 LEDGER = Path(__file__).parents[1] / "docs" / "results" / "runs.jsonl"
 DATA = "cifar10"
 TRAINED = "TRAINED"  # stands for the plain network, trained by the same sweep
+GUIDED = {"auxiliary_weight": 1.0, "anneal_noise": True, "initial_bias": 1.0}
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ EACH_OPTION = Study(
         ],
         "target density": [{"target_density": 0.3}, {"target_density": 0.8}],
         "learning from the plain network too": [{"teacher": TRAINED}],
+        "a guided gater, then open samples too": [GUIDED, {**GUIDED, "open_probability": 0.5}],
     },
 )
 
@@ -94,12 +96,14 @@ GAP = Study(
         "from scratch or pretrained": [
             {"extractor_from": TRAINED},
             {"extractor_from": TRAINED, "anneal_noise": True},
+            {"extractor_from": TRAINED, "backbone_from": TRAINED},
         ],
         "an auxiliary classifier on E": [
             {"auxiliary_weight": 1.0},
             {"auxiliary_weight": 1.0, "anneal_noise": True},
-            {"auxiliary_weight": 1.0, "anneal_noise": True, "initial_bias": 1.0},
+            GUIDED,
         ],
+        "open samples, with all of these": [{**GUIDED, "open_probability": 0.5}],
     },
 )
 
