@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
-from training_runs import CPU, assert_same_weights, records, send_signal_after, small, weights
+from training_runs import CPU, assert_same_weights, records, small, weights
 
 import gaternet.step
 from gaternet.checkpoint import load_model
@@ -26,13 +26,12 @@ from gaternet.gating import gate
 from gaternet.ledger import describe_run
 from gaternet.loader import make_batches
 from gaternet.machine import collect_signals, make_accelerator
-from gaternet.method import Gater, GaterNet
+from gaternet.method import GaterNet
 from gaternet.models import create_model
-from gaternet.network import GuidedNet, load_teacher
-from gaternet.recipe import Gating, Runtime
+from gaternet.network import load_teacher
+from gaternet.recipe import Runtime
 from gaternet.run import RunDirectory, find_model
-from gaternet.step import training_step
-from gaternet.train import Stopped, build_network, train
+from gaternet.train import build_network, train
 
 
 def test_run_directory_holds_everything(finished):
@@ -255,98 +254,6 @@ def test_a_network_learns_from_its_teacher(finished, tmp_path):
     np.savez(tmp_path / "four.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     with pytest.raises(ValueError, match=r"the teacher .* was trained on other classes"):
         train(small("resnet20", **options, data=str(tmp_path / "four.npz")), tmp_path / "bad", CPU)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_a_guided_network_is_the_network_with_a_classifier(training):
-    network = build_network(small(), load_data("digits"), seed=3).train(training)
-    assert isinstance(network, GaterNet)
-    images = torch.randn(6, 1, 8, 8)
-    guided = GuidedNet(network, Gating(auxiliary_weight=1.0), 10).train(training)
-    assert guided.classifier is not None
-    torch.manual_seed(0)
-    expected = network(images, return_gates=True)
-    torch.manual_seed(0)
-    logits, gates, guess = guided(images, return_gates=True)
-    assert torch.equal(logits, expected[0])
-    assert torch.equal(gates, expected[1])
-    torch.testing.assert_close(guess, guided.classifier(network.gater.get_submodule("extractor")(images)))
-    of_another = GaterNet(create_model("resnet20", in_chans=1), nn.Linear(1, 1), network.sites)
-    with pytest.raises(ValueError, match="auxiliary_weight needs an extractor, and a Linear has none"):
-        GuidedNet(of_another, Gating(auxiliary_weight=1.0), 10)
-
-
-@pytest.mark.parametrize("auxiliary_weight", [0.0, 1.0])
-def test_training_samples_have_all_gates_open_at_random(auxiliary_weight, monkeypatch):
-    network = create_model("resnet8_gated", 10, 1, extractor="resnet8", batch_norm=False)
-    assert isinstance(network, GaterNet)
-    network.train()
-    used = []
-    monkeypatch.setattr(network, "forward_gated", lambda images, gates: used.append(gates) or gates)
-    guided = GuidedNet(network, Gating(auxiliary_weight=auxiliary_weight, open_probability=0.25), 10)
-    images = torch.randn(2000, 1, 8, 8)
-    torch.manual_seed(0)
-    _, gates, *_ = guided(images, return_gates=True)
-    torch.manual_seed(0)
-    assert torch.equal(gates, network.gates(images))  # the penalty is on these
-    is_open = (used[0] == 1).all(1)
-    assert torch.equal(used[0][~is_open], gates[~is_open])
-    assert not (gates == 1).all(1).any()
-    assert is_open.float().mean() == pytest.approx(0.25, abs=0.04)  # 4 standard deviations
-    guided.eval()(images[:20], return_gates=True)
-    assert torch.equal(used[1], network.gates(images[:20]))
-    assert not (used[1] == 1).all(1).any()
-
-
-def test_an_auxiliary_classifier_teaches_the_extractor_and_is_not_kept(tmp_path, monkeypatch):
-    recipe = small(auxiliary_weight=1.0, gater_lr=0.05)
-    whole, cut, without = tmp_path / "whole", tmp_path / "cut", tmp_path / "without"
-    train(recipe, whole, CPU)
-    losses = [line["auxiliary_loss"] for line in records(whole, "step")]
-    assert losses[-1] < 0.8 * losses[0]
-    with monkeypatch.context() as patched:
-        send_signal_after(patched, 3, signal.SIGTERM)
-        with pytest.raises(Stopped):
-            train(recipe, cut, CPU)
-    train(recipe, cut, CPU, resume=True)
-    assert_same_weights(cut, whole)
-    train(small(gater_lr=0.05), without, CPU)
-    assert weights(whole).keys() == weights(without).keys()
-    parts = [{k: v for k, v in weights(run).items() if "extractor" in k} for run in (whole, without)]
-    assert not any(torch.equal(parts[0][k], parts[1][k]) for k in parts[0] if k.endswith("conv1.weight"))
-    assert "auxiliary_loss" not in records(without, "step")[0]
-
-
-def test_open_samples_are_part_of_training_and_not_of_its_penalty(tmp_path):
-    for name, chance in (("own", 0.0), ("open", 0.9)):
-        train(small(open_probability=chance, initial_bias=-1.0), tmp_path / name, replace(CPU, log_every=1))
-    first, second = (records(tmp_path / name, "step")[0] for name in ("own", "open"))
-    assert first["density"] == second["density"] < 0.4
-    assert first["loss"] != second["loss"]
-
-
-def test_the_gates_noise_falls_and_their_slope_rises(tmp_path, monkeypatch):
-    found, slopes = [], []
-
-    def noted(model, *rest):
-        found.append(model.gater.noise_std)
-        slopes.append(model.gater.slope)
-        return training_step(model, *rest)
-
-    monkeypatch.setattr(gaternet.step, "training_step", noted)
-    recipe = small(anneal_noise=True, noise_std=0.5)
-    train(recipe, tmp_path / "own", CPU)
-    assert found == pytest.approx([0.5 * (1 - step / 10) for step in range(10)])
-    trained, _ = load_model(tmp_path / "own" / "last")
-    assert isinstance(trained, GaterNet)
-    assert trained.gater.noise_std == 0.5  # to go on with
-    given = create_model("resnet8_gated", 10, 1, extractor="resnet8", noise_std=0.25)
-    train(replace(recipe, gating=replace(recipe.gating, final_slope=5.0)), tmp_path / "given", CPU, network=given)
-    assert slopes[:10] == [None] * 10
-    assert slopes[10:] == pytest.approx([1 + 0.4 * step for step in range(10)])
-    assert isinstance(given.gater, Gater)
-    assert given.gater.slope is None
-    assert found[10:] == pytest.approx([0.25 * (1 - step / 10) for step in range(10)])
 
 
 def test_bad_sizes_are_refused(tmp_path, monkeypatch):
