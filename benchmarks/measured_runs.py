@@ -14,6 +14,7 @@ def measure_runs(runs: Sequence[Path], result: Path, command: str, measure: Call
     """Measure each run directory, and write the file after each."""
     before = json.loads(result.read_text()) if result.exists() else []
     lines = {(line["recipe"], json.dumps(line["options"]), line["seed"]): line for line in before}
+    here = describe_machine()  # before the file changes, and with it what the commit is called
     for run in runs:
         config = read_json(run / "config.json")
         line = {
@@ -21,7 +22,7 @@ def measure_runs(runs: Sequence[Path], result: Path, command: str, measure: Call
             "options": changed_options(config["recipe"]),
             "seed": config["seed"],
             **measure(run),
-            **describe_machine(),
+            **here,
             "command": command,
         }
         lines[line["recipe"], json.dumps(line["options"]), line["seed"]] = line
