@@ -2,8 +2,9 @@
 
 python benchmarks/exchanged_gates.py --data cifar10.npz RUN...
 
-Each RUN is a run directory of a gated network. Its backbone sees the first test images with each gate as it is for most
-of them, and under the gates of other images, of the same class and of another one; see `gaternet.forcing.Exchanged`.
+Each RUN is a run directory of a gated network. Its backbone sees the test images under their own gates, with each gate
+as it is for most of them, and under the gates of other images, of the same class and of another one; see
+`gaternet.forcing.Exchanged`.
 Writes docs/results/exchanged_gates.json.
 """
 
@@ -31,7 +32,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--images", type=int, default=10_000)
     args = parser.parse_args()
     runtime = Runtime(precision="no")
     accelerator = make_accelerator(runtime)
@@ -40,11 +40,11 @@ def main() -> None:
         network, metadata = load_gated(run, "last")
         network.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         images = load_test_set(args.data, metadata)
-        count = min(args.images, len(images))
         batches = make_batches(images, BATCH, runtime, accelerator).epoch()
-        found = exchange_gates(network, batches, preprocessing=Preprocessing.from_metadata(metadata), images=count)
-        trained = metadata["trained"]
-        return {"images": count, "epochs": trained["epochs"], "right": trained["test_accuracy"], **asdict(found)}
+        found = exchange_gates(
+            network, batches, preprocessing=Preprocessing.from_metadata(metadata), images=len(images)
+        )
+        return {"images": len(images), "epochs": metadata["trained"]["epochs"], **asdict(found)}
 
     command = f"python benchmarks/exchanged_gates.py --data {Path(args.data).name} RUN..."
     measure_runs(args.runs, RESULT, command, measure)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gaternet.checkpoint import read_json
-from gaternet.ledger import changed_options, train_flags
+from gaternet.ledger import changed_options
 from gaternet.run import describe_machine
 
 
@@ -27,12 +27,3 @@ def measure_runs(runs: Sequence[Path], result: Path, command: str, measure: Call
         }
         lines[line["recipe"], json.dumps(line["options"]), line["seed"]] = line
         result.write_text(json.dumps([lines[key] for key in sorted(lines)], indent=2) + "\n")
-
-
-def by_recipe(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The lines of each recipe with its options, whose seeds they are."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for line in lines:
-        words = [line["recipe"], *train_flags(line["options"])]
-        groups.setdefault(f"`{' '.join(words)}`", []).append(line)
-    return groups

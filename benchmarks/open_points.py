@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from gaternet.recipe import Recipe, Runtime, override
-from gaternet.recipes import find_recipe
+from gaternet.recipes import GUIDED, find_recipe
 from gaternet.sweep import make_jobs, sweep
 from gaternet.train import Stopped
 
 LEDGER = Path(__file__).parents[1] / "docs" / "results" / "runs.jsonl"
 DATA = "cifar10"
 TRAINED = "TRAINED"  # stands for the plain network, trained by the same sweep
-GUIDED = {"auxiliary_weight": 1.0, "anneal_noise": True, "initial_bias": 1.0}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from measured_runs import by_recipe
 from open_points import DATA, EACH_OPTION, GAP, STUDIES, Study
 from tables import DOCS, error_of, machine_of, machines_of, read_finetuned, table
 from timing_tables import exported, reports, skipping, speed
@@ -74,6 +73,11 @@ def by_options(ledger: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[
     return groups
 
 
+def as_code(*words: str) -> str:
+    """The words, but for empty ones, as Markdown's code."""
+    return f"`{' '.join(filter(None, words))}`"
+
+
 # Recipes past the paper, and what they are to reach
 AIMS = {f"{data}_resnet20_all": f"below `{data}_resnet20_wider`" for data in ("cifar10", "cifar100")}
 AIMS |= {"cifar10_resnet20_half": "at most 7.8 at half of the dense MACs, gater included"}
@@ -119,7 +123,7 @@ def other_runs(ledger: list[dict[str, Any]]) -> str:
     """Runs of our own recipes, and of any with options changed."""
     groups = by_options([line for line in ledger if not line["as_published"] and study_of(line) is None])
     rows = [
-        [f"`{' '.join(filter(None, ['gaternet train', recipe, flags]))}`", *figures(lines), machines_of(lines)]
+        [as_code("gaternet train", recipe, flags), *figures(lines), machines_of(lines)]
         for (recipe, flags), lines in sorted(groups.items())
     ]
     return table(["command", *TITLES, "machine"], rows) if rows else "None.\n"
@@ -148,7 +152,7 @@ def silent_points(ledger: list[dict[str, Any]], study: Study) -> str:
     for question, name, flags in named:
         lines = groups.get((name, flags))
         cells = figures(lines) if lines else ["", "", "not measured", "", "", "", ""]
-        rows.append([question if question != asked else "", f"`{' '.join([name, flags]).strip()}`", *cells])
+        rows.append([question if question != asked else "", as_code(name, flags), *cells])
         asked = question
     text = (
         f"`python benchmarks/open_points.py --network {study.backbone}`, CIFAR-10 at {networks[0].image_size} pixels, "
@@ -211,7 +215,7 @@ def generalisation() -> str:
     recorded = json.loads(path.read_text())
     kinds = ("noise", "blur", "contrast", "jpeg")
     rows = []
-    for name, lines in by_recipe(recorded).items():
+    for (recipe, options), lines in by_options(recorded).items():
 
         def mean(kind: str, lines: list[dict[str, Any]] = lines) -> float:
             found = [e for line in lines for k, e in line["errors"].items() if k.split()[0] == kind]
@@ -220,7 +224,7 @@ def generalisation() -> str:
         corrupted = [mean(kind) for kind in kinds]
         figures = [mean("train"), mean("test"), mean("test") - mean("train"), *corrupted, statistics.mean(corrupted)]
         size = f"{lines[0]['parameters'] / 1e6:.2f}M"
-        rows.append([name, size, str(len(lines)), *(f"{figure:.1f}" for figure in figures)])
+        rows.append([as_code(recipe, options), size, str(len(lines)), *(f"{figure:.1f}" for figure in figures)])
     text = "`python benchmarks/generalisation.py`: errors in %, of each corruption the mean of three strengths "
     text += f"({machines_of(recorded)}).\n\n"
     titles = ["recipe", "size", "n", "train", "test", "gap", *kinds, "corrupted"]
@@ -233,11 +237,11 @@ def exchanged_gates() -> str:
     if not path.exists():
         return "Not measured.\n"
     recorded = json.loads(path.read_text())
-    kinds = ("right", "usual", "same", "image", "gates")
+    kinds = ("own", "usual", "same", "image", "gates")
     rows = []
-    for name, lines in by_recipe(recorded).items():
+    for (recipe, options), lines in by_options(recorded).items():
         shares = [f"{100 * statistics.mean(line[kind] for line in lines):.1f}" for kind in kinds]
-        rows.append([name, str(lines[0]["epochs"]), str(len(lines)), *shares])
+        rows.append([as_code(recipe, options), str(lines[0]["epochs"]), str(len(lines)), *shares])
     text = (
         f"`{recorded[0]['command']}`: % of {recorded[0]['images']:,} test images that the backbone predicts rightly "
         "under their own gates, under each gate as it is for most images, and under the gates of another image of the "

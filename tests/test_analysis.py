@@ -320,9 +320,10 @@ def test_gates_of_other_images_by_hand():
     images, labels = told_images(60)
     loader = list(zip(images.split(40), labels.split(40), strict=True))
     looks, reads = Told(False), Told(True)
-    assert astuple(exchange_gates(looks, loader, images=60)) == (1, 1, 1, 0)
-    assert astuple(exchange_gates(reads, loader, images=60)) == (1 / 3, 1, 0, 1)  # no gate is open for most of them
-    same, other, _ = looks.pairs
+    assert astuple(exchange_gates(looks, loader, images=60)) == (1, 1, 1, 1, 0)
+    assert astuple(exchange_gates(reads, loader, images=60)) == (1, 1 / 3, 1, 0, 1)  # no gate is open for most of them
+    own, same, other, _ = looks.pairs
+    assert (own[:, 0] == own[:, 1]).all()
     assert sorted(same[:, 0]) == sorted(same[:, 1]) == list(range(60))
     assert (same[:, 0] != same[:, 1]).all()
     assert (same[:, 0] % 3 == same[:, 1] % 3).all()
@@ -346,6 +347,7 @@ def test_exchanged_gates_are_part_of_forced_ones(analysis):
     with torch.no_grad():
         usual = (MODEL.gates(inputs).mean(0, keepdim=True) > 0.5).float().expand(90, -1)
         right = MODEL.forward_gated(inputs, usual).argmax(1).numpy() == labels
+    assert found.own == pytest.approx(analysis.accuracy)
     assert found.usual == pytest.approx(right.mean())
     assert 0 <= found.image + found.gates <= 1
 

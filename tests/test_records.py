@@ -8,7 +8,7 @@ from typing import Any
 import export_families
 import pytest
 import results
-from measured_runs import by_recipe, measure_runs
+from measured_runs import measure_runs
 from open_points import DATA, EACH_OPTION, GAP, STUDIES
 
 from gaternet.checkpoint import write_json
@@ -114,15 +114,15 @@ def test_what_is_measured_of_a_run_takes_the_place_of_what_was(tmp_path):
     measure_runs(runs, tmp_path / "found.json", "python x.py", measure)
     values["b"] = 4
     measure_runs(runs[1:2], tmp_path / "found.json", "python x.py", measure)
-    lines = by_recipe(json.loads((tmp_path / "found.json").read_text()))
+    lines = results.by_options(json.loads((tmp_path / "found.json").read_text()))
     found = {name: [(line["seed"], line["value"]) for line in group] for name, group in lines.items()}
-    assert found == {"`short_resnet20_gated`": [(0, 1), (1, 4)], "`short_resnet20_gated --epochs 16`": [(0, 3)]}
+    assert found == {("short_resnet20_gated", ""): [(0, 1), (1, 4)], ("short_resnet20_gated", "--epochs 16"): [(0, 3)]}
 
 
 def test_exchanged_gates_are_averaged_over_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "DOCS", tmp_path)
     assert results.exchanged_gates() == "Not measured.\n"
-    shares = {"right": 0.5, "usual": 0.25, "same": 0.5, "image": 0.125, "gates": 0.75}
+    shares = {"own": 0.5, "usual": 0.25, "same": 0.5, "image": 0.125, "gates": 0.75}
     line = {"recipe": "short_resnet20_gated", "options": {}, "command": "x", "images": 10, "epochs": 8, **shares}
     line["machine"] = {"gpus": [], "processor": "P", "cores": 2}
     (tmp_path / "results").mkdir()

@@ -97,11 +97,11 @@ def traces(figure: Any) -> Any:
 def test_exchanged_gates_are_drawn_as_far_as_there_are_any():
     analysis = analysis_of()
     forced = force_gates(MODEL, [(IMAGES, LABELS)], analysis, preprocessing=PIXELS, images=60, gates=5)
-    found = Exchanged(usual=0.5, same=0.75, image=0.125, gates=0.625)
+    found = Exchanged(own=0.875, usual=0.5, same=0.75, image=0.125, gates=0.625)
     image, gates = traces(figures.exchanged_gates(dataclasses.replace(forced, exchanged=found)))
-    assert list(image.y) == pytest.approx([100 * forced.accuracy, 50, 75, 12.5])
+    assert list(image.y) == [87.5, 50, 75, 12.5]
     assert (image.name, gates.y[3]) == ("the image's class", 62.5)
-    found = Exchanged(usual=0.5, same=0.75, image=math.nan, gates=math.nan)
+    found = Exchanged(own=0.875, usual=0.5, same=0.75, image=math.nan, gates=math.nan)
     image, gates = traces(figures.exchanged_gates(dataclasses.replace(forced, exchanged=found)))
     assert len(image.x) == len(image.y) == 3
     assert np.isnan(gates.y).all()

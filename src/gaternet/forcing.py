@@ -18,6 +18,7 @@ from gaternet.graph import evaluation_mode
 from gaternet.method import GaterNet
 
 SHARE = 0.05  # of the gates that depend on the input: so many are taken from a class
+CHUNK = 100  # images at a time
 SHUT, OPEN = 0, 1  # rows of an effect, and the values of their gates
 
 
@@ -36,18 +37,20 @@ class Effect:
 
 @dataclass(frozen=True)
 class Exchanged:
-    """Predictions of M images under gates that are not their own: shares of them, in [0, 1].
+    """Predictions of M images under gates of their own and of others: shares of them, in [0, 1].
 
     If a gater has found out the class, its gates can tell it to the backbone, which then need not look itself: given
     another image's gates, it predicts that one's class.
 
     Attributes:
+        own: right under the gates that the gater gives them.
         usual: right when each gate is as it is for most of these images.
         same: right under the gates of another image of the same class; NaN where no class has two images.
         image, gates: under those of an image of another class: predicted as the class of the image; as the class of
             the image that the gates were made for. NaN where all images are of one class.
     """
 
+    own: float
     usual: float
     same: float
     image: float
@@ -128,7 +131,7 @@ def force_gates(
     """
     with evaluation_mode(model):
         inputs, labels = _first(loader, images, preprocessing, next(model.parameters()).device)
-        own, count, named = model.gates(inputs), len(analysis.classes), labels.cpu().numpy()
+        own, count, named = _gates(model, inputs), len(analysis.classes), labels.cpu().numpy()
         counts = np.bincount(named, minlength=count)
         found = _right(model, inputs, own, labels)
 
@@ -174,7 +177,7 @@ def force_gates(
             taken=taken,
             classes=np.array(list(tops), np.int64),
             own=effect(list(tops.values()), True),
-            exchanged=_exchanged(model, inputs, own, named, generator),
+            exchanged=_exchanged(model, inputs, own, found, named, generator),
         )
 
 
@@ -198,12 +201,20 @@ def exchange_gates(
     """
     with evaluation_mode(model):
         inputs, labels = _first(loader, images, preprocessing, next(model.parameters()).device)
-        return _exchanged(model, inputs, model.gates(inputs), labels.cpu().numpy(), np.random.default_rng(seed))
+        own, generator = _gates(model, inputs), np.random.default_rng(seed)
+        return _exchanged(model, inputs, own, _right(model, inputs, own, labels), labels.cpu().numpy(), generator)
 
 
 def _exchanged(
-    model: GaterNet, inputs: Tensor, own: Tensor, labels: NDArray[np.int64], generator: np.random.Generator
+    model: GaterNet,
+    inputs: Tensor,
+    own: Tensor,
+    right: Tensor,
+    labels: NDArray[np.int64],
+    generator: np.random.Generator,
 ) -> Exchanged:
+    """`right` says which images are predicted rightly under their `own` gates."""
+
     def share(rows: NDArray[np.int64], gates: Tensor, said: NDArray[np.int64]) -> list[float]:
         """Of the images in `rows`, under these gates: those predicted as their own class, and as `said`."""
         if not len(rows):
@@ -223,7 +234,12 @@ def _exchanged(
     rows = np.flatnonzero(labels[givers] != labels)
     image, gates = share(rows, own[givers[rows]], labels[givers[rows]])
     usual = (own.mean(0, keepdim=True) > 0.5).to(own.dtype).expand_as(own)
-    return Exchanged(share(everything, usual, labels)[0], same, image, gates)
+    return Exchanged(float(right.double().mean()), share(everything, usual, labels)[0], same, image, gates)
+
+
+def _gates(model: GaterNet, inputs: Tensor) -> Tensor:
+    """The gates of each image, (M, C)."""
+    return torch.cat([model.gates(chunk) for chunk in inputs.split(CHUNK)])
 
 
 def _right(model: GaterNet, inputs: Tensor, gates: Tensor, labels: Tensor) -> Tensor:
@@ -235,7 +251,7 @@ def _right(model: GaterNet, inputs: Tensor, gates: Tensor, labels: Tensor) -> Te
 
 def _predict(model: GaterNet, inputs: Tensor, gates: Tensor) -> Tensor:
     """The likeliest class of each image under these gates, (M,)."""
-    chunks = zip(inputs.split(100), gates.split(100), strict=True)
+    chunks = zip(inputs.split(CHUNK), gates.split(CHUNK), strict=True)
     return torch.cat([model.forward_gated(*chunk).argmax(1) for chunk in chunks])
 
 

@@ -89,9 +89,9 @@ class GuidedNet(nn.Module):
 
     def forward(self, images: Tensor, return_gates: Literal[True]) -> tuple[Tensor, ...]:
         """The network's logits (B, K), its gater's gates (B, C), and the classifier's logits (B, K) if there is one."""
-        gater, guess = self.network.gater, ()
+        gater = self.network.gater
         if self.classifier is None:
-            gates = self.network.gates(images)
+            gates, guess = self.network.gates(images), ()
         else:
             assert isinstance(gater, Gater)
             features = gater.features(images)

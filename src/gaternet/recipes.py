@@ -99,14 +99,14 @@ def _table_3() -> list[Recipe]:
 
 # What closed the distance to the plain network in short trainings, and kept gates dependent on the image
 # (docs/results.md): the extractor learns the classes by itself too, gates start rather open, and their noise falls.
-_GUIDED: Any = {"auxiliary_weight": 1.0, "initial_bias": 1.0, "anneal_noise": True}
+GUIDED: Any = {"auxiliary_weight": 1.0, "initial_bias": 1.0, "anneal_noise": True}
 
 
 def _imagenette() -> list[Recipe]:
     """Ten classes of ImageNet, some 9,500 photographs, 64 pixels: a folder that a CPU trains on in an hour or two."""
     optimizer = Optimizer(lr=0.1, weight_decay=5e-4, schedule="cosine", warmup_epochs=2.0)
     common: Any = {"data": "imagenette64", "image_size": 64, "epochs": 30, "batch_size": 64, "optimizer": optimizer}
-    gating = Gating(extractor="resnet20", bottleneck=64, **_GUIDED)
+    gating = Gating(extractor="resnet20", bottleneck=64, **GUIDED)
     names = ("resnet18", "resnet18_gated")
     return [Recipe(f"imagenette64_{model}", model, gating=gating, **common) for model in names]
 
@@ -124,7 +124,7 @@ def _short() -> list[Recipe]:
         common: Any = {"epochs": 8, "image_size": size, "optimizer": optimizer, "gating": gating}
         models = (backbone, f"{backbone}_wider", f"{backbone}_gated")
         recipes += [Recipe(f"short_{model}", model, **common) for model in models]
-        guided = common | {"gating": Gating(extractor=backbone, **_GUIDED)}
+        guided = common | {"gating": Gating(extractor=backbone, **GUIDED)}
         recipes.append(Recipe(f"short_{backbone}_guided", f"{backbone}_gated", **guided))
     return recipes
 
@@ -144,7 +144,7 @@ def _half() -> list[Recipe]:
             target_density=target,
             sparsity_ramp=40.0,
             penalty="macs",
-            **_GUIDED,
+            **GUIDED,
         )
         optimizer = Optimizer(lr=0.1, weight_decay=5e-4, schedule="cosine", warmup_epochs=2.0)
         name = f"cifar10_{backbone}_half"
@@ -157,7 +157,7 @@ def _all_sites() -> list[Recipe]:
 
     Every filter has a gate, and the gater is guided; the rest is Table 1's.
     """
-    gating = Gating(sites="all", **_GUIDED)
+    gating = Gating(sites="all", **GUIDED)
     return [
         Recipe(f"{data}_resnet20_all", None, "resnet20", data=data, gating=gating) for data in ("cifar10", "cifar100")
     ]
@@ -166,7 +166,7 @@ def _all_sites() -> list[Recipe]:
 def _digits() -> list[Recipe]:
     """For `make demo` and tests, seconds on a CPU: handwritten digits, 8x8 grey pixels, 1,437 of them to train on."""
     optimizer = Optimizer(lr=0.1, weight_decay=5e-4, schedule="cosine", warmup_epochs=2.0)
-    gating = Gating(target_density=0.6, sparsity_start=2.0, sparsity_ramp=4.0, **_GUIDED)
+    gating = Gating(target_density=0.6, sparsity_start=2.0, sparsity_ramp=4.0, **GUIDED)
     models = ("resnet20", "resnet20_gated")
     return [
         Recipe(

@@ -285,7 +285,7 @@ def exchanged_gates(forced: Forced) -> go.Figure:
     """What is predicted under gates of other images: the image's class, or that of the image they were made for."""
     found = forced.exchanged
     kinds = [
-        ("its own", forced.accuracy, math.nan),
+        ("its own", found.own, math.nan),
         ("each as usual", found.usual, math.nan),
         ("another image's,<br>same class", found.same, math.nan),
         ("another image's,<br>another class", found.image, found.gates),
