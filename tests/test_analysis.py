@@ -14,6 +14,7 @@ from sklearn.metrics import mutual_info_score
 from torch import Tensor, nn
 from torch.nn import functional
 
+import gaternet.forcing
 from gaternet import GateAnalysis, Gater, GaterNet, GateSite, analyze, count_macs, create_model, gate
 from gaternet.analysis import THUMBNAIL, mutual_information, thumbnail
 from gaternet.forcing import class_gates, exchange_gates, force_gates
@@ -339,6 +340,16 @@ def test_gates_of_other_images_by_hand():
     assert (alike.usual, alike.same) == (1, 1)
     assert math.isnan(alike.image)
     assert math.isnan(alike.gates)
+
+
+def test_gates_are_exchanged_a_few_images_at_a_time(monkeypatch):
+    images, labels = told_images(60)
+    at_once, by_parts = Told(True), Told(True)
+    expected = exchange_gates(at_once, [(images, labels)], images=60)
+    monkeypatch.setattr(gaternet.forcing, "CHUNK", 7)
+    assert exchange_gates(by_parts, [(images, labels)], images=60) == expected
+    assert max(map(len, by_parts.pairs)) == 7
+    assert np.array_equal(np.concatenate(by_parts.pairs), np.concatenate(at_once.pairs))
 
 
 def test_exchanged_gates_are_part_of_forced_ones(analysis):
