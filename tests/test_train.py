@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
-from training_runs import CPU, assert_same_weights, records, small, weights
+from training_runs import CPU, assert_same_weights, exit_codes, free_port, records, small, weights
 
 import gaternet.step
 from gaternet.checkpoint import load_model
@@ -60,10 +59,7 @@ def test_seed_decides_the_run(finished, tmp_path):
 
 
 def test_two_machines_give_the_loss_curve_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meet = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port"]
-        meet.append(str(free.getsockname()[1]))
+    meet = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     script = Path(__file__).parent / "train_without_batchnorm.py"
     launches = [["-m", "torch.distributed.run", "--node-rank", str(rank), *meet] for rank in range(2)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -71,11 +67,7 @@ def test_two_machines_give_the_loss_curve_of_one(tmp_path):
         subprocess.Popen([sys.executable, *launch, script, tmp_path / name], env=environment)
         for name, launch in (("one", []), ("two", launches[0]), ("two", launches[1]))
     ]
-    try:
-        assert [process.wait(120) for process in running] == [0, 0, 0]
-    finally:
-        for process in running:
-            process.kill()
+    assert exit_codes(running) == [0, 0, 0]
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two")]
     assert [config["processes"] for config in configs] == [1, 2]
     one, two = ([line["loss"] for line in records(tmp_path / name, "step")] for name in ("one", "two"))

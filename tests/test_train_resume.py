@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import CPU, assert_same_weights, records, send_signal_after, small, weights
+from training_runs import CPU, assert_same_weights, exit_codes, free_port, records, send_signal_after, small, weights
 
 import gaternet.step
 from gaternet.evaluate import evaluate_saved
@@ -187,9 +186,7 @@ def test_a_run_whose_training_state_was_removed_is_not_trained_over(finished, tm
 
 
 def test_processes_that_are_stopped_together_save_and_agree_on_the_averages(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     script, run = Path(__file__).parent / "train_with_averages.py", tmp_path / "run"
     for expected in ([143, 143], [0, 0]):
         running = [
@@ -200,11 +197,7 @@ def test_processes_that_are_stopped_together_save_and_agree_on_the_averages(tmp_
             )
             for rank in range(2)
         ]
-        try:
-            assert [process.wait(120) for process in running] == expected
-        finally:
-            for process in running:
-                process.kill()
+        assert exit_codes(running) == expected
         assert (run / "training.pt").exists()
     assert len(records(run, "step")) == 5
     (epoch,) = records(run, "epoch")

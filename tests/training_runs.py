@@ -2,6 +2,10 @@
 
 import json
 import os
+import random
+import socket
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,6 +36,31 @@ def small(model: str = "resnet20_gated", **changes: object) -> Recipe:
             **changes,
         },
     )
+
+
+def free_port() -> int:
+    """A port that nothing listens on, below those that a system gives to whoever asks for any.
+
+    One of these could be given away again, say to a test beside this one, before the process that is to listen starts.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 50):
+        with socket.socket() as trial:
+            try:
+                trial.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no port is free")
+
+
+def exit_codes(running: Sequence[subprocess.Popen]) -> list[int]:
+    """Of processes that end within two minutes; none is left running."""
+    try:
+        return [process.wait(120) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
