@@ -9,6 +9,7 @@ measured only by runs of its recipe with no option changed; all others are liste
 """
 
 import argparse
+import dataclasses
 import json
 import shlex
 import statistics
@@ -21,7 +22,8 @@ from tables import DOCS, error_of, machine_of, machines_of, read_finetuned, tabl
 from timing_tables import exported, reports, skipping, speed
 
 from gaternet.ledger import add_run, changed_options, read_ledger, train_flags
-from gaternet.recipes import RECIPES
+from gaternet.recipe import Recipe, override
+from gaternet.recipes import RECIPES, find_recipe
 
 LEDGER = DOCS / "results" / "runs.jsonl"
 
@@ -79,16 +81,26 @@ def as_code(*words: str) -> str:
 
 
 # Recipes past the paper, and what they are to reach
-AIMS = {f"{data}_resnet20_all": f"below `{data}_resnet20_wider`" for data in ("cifar10", "cifar100")}
+AIMS = {
+    f"{data}_resnet20_{kind}": f"below `{data}_resnet20_wider`"
+    for data in ("cifar10", "cifar100")
+    for kind in ("guided", "all")
+}
 AIMS |= {"cifar10_resnet20_half": "at most 7.8 at half of the dense MACs, gater included"}
 AIMS |= {"cifar10_resnet56_half": "at most 6.3 at half of the dense MACs, gater included"}
 
 
+def trains_like(line: dict[str, Any], recipe: Recipe) -> bool:
+    """Whether a run was one of `recipe`, whatever the recipe's name was."""
+    ours = override(find_recipe(line["recipe"]), line["options"])
+    return dataclasses.replace(ours, name=recipe.name, paper=recipe.paper) == recipe
+
+
 def past_the_paper(ledger: list[dict[str, Any]]) -> str:
-    """Each of `AIMS` beside what was measured."""
+    """Each of `AIMS` beside what was measured by its recipe, or by another with options that make it the same."""
     rows = []
     for name, aim in AIMS.items():
-        runs = [line for line in ledger if line["recipe"] == name and not line["options"]]
+        runs = [line for line in ledger if trains_like(line, find_recipe(name))]
         ours, macs = "not measured", ""
         if runs:
             dense = statistics.mean(line["backbone_macs"] for line in runs)
@@ -119,9 +131,24 @@ def figures(lines: list[dict[str, Any]]) -> list[str]:
     return [size, f"{macs / 1e6:.1f}M", error_of(lines), train_loss, opened, dependent, minutes]
 
 
+def is_full_length(line: dict[str, Any]) -> bool:
+    """Whether a run took as many epochs as a row of the paper."""
+    return find_recipe(line["recipe"]).paper is not None and "epochs" not in line["options"]
+
+
+def full_length(ledger: list[dict[str, Any]]) -> str:
+    """The paper's networks, trained as published and otherwise."""
+    return commands([line for line in ledger if is_full_length(line)])
+
+
 def other_runs(ledger: list[dict[str, Any]]) -> str:
-    """Runs of our own recipes, and of any with options changed."""
-    groups = by_options([line for line in ledger if not line["as_published"] and study_of(line) is None])
+    """Runs of our own recipes, and shortened ones of the paper's."""
+    return commands([line for line in ledger if not is_full_length(line) and study_of(line) is None])
+
+
+def commands(lines: list[dict[str, Any]]) -> str:
+    """A row for each command."""
+    groups = by_options(lines)
     rows = [
         [as_code("gaternet train", recipe, flags), *figures(lines), machines_of(lines)]
         for (recipe, flags), lines in sorted(groups.items())
@@ -263,13 +290,16 @@ def page() -> str:
         "Measured by the recipe as it is, at full length; a run with any option changed does not count here.\n\n"
         f"{paper_rows(ledger)}\n"
         "## Past the paper\n\n"
-        "Recipes of our own with an aim, at full length and with no option changed.\n\n"
+        "Recipes of our own with an aim, at full length: runs of the recipe, or of one with options that make it the "
+        "same.\n\n"
         f"{past_the_paper(ledger)}\n"
-        "## Our own recipes, and others with options changed\n\n"
-        "MACs of an image: those of the open filters and of the gater, in the mean over the test images. A gate is "
-        "dependent if it is open for some of them and closed for others. The short recipes are 8 epochs where their "
-        "command says nothing else: they compare networks with each other, and are no evidence for or against the "
-        "paper's figures.\n\n"
+        "## The paper's networks at full length, in the paper's and in other ways\n\n"
+        "MACs of an image, here and below: those of the open filters and of the gater, in the mean over the test "
+        "images. A gate is dependent if it is open for some of them and closed for others.\n\n"
+        f"{full_length(ledger)}\n"
+        "## Our own recipes, and shortened ones\n\n"
+        "The short recipes are 8 epochs where their command says nothing else: they compare networks with each other, "
+        "and are no evidence for or against the paper's figures.\n\n"
         f"{other_runs(ledger)}\n"
         "## What the paper leaves open\n\n"
         "Short trainings, one option at a time; the gated recipes' defaults are the paper's where that is known.\n\n"
