@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from training_runs import CPU, assert_same_weights, exit_codes, free_port, records, send_signal_after, small, weights
@@ -110,11 +111,11 @@ def test_a_run_without_a_checkpoint_that_starts_again_elsewhere_says_so(finished
     config["machine"]["threads"] += 1
     (run / "config.json").write_text(json.dumps(config))
     directory = RunDirectory(run)
-    directory.note_place(1, {"precision": "no", "processes": 1})
+    directory.note_place(1, {"precision": "no", "processes": 1}, "digits")
     assert "resumed" not in json.loads((run / "config.json").read_text())  # threads make no other machine
     config["commit"] = "another"
     (run / "config.json").write_text(json.dumps(config))
-    directory.note_place(1, {"precision": "bf16", "processes": 1})  # and came to nothing
+    directory.note_place(1, {"precision": "bf16", "processes": 1}, "digits")  # and came to nothing
     train(small(ema_decay=0.9), run, CPU, resume=True)
     (place,) = json.loads((run / "config.json").read_text())["resumed"]
     assert (place["epoch"], place["precision"]) == (1, "no")
@@ -156,6 +157,37 @@ def test_runs_are_never_overwritten_or_mixed(finished, tmp_path):
         train(small(), finished, CPU, resume=True)
     with pytest.raises(ValueError, match="holds no run to resume"):
         train(small(), tmp_path / "none", CPU, resume=True)
+
+
+def test_a_run_goes_on_with_its_data_elsewhere_but_not_with_other_data(tmp_path, monkeypatch):
+    """A file or folder of the same name with as many images is taken for the same."""
+
+    def saved(name: str, images: int) -> str:
+        path = tmp_path / name
+        path.parent.mkdir()
+        pixels = np.random.default_rng(0).integers(0, 255, (images, 8, 8), dtype=np.uint8)
+        labels = np.arange(images, dtype=np.uint8) % 2
+        np.savez(path, x_train=pixels, y_train=labels, x_test=pixels[:64], y_test=labels[:64])
+        return str(path)
+
+    here, there, grown = (
+        saved(f"{folder}/digits.npz", images) for folder, images in (("here", 600), ("there", 600), ("grown", 1200))
+    )
+    train(small("resnet8", data=here), tmp_path / "whole", CPU)
+    run = tmp_path / "run"
+    send_signal_after(monkeypatch, 2, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        train(small("resnet8", data=here), run, CPU)
+    monkeypatch.undo()
+    before = [(run / name).read_text() for name in ("metrics.jsonl", "config.json")]
+    with pytest.raises(ValueError, match="epochs of 2 steps, and these images make 4: give it the images"):
+        train(small("resnet8", data=grown), run, CPU, resume=True)
+    with pytest.raises(ValueError, match="other options"):  # a name says nothing of a file
+        train(small("resnet8", data="digits"), run, CPU, resume=True)
+    assert [(run / name).read_text() for name in ("metrics.jsonl", "config.json")] == before
+    train(small("resnet8", data=there), run, CPU, resume=True)
+    assert_same_weights(tmp_path / "whole", run)
+    assert json.loads((run / "config.json").read_text())["recipe"]["data"] == there
 
 
 def test_two_processes_cannot_train_one_run(finished, tmp_path):

@@ -27,7 +27,7 @@ from torch import nn
 from gaternet import checkpoint
 from gaternet.locks import lock_folder
 from gaternet.method import GaterNet
-from gaternet.recipe import Recipe
+from gaternet.recipe import Recipe, data_name
 
 CONFIG, METRICS, STATE = "config.json", "metrics.jsonl", "training.pt"
 _PACKAGES = ("gaternet", "torchvision", "accelerate", "numpy")
@@ -52,12 +52,16 @@ class RunDirectory:
     def resume(self, config: Mapping[str, Any], main: bool = True) -> dict[str, Any] | None:
         """The training state to continue from, None where none was saved yet.
 
+        The data may lie elsewhere now, in a file or folder of the same name.
+
         Raises:
             ValueError: there is no run here, it has other options, or another process is training it.
         """
         if not (self.path / CONFIG).exists():
             raise ValueError(f"{self.path} holds no run to resume: leave --resume out to start one")
         before = checkpoint.read_json(self.path / CONFIG)
+        if _only_moved(before, config):
+            before["recipe"]["data"] = config["recipe"]["data"]
         defaults = {"recipe": dataclasses.asdict(Recipe(""))}
         if changed := _first_difference(before, json.loads(json.dumps(config)), json.loads(json.dumps(defaults))):
             raise ValueError(
@@ -77,10 +81,10 @@ class RunDirectory:
             checkpoint.write_atomically(self.path / METRICS, lambda temporary: temporary.write_text(text))
         return state
 
-    def note_place(self, epoch: int, way: Mapping[str, Any]) -> None:
+    def note_place(self, epoch: int, way: Mapping[str, Any], data: str) -> None:
         """Say in the config that the run goes on here from `epoch` on, if machine, software or `way` are others now.
 
-        `way` has "precision" and "processes".
+        `way` has "precision" and "processes"; `data` is where the images lie now.
         """
         config = checkpoint.read_json(self.path / CONFIG)
         found = {"epoch": epoch, **way, "started": _now(), **describe_machine()}
@@ -89,8 +93,11 @@ class RunDirectory:
         facts = ("machine", "versions", "commit", "precision", "processes")
         changed = any(_but_threads(before[name]) != _but_threads(found[name]) for name in facts)
         places = [*earlier, found] if changed else earlier
-        if places != config.get("resumed", []):
-            checkpoint.write_json(self.path / CONFIG, {**config, "resumed": places})
+        after = {**config, "recipe": {**config["recipe"], "data": data}}
+        if places or "resumed" in config:
+            after["resumed"] = places
+        if after != config:
+            checkpoint.write_json(self.path / CONFIG, after)
 
     def close(self) -> None:
         """Let other processes resume the run, which `start` and `resume` forbid; so does the end of this one."""
@@ -228,6 +235,12 @@ def processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _only_moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether the data now lie where `after` says; a mere name is no place, and not what the run was given."""
+    old, new = (config.get("recipe", {}).get("data", "") for config in (before, after))
+    return new != old and data_name(new) == data_name(old) and Path(new).exists()
 
 
 def _first_difference(before: Mapping[str, Any], after: Mapping[str, Any], defaults: Mapping[str, Any]) -> str | None:

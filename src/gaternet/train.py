@@ -137,6 +137,7 @@ def train(
     given = None if built_from else type(network.backbone if isinstance(network, GaterNet) else network).__name__
     run, state = _open_run(Path(run_dir), recipe, given, runtime, seed, resume, accelerator)  # all faults were found
     if state is not None:
+        _check_epochs(run, steps_per_epoch)
         progress.load_state_dict(state)
 
     record: dict[str, Any] = {}
@@ -151,7 +152,7 @@ def train(
         if progress.epoch == recipe.epochs:
             return run.epochs()[-1]
         if resume and main:
-            run.note_place(progress.epoch + 1, _way(accelerator))
+            run.note_place(progress.epoch + 1, _way(accelerator), recipe.data)
         display.line(_title(recipe, network, data, accelerator))
         for epoch in range(progress.epoch, recipe.epochs):
             set_training_mode(network, recipe)
@@ -239,6 +240,17 @@ def _open_run(
 
 def _way(accelerator: Accelerator) -> dict[str, Any]:
     return {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
+
+
+def _check_epochs(run: RunDirectory, steps_per_epoch: int) -> None:
+    """Before a run goes on: its epochs must have had as many steps as they would have now."""
+    if (done := run.epochs()) and done[-1]["step"] != done[-1]["epoch"] * steps_per_epoch:
+        run.close()
+        before = done[-1]["step"] // done[-1]["epoch"]
+        raise ValueError(
+            f"{run.path} has epochs of {before} steps, and these images make {steps_per_epoch}: give it the images it "
+            "began with, or name another --out"
+        )
 
 
 def _check_loss(window: Mapping[str, float], epoch: int, step: int) -> None:
