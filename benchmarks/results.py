@@ -1,15 +1,15 @@
-"""Keep the ledger of finished runs, and write docs/results.md from it.
+"""Keep the ledger of finished runs, and write docs/results.md and README.md's figures from it.
 
 python benchmarks/results.py add RUN...    # a line in docs/results/runs.jsonl for each finished run, then the page
 gaternet sweep RECIPE... --ledger docs/results/runs.jsonl    # or trained so from the start
-python benchmarks/results.py               # the page alone
+python benchmarks/results.py               # the page, and README.md's figures
 
-Every figure of docs/results.md comes from docs/results/*: nothing is typed by hand. A row of the paper counts as
-measured only by runs of its recipe with no option changed; all others are listed under the command that made them.
+Every figure of docs/results.md and README.md comes from docs/results/*: nothing is typed by hand. A row of the paper
+counts as measured only by runs of its recipe with no option changed; all others are listed under the command that made
+them.
 """
 
 import argparse
-import dataclasses
 import json
 import shlex
 import statistics
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from open_points import DATA, EACH_OPTION, GAP, STUDIES, Study
-from tables import DOCS, error_of, machine_of, machines_of, read_finetuned, table
+from summary import README, with_summary
+from tables import DOCS, error_of, machine_of, machines_of, mean_macs, read_finetuned, table, trains_like
 from timing_tables import exported, reports, skipping, speed
 
 from gaternet.ledger import add_run, changed_options, read_ledger, train_flags
-from gaternet.recipe import Recipe, override
 from gaternet.recipes import RECIPES, find_recipe
 
 LEDGER = DOCS / "results" / "runs.jsonl"
@@ -90,12 +90,6 @@ AIMS |= {"cifar10_resnet20_half": "at most 7.8 at half of the dense MACs, gater 
 AIMS |= {"cifar10_resnet56_half": "at most 6.3 at half of the dense MACs, gater included"}
 
 
-def trains_like(line: dict[str, Any], recipe: Recipe) -> bool:
-    """Whether a run was one of `recipe`, whatever the recipe's name was."""
-    ours = override(find_recipe(line["recipe"]), line["options"])
-    return dataclasses.replace(ours, name=recipe.name, paper=recipe.paper) == recipe
-
-
 def past_the_paper(ledger: list[dict[str, Any]]) -> str:
     """Each of `AIMS` beside what was measured by its recipe, or by another with options that make it the same."""
     rows = []
@@ -105,7 +99,7 @@ def past_the_paper(ledger: list[dict[str, Any]]) -> str:
         if runs:
             dense = statistics.mean(line["backbone_macs"] for line in runs)
             ours = error_of(runs)
-            macs = f"{statistics.mean(line['gated_macs'] + line['gater_macs'] for line in runs) / dense:.2f}"
+            macs = f"{mean_macs(runs) / dense:.2f}"
         rows.append([f"`{name}`", aim, ours, macs])
     return table(["recipe", "aim, error %", "ours", "MACs, of the plain backbone's"], rows)
 
@@ -120,15 +114,13 @@ def figures(lines: list[dict[str, Any]]) -> list[str]:
         return statistics.mean(map(get, lines))
 
     opened = dependent = "-"
-    macs = mean(lambda line: line["backbone_macs"])
     if lines[0]["gates"]:
-        macs = mean(lambda line: line["gated_macs"] + line["gater_macs"])
         opened = f"{100 * mean(lambda line: line['gates']['density']):.1f} %"
         dependent = f"{100 * mean(lambda line: line['gates']['dependent']):.1f} %"
     size = f"{mean(lambda line: line['parameters']) / 1e6:.2f}M"
     train_loss = f"{mean(lambda line: line['train_loss']):.3f}"
     minutes = f"{mean(lambda line: line['seconds']) / 60:.0f}"
-    return [size, f"{macs / 1e6:.1f}M", error_of(lines), train_loss, opened, dependent, minutes]
+    return [size, f"{mean_macs(lines) / 1e6:.1f}M", error_of(lines), train_loss, opened, dependent, minutes]
 
 
 def is_full_length(line: dict[str, Any]) -> bool:
@@ -330,6 +322,7 @@ def main() -> None:
         for run in args.runs:
             add_run(LEDGER, run)
     (DOCS / "results.md").write_text(page())
+    README.write_text(with_summary(README.read_text(), read_ledger(LEDGER)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """What the tables of docs/results.md share."""
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
 from typing import Any
+
+from gaternet.recipe import Recipe, override
+from gaternet.recipes import find_recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -19,6 +23,19 @@ def error_of(lines: list[dict[str, Any]]) -> str:
     errors = [line["test_error"] for line in lines]
     spread = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
     return f"{statistics.mean(errors):.2f}{spread} (n = {len(errors)})"
+
+
+def mean_macs(lines: list[dict[str, Any]]) -> float:
+    """Multiply-accumulates of an image, in the mean over test images and runs: of open filters and of the gater."""
+    if lines[0]["gates"]:
+        return statistics.mean(line["gated_macs"] + line["gater_macs"] for line in lines)
+    return statistics.mean(line["backbone_macs"] for line in lines)
+
+
+def trains_like(line: dict[str, Any], recipe: Recipe) -> bool:
+    """Whether a run was one of `recipe`, whatever the recipe's name was."""
+    ours = override(find_recipe(line["recipe"]), line["options"])
+    return dataclasses.replace(ours, name=recipe.name, paper=recipe.paper) == recipe
 
 
 def machine_of(line: dict[str, Any]) -> str:

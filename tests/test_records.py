@@ -8,11 +8,12 @@ from typing import Any
 import export_families
 import pytest
 import results
+import summary
 from measured_runs import measure_runs
 from open_points import DATA, EACH_OPTION, GAP, STUDIES
 
 from gaternet.checkpoint import write_json
-from gaternet.ledger import changed_options, train_flags
+from gaternet.ledger import changed_options, read_ledger, train_flags
 from gaternet.recipe import override
 from gaternet.recipes import find_recipe
 
@@ -20,6 +21,8 @@ from gaternet.recipes import find_recipe
 def test_pages_are_those_of_the_recorded_figures():
     assert (results.DOCS / "results.md").read_text() == results.page()
     assert export_families.PAGE.read_text() == export_families.page()
+    readme = summary.README.read_text()
+    assert readme == summary.with_summary(readme, read_ledger(results.LEDGER))
 
 
 def test_a_row_without_a_run_is_not_measured():
@@ -79,6 +82,23 @@ def test_a_recipe_past_the_paper_counts_runs_that_are_the_same_by_their_options(
     (measured,) = [row for row in aims if not row.endswith("| not measured |  |")]
     assert measured.startswith("| `cifar10_resnet20_guided` |")
     assert "| 7.50 ± 0.71 (n = 2) |" in measured
+
+
+def test_the_summary_has_the_figures_of_its_recipes_and_leaves_the_rest_of_the_text():
+    lines = [_line("cifar10_resnet20_gated", seed, error) for seed, error in enumerate((7.0, 8.0))]
+    rows = summary.accuracy(lines).splitlines()
+    assert rows[0] == "ResNet-20 on CIFAR-10, 160 epochs (P, 2 cores):"
+    assert [row.split(" | ")[-1] for row in rows[4:]] == 2 * ["not measured |"] + [
+        "7.50 ± 0.71 (n = 2) |",
+        "not measured |",
+    ]
+    assert " | 0.08M | 3.0M | 6.88 | " in rows[6]
+    text = summary.with_summary("a\n<!-- benchmarks/results.py writes this -->\nold\n<!-- to here -->\nb\n", lines)
+    assert text.startswith("a\n<!-- benchmarks")
+    assert text.endswith("<!-- to here -->\nb\n")
+    assert "\nold\n" not in text
+    assert rows[6] in text
+    assert summary.with_summary(text, lines) == text
 
 
 def test_published_rows_say_where_they_were_trained():

@@ -1,0 +1,63 @@
+"""The figures in README.md: a few of those of docs/results.md."""
+
+from typing import Any
+
+from tables import DOCS, error_of, machine_of, machines_of, mean_macs, table, trains_like
+
+from gaternet.checkpoint import read_json
+from gaternet.recipes import find_recipe
+
+README = DOCS.parent / "README.md"
+_BEGIN, _END = "<!-- benchmarks/results.py writes this -->\n", "<!-- to here -->\n"
+_NETWORKS = {
+    "cifar10_resnet20": "plain",
+    "cifar10_resnet20_wider": "Wider: plain, with as many parameters as the gated one",
+    "cifar10_resnet20_gated": "gated, trained as the paper says",
+    "cifar10_resnet20_guided": "gated, trained our way",
+}
+
+
+def accuracy(ledger: list[dict[str, Any]]) -> str:
+    """ResNet-20 on CIFAR-10, beside the paper's figures."""
+    rows, measured = [], []
+    for name, what in _NETWORKS.items():
+        recipe = find_recipe(name)
+        runs = [line for line in ledger if trains_like(line, recipe)]
+        measured += runs
+        size, macs, error = "", "", "not measured"
+        if runs:
+            size, macs, error = f"{runs[0]['parameters'] / 1e6:.2f}M", f"{mean_macs(runs) / 1e6:.1f}M", error_of(runs)
+        paper = f"{recipe.paper.error:.2f}" if recipe.paper else ""
+        rows.append([what, f"`{name}`", size, macs, paper, error])
+    text = f"ResNet-20 on CIFAR-10, 160 epochs ({machines_of(measured) or 'not measured'}):\n\n"
+    titles = ["network", "recipe", "parameters", "MACs", "paper's error %", "ours"]
+    return text + table(titles, rows)
+
+
+def speed() -> str:
+    """What skipping saves on ResNet-50, one image at a time and several."""
+    found = read_json(DOCS / "results" / "skipping.json")
+    timings: dict[int, list[dict[str, Any]]] = {}
+    for row in found["resnet50"]:
+        timings.setdefault(row["batch"], []).append(row)
+    dense = {batch: [row for row in rows if row["name"].startswith("dense: ")] for batch, rows in timings.items()}
+    fastest = [min(rows, key=lambda row: row["median"]) for rows in dense.values()]
+    skipped = zip(*([row for row in rows if row["name"] == "skipped"] for rows in timings.values()), strict=True)
+    rows = [["no gates", f"{fastest[0]['macs'] / 1e9:.2f}G", *(f"{row['median']:.1f} ms" for row in fastest)]]
+    for same in skipped:  # of each batch size, with about as many open filters
+        cells = [f"{row['median']:.1f} ms, {row['over_dense']:.2f} x" for row in same]
+        rows.append([f"{100 * same[0]['density']:.0f} %", f"{same[0]['macs'] / 1e9:.2f}G", *cells])
+    engines = [row["name"].removeprefix("dense: ") for row in next(iter(dense.values()))]
+    text = (
+        "ResNet-50 at 224 pixels, all filters gated, gates drawn at random for each image of a batch: medians, and as "
+    )
+    text += f"shares of the time of the dense network in the fastest of {', '.join(engines[:-1])} and {engines[-1]} "
+    text += f"({machine_of(found)}, float32):\n\n"
+    return text + table(["open filters", "MACs", *(f"batch {batch}" for batch in timings)], rows)
+
+
+def with_summary(text: str, ledger: list[dict[str, Any]]) -> str:
+    """README.md's text with the figures as they are now recorded."""
+    before, rest = text.split(_BEGIN)
+    after = rest.split(_END)[1]
+    return f"{before}{_BEGIN}{accuracy(ledger)}\n{speed()}{_END}{after}"
