@@ -111,11 +111,11 @@ def test_a_run_without_a_checkpoint_that_starts_again_elsewhere_says_so(finished
     config["machine"]["threads"] += 1
     (run / "config.json").write_text(json.dumps(config))
     directory = RunDirectory(run)
-    directory.note_place(1, {"precision": "no", "processes": 1}, "digits")
+    directory.note_place(1, {"precision": "no", "processes": 1})
     assert "resumed" not in json.loads((run / "config.json").read_text())  # threads make no other machine
     config["commit"] = "another"
     (run / "config.json").write_text(json.dumps(config))
-    directory.note_place(1, {"precision": "bf16", "processes": 1}, "digits")  # and came to nothing
+    directory.note_place(1, {"precision": "bf16", "processes": 1})  # and came to nothing
     train(small(ema_decay=0.9), run, CPU, resume=True)
     (place,) = json.loads((run / "config.json").read_text())["resumed"]
     assert (place["epoch"], place["precision"]) == (1, "no")
@@ -159,35 +159,72 @@ def test_runs_are_never_overwritten_or_mixed(finished, tmp_path):
         train(small(), tmp_path / "none", CPU, resume=True)
 
 
-def test_a_run_goes_on_with_its_data_elsewhere_but_not_with_other_data(tmp_path, monkeypatch):
-    """A file or folder of the same name with as many images is taken for the same."""
+def save_images(path: Path, images: int = 600, classes: int = 2, seed: int = 0) -> str:
+    path.parent.mkdir(exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255 - 9 * seed, (images, 8, 8), dtype=np.uint8)
+    labels = np.arange(images, dtype=np.uint8) % classes
+    np.savez(path, x_train=pixels, y_train=labels, x_test=pixels[:64], y_test=labels[:64])
+    return str(path)
 
-    def saved(name: str, images: int) -> str:
-        path = tmp_path / name
-        path.parent.mkdir()
-        pixels = np.random.default_rng(0).integers(0, 255, (images, 8, 8), dtype=np.uint8)
-        labels = np.arange(images, dtype=np.uint8) % 2
-        np.savez(path, x_train=pixels, y_train=labels, x_test=pixels[:64], y_test=labels[:64])
-        return str(path)
 
-    here, there, grown = (
-        saved(f"{folder}/digits.npz", images) for folder, images in (("here", 600), ("there", 600), ("grown", 1200))
-    )
-    train(small("resnet8", data=here), tmp_path / "whole", CPU)
+def test_a_run_goes_on_where_its_images_were_moved_and_is_found_there(tmp_path, monkeypatch):
+    here, there = save_images(tmp_path / "here" / "own.npz"), save_images(tmp_path / "there" / "own.npz")
+    train(small("resnet8", data=here), whole := tmp_path / "whole", CPU)
     run = tmp_path / "run"
-    send_signal_after(monkeypatch, 2, signal.SIGTERM)
+    send_signal_after(monkeypatch, 3, signal.SIGTERM)
     with pytest.raises(Stopped):
         train(small("resnet8", data=here), run, CPU)
     monkeypatch.undo()
-    before = [(run / name).read_text() for name in ("metrics.jsonl", "config.json")]
-    with pytest.raises(ValueError, match="epochs of 2 steps, and these images make 4: give it the images"):
-        train(small("resnet8", data=grown), run, CPU, resume=True)
-    with pytest.raises(ValueError, match="other options"):  # a name says nothing of a file
-        train(small("resnet8", data="digits"), run, CPU, resume=True)
-    assert [(run / name).read_text() for name in ("metrics.jsonl", "config.json")] == before
+    shutil.rmtree(tmp_path / "here")
     train(small("resnet8", data=there), run, CPU, resume=True)
-    assert_same_weights(tmp_path / "whole", run)
-    assert json.loads((run / "config.json").read_text())["recipe"]["data"] == there
+    assert_same_weights(whole, run)
+    for directory in (run, whole):  # one that is finished is told, too
+        train(small("resnet8", data=there), directory, CPU, resume=True)
+        assert describe_run(directory)["data"] == "own"
+        assert evaluate_saved(directory, which="best", runtime=CPU)["images"] == 64
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"images": 700}, r"other images \(training_images was 600, now it is 700\)"),  # as many steps an epoch
+        ({"classes": 3}, r"other images \(classes was \['0', '1'\], now it is \['0', '1', '2'\]\)"),
+        ({"seed": 1}, r"other images \(mean was "),
+        ({"name": "others.npz"}, r"other options \(data was .*own.npz, now it is .*others.npz\)"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_images(tmp_path, monkeypatch, other, message):
+    run, recipe = tmp_path / "run", small("resnet8", data=save_images(tmp_path / "own.npz"))
+    send_signal_after(monkeypatch, 1, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        train(recipe, run, CPU)
+    monkeypatch.undo()
+    before = [(run / name).read_bytes() for name in ("metrics.jsonl", "config.json", "training.pt")]
+    path = tmp_path / "there" / other.pop("name", "own.npz")
+    with pytest.raises(ValueError, match=message):
+        train(small("resnet8", data=save_images(path, **other)), run, CPU, resume=True)
+    assert [(run / name).read_bytes() for name in ("metrics.jsonl", "config.json", "training.pt")] == before
+    train(recipe, run, CPU, resume=True)
+
+
+def test_a_run_of_an_older_version_goes_on_where_its_images_lay(finished, tmp_path):
+    shutil.copytree(finished, run := tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    assert config.pop("images")["training_images"] == 1437
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"other options \(data was digits, now it is .*digits.npz\)"):
+        train(small(ema_decay=0.9, data=save_images(tmp_path / "digits.npz")), run, CPU, resume=True)
+    train(small(ema_decay=0.9), run, CPU, resume=True)
+
+
+def test_what_cannot_be_loaded_leaves_the_run_free(finished, tmp_path):
+    shutil.copytree(finished, run := tmp_path / "run")
+    state = torch.load(run / "training.pt", weights_only=True)
+    torch.save({**state, "optimizer": {}}, run / "training.pt")
+    with pytest.raises(KeyError):
+        train(small(ema_decay=0.9), run, CPU, resume=True)
+    torch.save(state, run / "training.pt")
+    train(small(ema_decay=0.9), run, CPU, resume=True)
 
 
 def test_two_processes_cannot_train_one_run(finished, tmp_path):

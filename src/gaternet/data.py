@@ -168,6 +168,12 @@ class ImageData:
         """What is saved with a model, so that it can be used without the data."""
         return {"classes": list(self.classes), "preprocessing": asdict(self.preprocessing)}
 
+    def identity(self) -> dict[str, Any]:
+        """What tells these images from others, wherever they lie: their numbers, classes and, roughly, pixels."""
+        rounded = {name: [round(value, 6) for value in getattr(self.preprocessing, name)] for name in ("mean", "std")}
+        found = {"training_images": len(self.train), "test_images": len(self.test)} | self.metadata()
+        return found | {"preprocessing": found["preprocessing"] | rounded}
+
 
 def load_data(
     source: str,

@@ -52,18 +52,23 @@ class RunDirectory:
     def resume(self, config: Mapping[str, Any], main: bool = True) -> dict[str, Any] | None:
         """The training state to continue from, None where none was saved yet.
 
-        The data may lie elsewhere now, in a file or folder of the same name.
+        The images may lie elsewhere now, in a file or folder of the same name.
 
         Raises:
-            ValueError: there is no run here, it has other options, or another process is training it.
+            ValueError: there is no run here, it has other options or images, or another process is training it.
         """
         if not (self.path / CONFIG).exists():
             raise ValueError(f"{self.path} holds no run to resume: leave --resume out to start one")
         before = checkpoint.read_json(self.path / CONFIG)
-        if _only_moved(before, config):
-            before["recipe"]["data"] = config["recipe"]["data"]
-        defaults = {"recipe": dataclasses.asdict(Recipe(""))}
-        if changed := _first_difference(before, json.loads(json.dumps(config)), json.loads(json.dumps(defaults))):
+        now, defaults = (json.loads(json.dumps(c)) for c in (config, {"recipe": dataclasses.asdict(Recipe(""))}))
+        if images := before.get("images"):  # an older version's run has none: its data must lie where they lay
+            if changed := _first_difference(images, now["images"], {}):
+                raise ValueError(
+                    f"{self.path} was started on other images ({changed}): resume on the same, or name another --out"
+                )
+            if data_name(before["recipe"]["data"]) == data_name(now["recipe"]["data"]):
+                before["recipe"]["data"] = now["recipe"]["data"]
+        if changed := _first_difference(before, {**now, "images": images}, defaults):
             raise ValueError(
                 f"{self.path} was started with other options ({changed}): resume with the same, or name another --out"
             )
@@ -81,10 +86,16 @@ class RunDirectory:
             checkpoint.write_atomically(self.path / METRICS, lambda temporary: temporary.write_text(text))
         return state
 
-    def note_place(self, epoch: int, way: Mapping[str, Any], data: str) -> None:
+    def note_data(self, data: str) -> None:
+        """Say in the config where the images lie now."""
+        config = checkpoint.read_json(self.path / CONFIG)
+        if config["recipe"]["data"] != data:
+            checkpoint.write_json(self.path / CONFIG, {**config, "recipe": {**config["recipe"], "data": data}})
+
+    def note_place(self, epoch: int, way: Mapping[str, Any]) -> None:
         """Say in the config that the run goes on here from `epoch` on, if machine, software or `way` are others now.
 
-        `way` has "precision" and "processes"; `data` is where the images lie now.
+        `way` has "precision" and "processes".
         """
         config = checkpoint.read_json(self.path / CONFIG)
         found = {"epoch": epoch, **way, "started": _now(), **describe_machine()}
@@ -93,11 +104,8 @@ class RunDirectory:
         facts = ("machine", "versions", "commit", "precision", "processes")
         changed = any(_but_threads(before[name]) != _but_threads(found[name]) for name in facts)
         places = [*earlier, found] if changed else earlier
-        after = {**config, "recipe": {**config["recipe"], "data": data}}
-        if places or "resumed" in config:
-            after["resumed"] = places
-        if after != config:
-            checkpoint.write_json(self.path / CONFIG, after)
+        if places != config.get("resumed", []):
+            checkpoint.write_json(self.path / CONFIG, {**config, "resumed": places})
 
     def close(self) -> None:
         """Let other processes resume the run, which `start` and `resume` forbid; so does the end of this one."""
@@ -183,8 +191,12 @@ def load_gated(path: Path, which: str = "last") -> tuple[GaterNet, dict[str, Any
 
 
 def data_of(path: Path, metadata: Mapping[str, Any], other: str | None = None) -> str:
-    """The data that a model was trained on, or `other` in its place; ValueError if neither is known."""
-    source = other or (metadata.get("trained") or {}).get("data")
+    """The data that a model was trained on, or `other` in its place; ValueError if neither is known.
+
+    Of a run, where they lay when it went on last.
+    """
+    config: Any = checkpoint.read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    source = other or (config.get("recipe") or metadata.get("trained") or {}).get("data")
     if source is None:
         raise ValueError(f"{path} does not say what it was trained on: name the data with --data")
     return source
@@ -235,12 +247,6 @@ def processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _only_moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """Whether the data now lie where `after` says; a mere name is no place, and not what the run was given."""
-    old, new = (config.get("recipe", {}).get("data", "") for config in (before, after))
-    return new != old and data_name(new) == data_name(old) and Path(new).exists()
 
 
 def _first_difference(before: Mapping[str, Any], after: Mapping[str, Any], defaults: Mapping[str, Any]) -> str | None:

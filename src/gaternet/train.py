@@ -135,24 +135,25 @@ def train(
     if runtime.tensorboard:
         import_tensorboard()
     given = None if built_from else type(network.backbone if isinstance(network, GaterNet) else network).__name__
-    run, state = _open_run(Path(run_dir), recipe, given, runtime, seed, resume, accelerator)  # all faults were found
-    if state is not None:
-        _check_epochs(run, steps_per_epoch)
-        progress.load_state_dict(state)
+    run, state = _open_run(
+        Path(run_dir), recipe, data, given, runtime, seed, resume, accelerator
+    )  # all faults were found
 
     record: dict[str, Any] = {}
     main = accelerator.is_main_process
     with (
-        closing(run),
+        _loaded(run, progress, state),
         _unwrapped(model, accelerator),
         TrainingDisplay(recipe.epochs, steps_per_epoch, progress.step, quiet=not main) as display,
         tensorboard(run.path if runtime.tensorboard and main else None, progress.step) as board,
         collect_signals() as received,
     ):
+        if resume and main:
+            run.note_data(recipe.data)
         if progress.epoch == recipe.epochs:
             return run.epochs()[-1]
         if resume and main:
-            run.note_place(progress.epoch + 1, _way(accelerator), recipe.data)
+            run.note_place(progress.epoch + 1, _way(accelerator))
         display.line(_title(recipe, network, data, accelerator))
         for epoch in range(progress.epoch, recipe.epochs):
             set_training_mode(network, recipe)
@@ -216,6 +217,15 @@ def train(
 
 
 @contextmanager
+def _loaded(run: RunDirectory, progress: Progress, state: dict[str, Any] | None) -> Iterator[None]:
+    """Training as it was saved, if it was; the run is free again afterwards, also where that cannot be loaded."""
+    with closing(run):
+        if state is not None:
+            progress.load_state_dict(state)
+        yield
+
+
+@contextmanager
 def _unwrapped(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     """Takes Accelerate's mixed precision off the model at the end: it may be the caller's, and goes on without."""
     try:
@@ -225,9 +235,17 @@ def _unwrapped(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
 
 
 def _open_run(
-    path: Path, recipe: Recipe, given: str | None, runtime: Runtime, seed: int, resume: bool, accelerator: Accelerator
+    path: Path,
+    recipe: Recipe,
+    data: ImageData,
+    given: str | None,
+    runtime: Runtime,
+    seed: int,
+    resume: bool,
+    accelerator: Accelerator,
 ) -> tuple[RunDirectory, dict[str, Any] | None]:
-    run, config, state = RunDirectory(path), {"recipe": asdict(recipe), "seed": seed}, None
+    run, state = RunDirectory(path), None
+    config: dict[str, Any] = {"recipe": asdict(recipe), "images": data.identity(), "seed": seed}
     if given:  # a network that the recipe did not build
         config |= {"network": given}
     with accelerator.main_process_first():  # the others read what the main process has put in order
@@ -240,17 +258,6 @@ def _open_run(
 
 def _way(accelerator: Accelerator) -> dict[str, Any]:
     return {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
-
-
-def _check_epochs(run: RunDirectory, steps_per_epoch: int) -> None:
-    """Before a run goes on: its epochs must have had as many steps as they would have now."""
-    if (done := run.epochs()) and done[-1]["step"] != done[-1]["epoch"] * steps_per_epoch:
-        run.close()
-        before = done[-1]["step"] // done[-1]["epoch"]
-        raise ValueError(
-            f"{run.path} has epochs of {before} steps, and these images make {steps_per_epoch}: give it the images it "
-            "began with, or name another --out"
-        )
 
 
 def _check_loss(window: Mapping[str, float], epoch: int, step: int) -> None:
