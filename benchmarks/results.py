@@ -4,9 +4,9 @@ python benchmarks/results.py add RUN...    # a line in docs/results/runs.jsonl f
 gaternet sweep RECIPE... --ledger docs/results/runs.jsonl    # or trained so from the start
 python benchmarks/results.py               # the page, and README.md's figures
 
-Every figure of docs/results.md and README.md comes from docs/results/*: nothing is typed by hand. A row of the paper
-counts as measured only by runs of its recipe with no option changed; all others are listed under the command that made
-them.
+Every figure of docs/results.md and of README.md's tables comes from docs/results/*: nothing is typed by hand. A row of
+the paper counts as measured only by runs of its recipe with no option changed; all others are listed under the recipe
+and options that made them.
 """
 
 import argparse
@@ -19,10 +19,23 @@ from typing import Any
 
 from open_points import DATA, EACH_OPTION, GAP, STUDIES, Study
 from summary import README, with_summary
-from tables import DOCS, error_of, machine_of, machines_of, mean_macs, read_finetuned, table, trains_like
+from tables import (
+    DOCS,
+    as_named,
+    by_options,
+    error_of,
+    machine_of,
+    machines_of,
+    mean_macs,
+    read_finetuned,
+    table,
+    trained_recipe,
+    trains_like,
+)
 from timing_tables import exported, reports, skipping, speed
 
 from gaternet.ledger import add_run, changed_options, read_ledger, train_flags
+from gaternet.recipe import Recipe, data_name
 from gaternet.recipes import RECIPES, find_recipe
 
 LEDGER = DOCS / "results" / "runs.jsonl"
@@ -65,14 +78,6 @@ def places(ledger: list[dict[str, Any]]) -> str:
             found.append(f"- `{line['command']}`: {where}\n")
     text = "\nWhere these were trained, some side by side with others on one GPU:\n\n"
     return text + "".join(found).replace("no precision", "full precision") if found else ""
-
-
-def by_options(ledger: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Runs that differ only in their seed, or in the machine, together: (recipe, options as flags) -> their lines."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for line in ledger:
-        groups.setdefault((line["recipe"], shlex.join(train_flags(line["options"]))), []).append(line)
-    return groups
 
 
 def as_code(*words: str) -> str:
@@ -124,8 +129,14 @@ def figures(lines: list[dict[str, Any]]) -> list[str]:
 
 
 def is_full_length(line: dict[str, Any]) -> bool:
-    """Whether a run took as many epochs as a row of the paper."""
-    return find_recipe(line["recipe"]).paper is not None and "epochs" not in line["options"]
+    """Whether a run trained a network of the paper on the same images, and for as long."""
+    ours = trained_recipe(line)
+    rows = [recipe for recipe in RECIPES.values() if recipe.paper]
+    return ours is not None and _task(ours) in map(_task, rows)
+
+
+def _task(recipe: Recipe) -> tuple[Any, ...]:
+    return recipe.model, data_name(recipe.data), recipe.image_size, recipe.epochs
 
 
 def full_length(ledger: list[dict[str, Any]]) -> str:
@@ -139,7 +150,7 @@ def other_runs(ledger: list[dict[str, Any]]) -> str:
 
 
 def commands(lines: list[dict[str, Any]]) -> str:
-    """A row for each command."""
+    """A row for each command; runs that are another recipe by their options stand under its name."""
     groups = by_options(lines)
     rows = [
         [as_code("gaternet train", recipe, flags), *figures(lines), machines_of(lines)]
@@ -158,7 +169,7 @@ def study_of(line: dict[str, Any]) -> Study | None:
 
 def silent_points(ledger: list[dict[str, Any]], study: Study) -> str:
     """One question after the other, each with the network that has no option changed above."""
-    groups = by_options([line for line in ledger if study_of(line) is study])
+    groups = by_options([line for line in ledger if study_of(line) is study], as_named)
     networks = study.networks(DATA)
     if not any(name == networks[-1].name for name, _ in groups):
         return "Not measured.\n"
@@ -287,7 +298,8 @@ def page() -> str:
         f"{past_the_paper(ledger)}\n"
         "## The paper's networks at full length, in the paper's and in other ways\n\n"
         "MACs of an image, here and below: those of the open filters and of the gater, in the mean over the test "
-        "images. A gate is dependent if it is open for some of them and closed for others.\n\n"
+        "images. A gate is dependent if it is open for some of them and closed for others. A run that is another "
+        "recipe by its options stands under that one's name.\n\n"
         f"{full_length(ledger)}\n"
         "## Our own recipes, and shortened ones\n\n"
         "The short recipes are 8 epochs where their command says nothing else: they compare networks with each other, "

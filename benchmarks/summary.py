@@ -1,5 +1,6 @@
 """The figures in README.md: a few of those of docs/results.md."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from tables import DOCS, error_of, machine_of, machines_of, mean_macs, table, trains_like
@@ -12,7 +13,7 @@ _BEGIN, _END = "<!-- benchmarks/results.py writes this -->\n", "<!-- to here -->
 _NETWORKS = {
     "cifar10_resnet20": "plain",
     "cifar10_resnet20_wider": "Wider: plain, with as many parameters as the gated one",
-    "cifar10_resnet20_gated": "gated, trained as the paper says",
+    "cifar10_resnet20_gated": "gated, by what is known of the paper's training",
     "cifar10_resnet20_guided": "gated, trained our way",
 }
 
@@ -41,19 +42,27 @@ def speed() -> str:
     for row in found["resnet50"]:
         timings.setdefault(row["batch"], []).append(row)
     dense = {batch: [row for row in rows if row["name"].startswith("dense: ")] for batch, rows in timings.items()}
-    fastest = [min(rows, key=lambda row: row["median"]) for rows in dense.values()]
-    skipped = zip(*([row for row in rows if row["name"] == "skipped"] for rows in timings.values()), strict=True)
-    rows = [["no gates", f"{fastest[0]['macs'] / 1e9:.2f}G", *(f"{row['median']:.1f} ms" for row in fastest)]]
-    for same in skipped:  # of each batch size, with about as many open filters
-        cells = [f"{row['median']:.1f} ms, {row['over_dense']:.2f} x" for row in same]
-        rows.append([f"{100 * same[0]['density']:.0f} %", f"{same[0]['macs'] / 1e9:.2f}G", *cells])
+    rows = [_cells("dense", [min(of_batch, key=lambda row: row["median"]) for of_batch in dense.values()])]
+    for kind in ("skipped", "gater"):
+        for same in zip(*([r for r in rows if r["name"] == kind] for rows in timings.values()), strict=True):
+            share = same[0]["density"]  # of other batches about the same
+            rows.append(_cells(kind if share is None else f"{100 * share:.0f} % open", same))
     engines = [row["name"].removeprefix("dense: ") for row in next(iter(dense.values()))]
-    text = (
-        "ResNet-50 at 224 pixels, all filters gated, gates drawn at random for each image of a batch: medians, and as "
+    text = "ResNet-50 at 224 pixels, all filters gated, gates drawn at random for each image of a batch "
+    text += (
+        f"({machine_of(found)}, float32). *Dense* is the fastest of {', '.join(engines[:-1])} and {engines[-1]}; the "
     )
-    text += f"shares of the time of the dense network in the fastest of {', '.join(engines[:-1])} and {engines[-1]} "
-    text += f"({machine_of(found)}, float32):\n\n"
-    return text + table(["open filters", "MACs", *(f"batch {batch}" for batch in timings)], rows)
+    text += "gater's time comes on top. Medians; *x* is the median of the ratios to dense in the same turn.\n\n"
+    titles = [f"{what}, batch {batch}" for batch in timings for what in ("MACs", "ms")]
+    return text + table(["", *titles], rows)
+
+
+def _cells(name: str, of_batches: Sequence[dict[str, Any]]) -> list[str]:
+    cells = [name]
+    for row in of_batches:
+        ratio = "" if name == "dense" else f" ({row['over_dense']:.2f} x)"
+        cells += [f"{row['macs'] / 1e9:.2f}G", f"{row['median']:.1f}{ratio}"]
+    return cells
 
 
 def with_summary(text: str, ledger: list[dict[str, Any]]) -> str:

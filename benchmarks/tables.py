@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import shlex
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gaternet.ledger import train_flags
 from gaternet.recipe import Recipe, override
-from gaternet.recipes import find_recipe
+from gaternet.recipes import RECIPES, find_recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -32,10 +35,40 @@ def mean_macs(lines: list[dict[str, Any]]) -> float:
     return statistics.mean(line["backbone_macs"] for line in lines)
 
 
+def trained_recipe(line: dict[str, Any]) -> Recipe | None:
+    """The recipe of a run with its options; None where today's code has no such recipe or option."""
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in line["options"].items()}
+    try:
+        return override(find_recipe(line["recipe"]), options)
+    except ValueError:
+        return None
+
+
 def trains_like(line: dict[str, Any], recipe: Recipe) -> bool:
     """Whether a run was one of `recipe`, whatever the recipe's name was."""
-    ours = override(find_recipe(line["recipe"]), line["options"])
-    return dataclasses.replace(ours, name=recipe.name, paper=recipe.paper) == recipe
+    ours = trained_recipe(line)
+    return ours is not None and dataclasses.replace(ours, name=recipe.name, paper=recipe.paper) == recipe
+
+
+def as_named(line: dict[str, Any]) -> tuple[str, str]:
+    """The recipe of a run, and options as flags, as its command has them."""
+    return line["recipe"], shlex.join(train_flags(line["options"]))
+
+
+def as_trained(line: dict[str, Any]) -> tuple[str, str]:
+    """The same, but where the options make it another recipe, that one without options."""
+    same = (recipe.name for recipe in RECIPES.values() if line["options"] and trains_like(line, recipe))
+    return next(((name, "") for name in same), as_named(line))
+
+
+def by_options(
+    lines: list[dict[str, Any]], key: Callable[[dict[str, Any]], tuple[str, str]] = as_trained
+) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Runs that differ only in their seed, or in the machine, together: (recipe, options as flags) -> their lines."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault(key(line), []).append(line)
+    return groups
 
 
 def machine_of(line: dict[str, Any]) -> str:
@@ -46,7 +79,7 @@ def machine_of(line: dict[str, Any]) -> str:
 
 def machines_of(lines: list[dict[str, Any]]) -> str:
     """All machines of several runs."""
-    return "; ".join(sorted({machine_of(line) for line in lines}))
+    return "; ".join(sorted({machine_of(part) for line in lines for part in (line, *line.get("resumed", []))}))
 
 
 def read_finetuned() -> list[dict[str, Any]]:

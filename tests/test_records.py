@@ -11,6 +11,7 @@ import results
 import summary
 from measured_runs import measure_runs
 from open_points import DATA, EACH_OPTION, GAP, STUDIES
+from tables import trains_like
 
 from gaternet.checkpoint import write_json
 from gaternet.ledger import changed_options, read_ledger, train_flags
@@ -84,6 +85,33 @@ def test_a_recipe_past_the_paper_counts_runs_that_are_the_same_by_their_options(
     assert "| 7.50 ± 0.71 (n = 2) |" in measured
 
 
+def test_runs_that_are_a_recipe_by_their_options_share_its_row():
+    same = changed_options(dataclasses.replace(find_recipe("cifar10_resnet20_guided"), name="cifar10_resnet20_gated"))
+    ledger = [_line("cifar10_resnet20_gated", 0, 7.0, **same), _line("cifar10_resnet20_guided", 1, 8.0)]
+    (row,) = results.full_length(ledger).splitlines()[2:]
+    assert row.startswith("| `gaternet train cifar10_resnet20_guided` | ")
+    assert " | 7.50 ± 0.71 (n = 2) | " in row
+    back = {"open_probability": 0.0, "auxiliary_weight": 0.0, "initial_bias": 0.0, "anneal_noise": False}
+    (row,) = results.full_length([_line("cifar10_resnet20_guided", 0, 7.0, **back)]).splitlines()[2:]
+    assert row.startswith("| `gaternet train cifar10_resnet20_gated` | ")
+
+
+def test_full_length_are_the_networks_images_and_epochs_of_a_row():
+    assert results.is_full_length(_line("cifar10_resnet20", 0, 7.0, milestones=[0.5, 0.75], lr=0.2))
+    assert results.is_full_length(_line("short_resnet20", 0, 7.0, epochs=160))
+    others = {"epochs": 2}, {"image_size": 16}, {"data": "photos"}, {"model": "resnet8"}
+    assert not any(results.is_full_length(_line("cifar10_resnet20", 0, 7.0, **options)) for options in others)
+    assert trains_like(_line("cifar10_resnet20", 0, 7.0, milestones=[0.5, 0.75]), find_recipe("cifar10_resnet20"))
+
+
+@pytest.mark.parametrize(("recipe", "options"), [("of_long_ago", {}), ("cifar10_resnet20", {"forgotten": 1})])
+def test_runs_of_what_there_is_no_more_are_listed_by_their_names(recipe, options):
+    ledger = [{**_line(recipe, 0, 7.0, **options), "as_published": False}]
+    (row,) = results.other_runs(ledger).splitlines()[2:]
+    assert row.startswith("| `" + " ".join(["gaternet train", recipe, *train_flags(options)]) + "` | ")
+    assert results.past_the_paper(ledger) == results.past_the_paper([])
+
+
 def test_the_summary_has_the_figures_of_its_recipes_and_leaves_the_rest_of_the_text():
     lines = [_line("cifar10_resnet20_gated", seed, error) for seed, error in enumerate((7.0, 8.0))]
     rows = summary.accuracy(lines).splitlines()
@@ -107,8 +135,9 @@ def test_published_rows_say_where_they_were_trained():
     rest = ", 1 minutes; training loss 0.500; 50.0 % of the gates open, 25.0 % dependent\n"
     assert there + rest in results.paper_rows([line])
     other = {"epoch": 3, "precision": "bf16", "commit": "abd", "machine": {"gpus": ["G"], "processor": "Q", "cores": 4}}
-    text = results.paper_rows([{**line, "resumed": [other]}])
-    assert f"{there}, from epoch 3 on G, bf16 precision (commit abd){rest}" in text
+    resumed = {**line, "resumed": [other]}
+    assert f"{there}, from epoch 3 on G, bf16 precision (commit abd){rest}" in results.paper_rows([resumed])
+    assert results.full_length([resumed]).endswith(" | G; P, 2 cores |\n")
 
 
 def test_a_study_lists_all_that_it_asks_and_nothing_of_the_other():

@@ -170,9 +170,10 @@ class ImageData:
 
     def identity(self) -> dict[str, Any]:
         """What tells these images from others, wherever they lie: their numbers, classes and, roughly, pixels."""
-        rounded = {name: [round(value, 6) for value in getattr(self.preprocessing, name)] for name in ("mean", "std")}
-        found = {"training_images": len(self.train), "test_images": len(self.test)} | self.metadata()
-        return found | {"preprocessing": found["preprocessing"] | rounded}
+        pixels = asdict(self.preprocessing)
+        pixels |= {name: [round(value, 6) for value in pixels[name]] for name in ("mean", "std")}
+        numbers = {"training_images": len(self.train), "test_images": len(self.test)}
+        return {**numbers, **self.metadata(), "preprocessing": pixels}
 
 
 def load_data(
