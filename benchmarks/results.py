@@ -261,6 +261,25 @@ def generalisation() -> str:
     return text + table(titles, rows)
 
 
+def averaged() -> str:
+    """Plain networks alone, and two at a time."""
+    path = DOCS / "results" / "averaged.json"
+    if not path.exists():
+        return "Not measured.\n"
+    recorded = json.loads(path.read_text())
+    rows = []
+    for line in recorded:
+        alone, pairs = ([{"test_error": error} for error in line[kind].values()] for kind in ("alone", "pairs"))
+        name = as_code(*as_named(line))
+        rows.append([name, f"{line['parameters'] / 1e6:.2f}M", error_of(alone), error_of(pairs)])
+    text = (
+        f"`{recorded[0]['command']}`: the probabilities of two plain networks with other seeds are averaged. Together "
+    )
+    text += "they have as many parameters and MACs as a gated network whose extractor is as large as its backbone, or "
+    text += f"the Wider one. n is the number of networks, and of pairs ({machines_of(recorded)}).\n\n"
+    return text + table(["recipe", "size of two", "error %, alone", "error %, two averaged"], rows)
+
+
 def exchanged_gates() -> str:
     """Whether the image or its gates decide, means over seeds."""
     path = DOCS / "results" / "exchanged_gates.json"
@@ -317,6 +336,7 @@ def page() -> str:
         f"{finetuned()}\n"
         f"## Generalisation\n\n{generalisation()}\n"
         f"## Image or gates\n\n{exchanged_gates()}\n"
+        f"## Two plain networks\n\n{averaged()}\n"
         f"## Skipping\n\n{skipping()}\n"
         f"## Exported files\n\n{exported()}\n"
         f"## Reports\n\n{reports()}\n"

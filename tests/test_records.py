@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import averaged
 import export_families
 import pytest
 import results
 import summary
+import torch
 from measured_runs import measure_runs
 from open_points import DATA, EACH_OPTION, GAP, STUDIES
 from tables import trains_like
@@ -127,6 +129,17 @@ def test_the_summary_has_the_figures_of_its_recipes_and_leaves_the_rest_of_the_t
     assert "\nold\n" not in text
     assert rows[6] in text
     assert summary.with_summary(text, lines) == text
+
+
+def test_pairs_of_networks_are_averaged_by_their_probabilities(monkeypatch):
+    labels = torch.tensor([0, 1, 1])
+    sure, unsure, wrong = [0.9, 0.1], [0.4, 0.6], [0.8, 0.2]
+    guesses = {5: [sure, unsure, wrong], 7: [unsure, unsure, unsure], 9: [sure, wrong, unsure]}
+    monkeypatch.setattr(averaged, "probabilities", lambda run, data: (torch.tensor(guesses[int(run.name)]), labels, 10))
+    found = averaged.measure({seed: Path(str(seed)) for seed in (9, 5, 7)}, "digits")
+    assert found["alone"] == pytest.approx({"5": 100 / 3, "7": 100 / 3, "9": 100 / 3})
+    assert found["pairs"] == pytest.approx({"5, 7": 100 / 3, "5, 9": 200 / 3, "7, 9": 100 / 3})
+    assert (found["images"], found["parameters"]) == (3, 20)
 
 
 def test_published_rows_say_where_they_were_trained():
