@@ -47,12 +47,12 @@ def speed() -> str:
         for same in zip(*([r for r in rows if r["name"] == kind] for rows in timings.values()), strict=True):
             share = same[0]["density"]  # of other batches about the same
             rows.append(_cells(kind if share is None else f"{100 * share:.0f} % open", same))
-    engines = [row["name"].removeprefix("dense: ") for row in next(iter(dense.values()))]
+    *engines, last = [row["name"].removeprefix("dense: ") for row in next(iter(dense.values()))]
     text = "ResNet-50 at 224 pixels, all filters gated, gates drawn at random for each image of a batch "
     text += (
-        f"({machine_of(found)}, float32). *Dense* is the fastest of {', '.join(engines[:-1])} and {engines[-1]}; the "
+        f"({machine_of(found)}, float32). *Dense* is the fastest of {', '.join(engines)} and {last}; the gater's time "
     )
-    text += "gater's time comes on top. Medians; *x* is the median of the ratios to dense in the same turn.\n\n"
+    text += "comes on top. Medians; *x* is the median of the ratios to dense in the same turn.\n\n"
     titles = [f"{what}, batch {batch}" for batch in timings for what in ("MACs", "ms")]
     return text + table(["", *titles], rows)
 
