@@ -12,18 +12,20 @@ from gaternet.run import describe_machine
 
 def measure_runs(runs: Sequence[Path], result: Path, command: str, measure: Callable[[Path], dict[str, Any]]) -> None:
     """Measure each run directory, and write the file after each."""
-    before = json.loads(result.read_text()) if result.exists() else []
-    lines = {(line["recipe"], json.dumps(line["options"]), line["seed"]): line for line in before}
-    here = describe_machine()  # before the file changes, and with it what the commit is called
+    here = {**describe_machine(), "command": command}  # before the file changes, and with it what the commit is called
     for run in runs:
-        config = read_json(run / "config.json")
-        line = {
-            "recipe": config["recipe"]["name"],
-            "options": changed_options(config["recipe"]),
-            "seed": config["seed"],
-            **measure(run),
-            **here,
-            "command": command,
-        }
-        lines[line["recipe"], json.dumps(line["options"]), line["seed"]] = line
-        result.write_text(json.dumps([lines[key] for key in sorted(lines)], indent=2) + "\n")
+        keep({**trained_as(run), **measure(run), **here}, result)
+
+
+def trained_as(run: Path) -> dict[str, Any]:
+    """The recipe, options and seed of a run directory."""
+    config = read_json(run / "config.json")
+    recipe = config["recipe"]
+    return {"recipe": recipe["name"], "options": changed_options(recipe), "seed": config["seed"]}
+
+
+def keep(line: dict[str, Any], result: Path) -> None:
+    """Put a line into the file, in place of that of the same recipe, options and seed, if it is of one seed."""
+    lines = [*(json.loads(result.read_text()) if result.exists() else []), line]
+    kept = {(line["recipe"], json.dumps(line["options"]), line.get("seed")): line for line in lines}
+    result.write_text(json.dumps([kept[key] for key in sorted(kept)], indent=2) + "\n")

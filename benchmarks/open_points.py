@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gaternet.recipe import Recipe, Runtime, override
-from gaternet.recipes import GUIDED, find_recipe
+from gaternet.recipes import GUIDED, OPEN_SAMPLES, find_recipe
 from gaternet.sweep import make_jobs, sweep
 from gaternet.train import Stopped
 
@@ -82,7 +82,7 @@ EACH_OPTION = Study(
         ],
         "target density": [{"target_density": 0.3}, {"target_density": 0.8}],
         "learning from the plain network too": [{"teacher": TRAINED}],
-        "a guided gater, then open samples too": [GUIDED, {**GUIDED, "open_probability": 0.5}],
+        "a guided gater, then open samples too": [GUIDED, OPEN_SAMPLES],
     },
 )
 
@@ -102,7 +102,7 @@ GAP = Study(
             {"auxiliary_weight": 1.0, "anneal_noise": True},
             GUIDED,
         ],
-        "open samples, with all of these": [{**GUIDED, "open_probability": 0.5}],
+        "open samples, with all of these": [OPEN_SAMPLES],
     },
 )
 

@@ -47,7 +47,11 @@ def trained_recipe(line: dict[str, Any]) -> Recipe | None:
 def trains_like(line: dict[str, Any], recipe: Recipe) -> bool:
     """Whether a run was one of `recipe`, whatever the recipe's name was."""
     ours = trained_recipe(line)
-    return ours is not None and dataclasses.replace(ours, name=recipe.name, paper=recipe.paper) == recipe
+    return ours is not None and _same(ours, recipe)
+
+
+def _same(ours: Recipe, other: Recipe) -> bool:
+    return dataclasses.replace(ours, name=other.name, paper=other.paper) == other
 
 
 def as_named(line: dict[str, Any]) -> tuple[str, str]:
@@ -57,7 +61,8 @@ def as_named(line: dict[str, Any]) -> tuple[str, str]:
 
 def as_trained(line: dict[str, Any]) -> tuple[str, str]:
     """The same, but where the options make it another recipe, that one without options."""
-    same = (recipe.name for recipe in RECIPES.values() if line["options"] and trains_like(line, recipe))
+    ours = trained_recipe(line) if line["options"] else None
+    same = (recipe.name for recipe in RECIPES.values() if ours is not None and _same(ours, recipe))
     return next(((name, "") for name in same), as_named(line))
 
 

@@ -14,8 +14,10 @@ import torch
 from measured_runs import measure_runs
 from open_points import DATA, EACH_OPTION, GAP, STUDIES
 from tables import trains_like
+from torch import nn
 
 from gaternet.checkpoint import write_json
+from gaternet.data import ImageSet
 from gaternet.ledger import changed_options, read_ledger, train_flags
 from gaternet.recipe import override
 from gaternet.recipes import find_recipe
@@ -131,15 +133,28 @@ def test_the_summary_has_the_figures_of_its_recipes_and_leaves_the_rest_of_the_t
     assert summary.with_summary(text, lines) == text
 
 
+class Sure(nn.Module):
+    """Of three images, which lie in the first pixel, says class 1 with these probabilities."""
+
+    def __init__(self, *chances: float) -> None:
+        super().__init__()
+        self.chances = nn.Parameter(torch.tensor(chances))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        chance = self.chances[images[:, 0, 0, 0].long()]
+        return torch.stack([1 - chance, chance], 1).log() + 3  # logits that are no logarithms of probabilities
+
+
 def test_pairs_of_networks_are_averaged_by_their_probabilities(monkeypatch):
-    labels = torch.tensor([0, 1, 1])
-    sure, unsure, wrong = [0.9, 0.1], [0.4, 0.6], [0.8, 0.2]
-    guesses = {5: [sure, unsure, wrong], 7: [unsure, unsure, unsure], 9: [sure, wrong, unsure]}
-    monkeypatch.setattr(averaged, "probabilities", lambda run, data: (torch.tensor(guesses[int(run.name)]), labels, 10))
+    networks = {5: Sure(0.1, 0.6, 0.2), 7: Sure(0.6, 0.6, 0.6), 9: Sure(0.1, 0.2, 0.6)}
+    metadata = {"preprocessing": {"height": 1, "width": 1, "mean": [0.0], "std": [1 / 255]}}
+    images = ImageSet(torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1, 1), [0, 1, 1])
+    monkeypatch.setattr(averaged, "load_trained", lambda run: (networks[int(run.name)].eval(), metadata))
+    monkeypatch.setattr(averaged, "load_test_set", lambda data, metadata: images)
     found = averaged.measure({seed: Path(str(seed)) for seed in (9, 5, 7)}, "digits")
     assert found["alone"] == pytest.approx({"5": 100 / 3, "7": 100 / 3, "9": 100 / 3})
     assert found["pairs"] == pytest.approx({"5, 7": 100 / 3, "5, 9": 200 / 3, "7, 9": 100 / 3})
-    assert (found["images"], found["parameters"]) == (3, 20)
+    assert (found["images"], found["parameters"]) == (3, 6)
 
 
 def test_published_rows_say_where_they_were_trained():

@@ -134,10 +134,10 @@ def train(
     progress = Progress(network, optimizer, ema, accelerator, auxiliary)
     if runtime.tensorboard:
         import_tensorboard()
-    given = None if built_from else type(network.backbone if isinstance(network, GaterNet) else network).__name__
-    run, state = _open_run(
-        Path(run_dir), recipe, data, given, runtime, seed, resume, accelerator
-    )  # all faults were found
+    config: dict[str, Any] = {"recipe": asdict(recipe), "images": data.identity(), "seed": seed}
+    if not built_from:
+        config["network"] = type(network.backbone if isinstance(network, GaterNet) else network).__name__
+    run, state = _open_run(Path(run_dir), config, runtime, resume, accelerator)  # all faults were found
 
     record: dict[str, Any] = {}
     main = accelerator.is_main_process
@@ -150,10 +150,10 @@ def train(
     ):
         if resume and main:
             run.note_data(recipe.data)
+            if progress.epoch < recipe.epochs:
+                run.note_place(progress.epoch + 1, _way(accelerator))
         if progress.epoch == recipe.epochs:
             return run.epochs()[-1]
-        if resume and main:
-            run.note_place(progress.epoch + 1, _way(accelerator))
         display.line(_title(recipe, network, data, accelerator))
         for epoch in range(progress.epoch, recipe.epochs):
             set_training_mode(network, recipe)
@@ -235,19 +235,10 @@ def _unwrapped(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
 
 
 def _open_run(
-    path: Path,
-    recipe: Recipe,
-    data: ImageData,
-    given: str | None,
-    runtime: Runtime,
-    seed: int,
-    resume: bool,
-    accelerator: Accelerator,
+    path: Path, config: Mapping[str, Any], runtime: Runtime, resume: bool, accelerator: Accelerator
 ) -> tuple[RunDirectory, dict[str, Any] | None]:
+    """A run directory, begun or continued, and the state to go on from, if there is one."""
     run, state = RunDirectory(path), None
-    config: dict[str, Any] = {"recipe": asdict(recipe), "images": data.identity(), "seed": seed}
-    if given:  # a network that the recipe did not build
-        config |= {"network": given}
     with accelerator.main_process_first():  # the others read what the main process has put in order
         if resume:
             state = run.resume(config, accelerator.is_main_process)
