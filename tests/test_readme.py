@@ -1,5 +1,6 @@
 """The README's code runs, and what it names exists."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -68,6 +69,11 @@ def test_shell_commands_name_real_recipes_and_options(line):
 def test_table_lists_every_command():
     commands = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
     assert set(re.findall(r"^\| `gaternet (\w+)", README, re.MULTILINE)) == commands
+
+
+def test_as_many_networks_are_covered_as_it_says():
+    covered = json.loads((ROOT / "docs" / "results" / "coverage.json").read_text())
+    assert f"has {len(covered)} networks of timm and torchvision" in README
 
 
 def test_links_and_make_targets_exist():

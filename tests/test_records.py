@@ -134,19 +134,19 @@ def test_the_summary_has_the_figures_of_its_recipes_and_leaves_the_rest_of_the_t
 
 
 class Sure(nn.Module):
-    """Of three images, which lie in the first pixel, says class 1 with these probabilities."""
+    """Says these probabilities of three classes, of the images 0, 1 and 2."""
 
-    def __init__(self, *chances: float) -> None:
+    def __init__(self, *chances: tuple[float, float, float]) -> None:
         super().__init__()
         self.chances = nn.Parameter(torch.tensor(chances))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        chance = self.chances[images[:, 0, 0, 0].long()]
-        return torch.stack([1 - chance, chance], 1).log() + 3  # logits that are no logarithms of probabilities
+        return self.chances[images[:, 0, 0, 0].long()].log() + 3  # logits, but no logarithms of probabilities
 
 
 def test_pairs_of_networks_are_averaged_by_their_probabilities(monkeypatch):
-    networks = {5: Sure(0.1, 0.6, 0.2), 7: Sure(0.6, 0.6, 0.6), 9: Sure(0.1, 0.2, 0.6)}
+    surely, unsure, rather = (0.9, 0.05, 0.05), (0.001, 0.5, 0.499), (0.2, 0.5, 0.3)  # the first wins an average
+    networks = {5: Sure(surely, surely, rather), 7: Sure(unsure, rather, rather), 9: Sure(surely, unsure, surely)}
     metadata = {"preprocessing": {"height": 1, "width": 1, "mean": [0.0], "std": [1 / 255]}}
     images = ImageSet(torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1, 1), [0, 1, 1])
     monkeypatch.setattr(averaged, "load_trained", lambda run: (networks[int(run.name)].eval(), metadata))
@@ -154,7 +154,7 @@ def test_pairs_of_networks_are_averaged_by_their_probabilities(monkeypatch):
     found = averaged.measure({seed: Path(str(seed)) for seed in (9, 5, 7)}, "digits")
     assert found["alone"] == pytest.approx({"5": 100 / 3, "7": 100 / 3, "9": 100 / 3})
     assert found["pairs"] == pytest.approx({"5, 7": 100 / 3, "5, 9": 200 / 3, "7, 9": 100 / 3})
-    assert (found["images"], found["parameters"]) == (3, 6)
+    assert (found["images"], found["parameters"]) == (3, 18)
 
 
 def test_published_rows_say_where_they_were_trained():

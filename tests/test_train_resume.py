@@ -178,8 +178,11 @@ def test_a_run_goes_on_where_its_images_were_moved_and_is_found_there(tmp_path, 
     shutil.rmtree(tmp_path / "here")
     train(small("resnet8", data=there), run, CPU, resume=True)
     assert_same_weights(whole, run)
-    for directory in (run, whole):  # one that is finished is told, too
+    for directory in (run, whole):  # one that is finished is told, too, and that is all
+        config = json.loads((directory / "config.json").read_text()) | {"commit": "another"}
+        (directory / "config.json").write_text(json.dumps(config))
         train(small("resnet8", data=there), directory, CPU, resume=True)
+        assert "resumed" not in json.loads((directory / "config.json").read_text())
         assert describe_run(directory)["data"] == "own"
         assert evaluate_saved(directory, which="best", runtime=CPU)["images"] == 64
 
