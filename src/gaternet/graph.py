@@ -35,6 +35,10 @@ _VIEW = frozenset(
 )
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"})
 _MIXERS = frozenset({"softmax", "unfold", "im2col"})
+_REDUCTIONS = frozenset(
+    {"mean", "sum", "prod", "amax", "amin", "aminmax", "max", "min", "median", "std", "std_mean", "var", "var_mean"}
+    | {"norm", "linalg_vector_norm", "logsumexp", "softmax", "log_softmax", "cumsum", "argmax", "argmin", "sort"}
+)
 CONVS = frozenset({"conv2d", "convolution"})
 LAYERS = CONVS | {"conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "linear", "addmm", "embedding"}
 
@@ -113,6 +117,7 @@ class Graph:
         example_input: the images (B, channels, H, W) that it was traced with.
         nodes: operations, in the order in which they run.
         convs: its 2-D convolutions, by their nodes.
+        result: the tensor that it gives; None where it gives something else, or several, or one that no image changes.
         rewritten: nodes whose tensor is written to later, through a view of it: what they hold then is not known.
         constants: the weights, running statistics and other tensors that it reads, by their nodes.
     """
@@ -133,6 +138,9 @@ class Graph:
         for node in self.nodes:
             if any(source in self._varying for source in node.all_input_nodes):
                 self._varying.add(node)
+        given: Any = self.output.args[0]
+        alone = program.call_spec.out_spec is not None and program.call_spec.out_spec.is_leaf()
+        self.result: Node | None = given[0] if alone and self.varies(given[0]) and shape(given[0]) else None
         self._calls = self._find_calls()
         self._runs: dict[str, int] = defaultdict(int)
         for call in self._calls.values():
@@ -309,6 +317,21 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def over_batch(node: Node) -> bool:
+    """Whether the node sums, averages or compares over the images of a batch, its tensors' first dimension."""
+    schema = getattr(node.target, "_schema", None)
+    if op(node) not in _REDUCTIONS or schema is None or not isinstance(source := node.args[0], Node):
+        return False
+    place = next((i for i, argument in enumerate(schema.arguments) if argument.name == "dim"), None)
+    if place is None:  # over all dimensions, or one of two tensors
+        return len(node.all_input_nodes) == 1
+    default = schema.arguments[place].default_value
+    given: Any = node.kwargs.get("dim", node.args[place] if len(node.args) > place else default)
+    dims = [given] if isinstance(given, int) else given
+    rank = len(shape(source))
+    return not dims or (shape(source)[:1] == (1,) and any(dim % rank == 0 for dim in dims))
 
 
 def walk(node: Node) -> Iterator[Node]:

@@ -10,7 +10,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from gaternet.channels import ChannelFlow
-from gaternet.graph import Conv, Graph, in_place, op, shape, walk
+from gaternet.graph import Conv, Graph, in_place, op, over_batch, shape, walk
 from gaternet.method import GateSite
 from gaternet.skipping.lifetimes import finish
 from gaternet.skipping.plan import DENSE, Call, ConvSpec, Kind, Plan, Ref, Step, is_dense
@@ -26,7 +26,7 @@ def make_plan(graph: Graph, sites: Sequence[GateSite] = ()) -> Plan:
 
     Raises:
         ValueError: the network writes to a tensor through a view of it, which the graph does not show, or in a way
-            that has no twin, or its images change each other's results.
+            that has no twin, or its images change each other's results, or it gives other than one tensor (B, ...).
     """
     return _Planner(graph, sites).plan()
 
@@ -45,6 +45,19 @@ class _Planner:
                     f"{name} normalises with the statistics of the batch, by which images change each other's results: "
                     "give it running statistics, to skip filters"
                 )
+            if over_batch(node) and graph.varies(node):
+                name = graph.module_of(node) or type(graph.backbone).__name__
+                raise ValueError(
+                    f"{name} computes {op(node)} over the images of a batch, by which they change each other's "
+                    "results: leave the batch's dimension out, to skip filters"
+                )
+        if graph.result is None:
+            raise ValueError(f"{type(graph.backbone).__name__} must give one tensor, to skip filters: wrap it so")
+        if shape(graph.result)[0] != 1:
+            raise ValueError(
+                f"{type(graph.backbone).__name__} gives {shape(graph.result)} for one image, without the batch's "
+                "dimension: use flatten(1) where it has squeeze(), to skip filters"
+            )
         self.graph, self.sites = graph, sites
         self.constants: dict[Node, Any] = dict(graph.constants)
         self._made: dict[str, Tensor] = {}  # constants that no node has
@@ -69,14 +82,13 @@ class _Planner:
                 self._add_conv(graph.convs[node], self._owners.get(graph.convs[node].name))
             else:
                 self._add(node)
-        output: Any = graph.output.args[0]
-        while isinstance(output, list | tuple):
-            output = output[0]
-        steps = finish(self.steps, self._values[output])
+        assert graph.result is not None
+        output = self._values[graph.result]
+        steps = finish(self.steps, output)
         channels, height, width = shape(graph.input)[1:]
         return Plan(
             input=graph.input.name,
-            output=self._values[output],
+            output=output,
             input_shape=(channels, height, width),
             num_gates=max((site.stop for site in self.sites), default=0),
             steps=steps,
@@ -188,8 +200,11 @@ class _Planner:
             kind, step.pattern = "keep", held[0]
         elif name == "add" and pair and shape(sources[0]) == shape(sources[1]) == shape(node):
             kind, step.pattern = "add", held[0] if held[0] == held[1] else DENSE
-        elif name == "mul" and pair and shape(node) == shape(sources[0]) and shape(sources[1])[1] == shape(node)[1]:
-            if held[1] in (DENSE, held[0]):
+        elif name == "mul" and pair:
+            if shape(sources[0]) != shape(node) or (held[0] == DENSE and shape(sources[1]) == shape(node)):
+                sources, held = sources[::-1], held[::-1]  # a factor of 1 x 1 pixels may stand on either side
+            factor = shape(sources[0]) == shape(node) and shape(sources[1])[1] == shape(node)[1]
+            if factor and held[1] in (DENSE, held[0]):
                 kind, step.pattern = "scale", held[0]
         elif name == "cat" and (*node.args, 0)[1] in (1, -3) and list(_first(node)) == sources:
             # A part that is held dense must have no gates, else the open channels of the whole are not those held.

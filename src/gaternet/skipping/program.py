@@ -46,7 +46,7 @@ class Program:
                 run.values[step.out] = run.step(step)
                 for name in step.free:
                     del run.values[name]
-        return run.values[self.plan.output]
+        return run.dense(self.plan.output)
 
 
 class Run:

@@ -70,7 +70,7 @@ class NativeProgram:
                     run.values[part.out] = run.step(part)
                 for name in part.free:
                     run.values.pop(name, None)
-        return run.values[self.plan.output]
+        return run.dense(self.plan.output)
 
     @property
     def weight_bytes(self) -> int:

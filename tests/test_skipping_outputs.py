@@ -1,0 +1,105 @@
+"""What a network gives out, and what its images do to each other, when filters are skipped."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from skipped_networks import THREE, assert_skips_exactly, gated, plan_of, random_gates
+from small_networks import Block, Net, conv, norm
+from torch import Tensor, nn
+
+import gaternet
+
+FEATURES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "concatenated": lambda net, x: torch.cat([net.one(x), net.two(x)], 1),
+    "added": lambda net, x: x + net.depthwise(x),
+    "filters": lambda net, x: net.one(x),
+}
+
+
+def features(body: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    def whole(net: Any, x: Tensor) -> Tensor:
+        return body(net, net.stem(x))
+
+    def unit(groups: int = 1) -> nn.Sequential:
+        return nn.Sequential(conv(8, 8, groups=groups, bias=False), norm(8), nn.ReLU())
+
+    stem = nn.Sequential(conv(3, 8), norm(8), nn.ReLU())
+    return Block(whole, stem=stem, one=unit(), two=unit(), depthwise=unit(8))
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_that_gates_decide_are_given_out_whole(name, unchecked_types):
+    model = gated(features(FEATURES[name]), sites=lambda name, _: True)
+    for density in (0.0, 0.5):
+        gates = random_gates(model, density)
+        assert_skips_exactly(model, THREE, gates)
+        special = gaternet.skip(model, THREE, "specialise", calibration=gates, subnetworks=2)
+        torch.testing.assert_close(special.forward_gated(THREE, gates), model.forward_gated(THREE, gates))
+
+
+@pytest.mark.parametrize("name", ["dict", "several", "list of one"])
+def test_a_network_that_gives_other_than_one_tensor_is_refused(name, unchecked_types):
+    wrap: Callable[[Tensor], Any] = {
+        "dict": lambda x: {"logits": x},
+        "several": lambda x: (x, x.sum(1)),
+        "list of one": lambda x: [x],
+    }[name]
+    model = gated(Block(lambda net, x: wrap(net.fc(net.conv(x).mean((2, 3)))), conv=conv(3, 8), fc=nn.Linear(8, 4)))
+    with pytest.raises(ValueError, match=r"Block must give one tensor, to skip filters: wrap it so"):
+        gaternet.skip(model, THREE)
+
+
+def test_a_network_that_drops_the_dimension_of_a_batch_of_one_is_refused():
+    model = gated(Block(lambda net, x: net.fc(net.conv(x).mean((2, 3)).squeeze()), conv=conv(3, 8), fc=nn.Linear(8, 4)))
+    with pytest.raises(ValueError, match=r"gives \(4,\) for one image.*use flatten\(1\)"):
+        gaternet.skip(model, THREE)
+
+
+@pytest.mark.parametrize(
+    ("name", "act"),
+    [
+        ("mean", lambda x: x - x.mean()),
+        ("std", lambda x: x / x.std()),
+        ("max", lambda x: x / x.abs().max()),
+        ("mean", lambda x: x - x.mean((0, 2, 3), keepdim=True)),
+        ("var_mean", lambda x: x - torch.var_mean(x, dim=[-4], keepdim=True)[1]),
+        ("softmax", lambda x: x.softmax(0)),
+    ],
+)
+def test_images_that_change_each_others_results_are_refused(name, act):
+    part = Block(lambda net, x: act(net.conv(x)), conv=conv(3, 8))
+    model = gated(Net(lambda net, x: net.part(x) + net.other(x), part=part, other=conv(3, 8)))
+    with pytest.raises(ValueError, match=rf"part computes {name} over the images of a batch.*leave the batch's dim"):
+        gaternet.skip(model, THREE)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda x: x - x.mean((1, 2, 3), keepdim=True),
+        lambda x: x * x.softmax(1) + x.amax(-1, keepdim=True),
+        lambda x: torch.max(x, -x) + x.sort()[0],
+        lambda x: x.unflatten(1, (2, 4)).flatten(0, 1).softmax(0).unflatten(0, (-1, 2)).flatten(1, 2),
+    ],
+)
+def test_reductions_within_an_image_are_not(act):
+    model = gated(Net(lambda net, x: net.two(act(net.one(x))), one=conv(3, 8), two=conv(8, 8)))
+    first = gaternet.skip(model, THREE, "slice").forward_gated(THREE[:1], torch.ones(1, model.num_gates))
+    torch.testing.assert_close(first, model.forward_gated(THREE[:1], torch.ones(1, model.num_gates)))
+
+
+@pytest.mark.parametrize("act", [lambda x, scale: x * scale, lambda x, scale: scale * x])
+def test_a_factor_for_each_channel_may_stand_on_either_side(act):
+    """torchvision writes the second, timm the first; the convolution behind it reads open channels alone."""
+    model = gated(
+        Net(
+            lambda net, x: net.two(act(y := net.one(x), net.scale(y.mean((2, 3), keepdim=True)).sigmoid())),
+            one=conv(3, 8),
+            scale=conv(8, 8, 1),
+            two=conv(8, 8),
+        )
+    )
+    assert "two: reads open channels of 8" in str(plan_of(model))
+    assert_skips_exactly(model, THREE, random_gates(model, 0.5))
