@@ -14,7 +14,7 @@ from typing import Any
 import huggingface_hub.hub_mixin
 import pytest
 import torch
-from gated_models import OPTIONS, assert_same, gated_model, truncate
+from gated_models import OPTIONS, assert_same, gated_model, gater_of, truncate
 from safetensors import SafetensorError
 from small_networks import IMAGES
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from gaternet.checkpoint import (
     write_atomically,
 )
 from gaternet.gating import gate
-from gaternet.method import GaterNet
+from gaternet.method import Gater, GaterNet
 from gaternet.models import create_model
 
 
@@ -273,6 +273,31 @@ def test_a_gater_of_the_users_own_is_saved_but_theirs_to_rebuild(tmp_path):
         nn.init.zeros_(parameter)
     checkpoint.load_weights_(own, tmp_path / "model.safetensors")
     assert torch.equal(own(IMAGES), before)
+
+
+def test_so_is_a_subclass_of_gater_for_it_may_decide_otherwise(tmp_path):
+    class Contrary(Gater):
+        def forward(self, images: Tensor) -> Tensor:
+            return 1 - super().forward(images)
+
+    model = gated_model()
+    model.gater.__class__ = Contrary
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not say how its gater was built: load the weights by hand"):
+        load_pretrained(tmp_path)
+
+
+def test_noise_that_was_set_to_a_tensor_is_saved_as_a_number(tmp_path):
+    model = gated_model()
+    gater_of(model).noise_std = torch.tensor(0.25)  # as a CUDA graph reads it
+    model.save_pretrained(tmp_path)
+    assert gater_of(load_pretrained(tmp_path)).noise_std == 0.25
+
+
+def test_a_path_that_is_not_there_is_no_name_on_the_hub(tmp_path):
+    for path in (tmp_path / "nothing", str(tmp_path / "nothing"), Path("nothing")):
+        with pytest.raises(FileNotFoundError, match=r"there is no folder .*nothing: name one that save_pretrained"):
+            load_pretrained(path)
 
 
 # --- Files of torch.save

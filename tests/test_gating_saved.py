@@ -1,5 +1,6 @@
 """Gated networks come back from the disk: by themselves, or with parts of the user's own."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -38,6 +39,21 @@ def test_a_timm_model_of_the_users_comes_back_by_itself(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["metadata"]["backbone"] == {"name": "timm:test_efficientnet", "num_classes": 4, "in_chans": 1}
     assert_same(load_pretrained(tmp_path), model, PIXELS[:, :1])
+
+
+@pytest.mark.parametrize("change", ["classifier", "activation"])
+def test_a_backbone_that_was_changed_after_gating_does_not_come_back_as_it_was(tmp_path, change):
+    model = spoiled(gate(create_backbone("timm:test_resnet", 4), PIXELS))
+    if change == "classifier":
+        model.backbone.set_submodule("fc", nn.Linear(model.backbone.get_submodule("fc").in_features, 3))  # pyright: ignore[reportArgumentType]
+    else:
+        model.backbone.set_submodule("act1", nn.SiLU())
+    with pytest.warns(UserWarning, match=r"was changed after it was gated: load it with backbone=\.\.\."):
+        model.save_pretrained(tmp_path)
+    assert 'this folder", backbone=backbone)' in (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"does not say how its backbone was built: load it with backbone=\.\.\."):
+        load_pretrained(tmp_path)
+    assert_same(load_pretrained(tmp_path, backbone=copy.deepcopy(model).ungate()), model, PIXELS)
 
 
 def test_a_shrinking_gater_comes_back_by_itself(tmp_path):

@@ -35,6 +35,10 @@ LEFT_OUT: dict[str, tuple[nn.Module, dict[str, str]]] = {
         with_stem(Block(lambda u, x: u.conv(u.conv(x + u.bn(x)).relu()), bn=norm(), conv=conv(8, 8))),
         {"unit.conv": "it runs 2 times"},
     ),
+    "norm run twice": (
+        with_stem(Block(lambda u, x: u.bn(u.two(u.bn(u.one(x)).relu())), bn=norm(), one=conv(8, 8), two=conv(8, 8))),
+        dict.fromkeys(("unit.one", "unit.two"), "unit.bn behind it runs 2 times: give each convolution its own"),
+    ),
     "shared weights": (shared_weights(), {"one": SHARED, "two": SHARED}),
     "function": (
         with_stem(Block(lambda u, x: F.conv2d(x, u.weight), weight=nn.Parameter(torch.rand(8, 8, 1, 1)))),

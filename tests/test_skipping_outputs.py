@@ -1,11 +1,12 @@
-"""What a network gives out, and what its images do to each other, when filters are skipped."""
+"""What a network gives out when filters are skipped, what its images do to each other, what becomes of the model."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from skipped_networks import THREE, assert_skips_exactly, gated, plan_of, random_gates
+from skipped_networks import KERNELS, THREE, assert_skips_exactly, gated, plan_of, random_gates
 from small_networks import Block, Net, conv, norm
 from torch import Tensor, nn
 
@@ -103,3 +104,44 @@ def test_a_factor_for_each_channel_may_stand_on_either_side(act):
     )
     assert "two: reads open channels of 8" in str(plan_of(model))
     assert_skips_exactly(model, THREE, random_gates(model, 0.5))
+
+
+def test_the_model_is_left_in_its_mode():
+    model = gated(Net(lambda net, x: net.one(x), one=conv(3, 8))).train()
+    model.backbone.eval()  # frozen
+    for engine in ("slice", "mask", "auto"):
+        fast = gaternet.skip(model, THREE, engine)
+        assert model.training
+        assert model.gater.training
+        assert not any(module.training for module in [fast, *model.backbone.modules()])
+        gates = fast.gates(THREE)
+        assert torch.equal(gates, fast.gates(THREE))  # without noise
+        assert fast(THREE).shape == (3, 4)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_copies_skip_as_well(kernels):
+    model = gated(Net(lambda net, x: net.two(net.one(x)), one=conv(3, 8), two=conv(8, 8)))
+    fast = gaternet.skip(model, THREE, "slice", kernels=kernels)
+    assert torch.equal(copy.deepcopy(fast)(THREE), fast(THREE))
+
+
+@pytest.mark.parametrize("engine", ["slice", "mask"])
+def test_precision_is_the_weights_under_autocast_too(engine):
+    model = gated(Net(lambda net, x: net.two(net.one(x)), one=conv(3, 8), two=conv(8, 8)))
+    fast = gaternet.skip(model, THREE, engine)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(THREE), fast.forward_gated(THREE, fast.gates(THREE)))
+        assert fast(THREE).dtype == torch.float32
+
+
+def test_what_is_no_gaternet_or_no_image_is_refused(unchecked_types):
+    model = gated(Net(lambda net, x: net.one(x), one=conv(3, 8)))
+    wrongs: list[Any] = [nn.DataParallel(model), model.backbone]
+    for wrong in wrongs:
+        for call in (gaternet.skip, gaternet.count_macs, gaternet.analyze):
+            with pytest.raises(TypeError, match=f"must be a GaterNet, but is a {type(wrong).__name__}: gate it with"):
+                call(wrong, THREE)
+    for call in (gaternet.skip, gaternet.count_macs):
+        with pytest.raises(ValueError, match=r"the example must have images, but is \(0, 3, 8, 8\): pass one"):
+            call(model, THREE[:0])

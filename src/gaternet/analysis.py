@@ -22,7 +22,7 @@ from gaternet.cost import CostModel, count_dense_macs
 from gaternet.data import Preprocessing
 from gaternet.graph import evaluation_mode, read_graph
 from gaternet.measures import mutual_information, selectivity
-from gaternet.method import Gater, GaterNet
+from gaternet.method import Gater, GaterNet, require_gated
 
 if TYPE_CHECKING:
     from gaternet.forcing import Forced
@@ -207,7 +207,9 @@ def analyze(
 
     Raises:
         ValueError: there are no images, or labels that do not go with the model or the names.
+        TypeError: the model is no GaterNet.
     """
+    require_gated(model)
     if samples < 1:
         raise ValueError(f"samples must be at least 1, but is {samples}")
     pass_ = None

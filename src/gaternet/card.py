@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
 
+from gaternet.checkpoint import fitting
 from gaternet.cost import count_dense_macs
 from gaternet.method import Gater, GaterNet
 from gaternet.recipe import data_name
@@ -23,11 +24,11 @@ def is_ours(path: Path) -> bool:
 
 def make_card(model: GaterNet) -> ModelCard:
     """A Hugging Face model card: data, recipe, accuracy, gates, cost, use and limits. What is not known says so."""
-    metadata = model.metadata or {}
+    metadata = fitting(model.metadata or {}, model)
     trained: Mapping[str, Any] = metadata.get("trained") or {}
     classes, data, accuracy = metadata.get("classes"), trained.get("data"), trained.get("test_accuracy")
     backbone = (metadata.get("backbone") or {}).get("name", type(model.backbone).__name__)
-    if isinstance(model.gater, Gater):
+    if type(model.gater) is Gater:
         extractor = (metadata.get("extractor") or {}).get("name", type(model.gater.extractor).__name__)
         gater = f"{extractor}, without its classifier, and two linear layers"
         parts = "".join(f", {name}={name}" for name in ("backbone", "extractor") if not metadata.get(name))

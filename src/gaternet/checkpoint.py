@@ -30,7 +30,7 @@ from safetensors.torch import save_model as save_safetensors
 from torch import nn
 
 from gaternet.method import Gater, GaterNet, GateSite
-from gaternet.models.create import build_gated, create_backbone
+from gaternet.models.create import build_gated, create_backbone, makes
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -113,14 +113,24 @@ def save_model(model: nn.Module, directory: Path, metadata: Mapping[str, Any] | 
         directory: made if it does not exist.
         metadata: plain data: "backbone" (and, for a GaterNet, "extractor") are the arguments of `create_backbone`,
             without which the model cannot be loaded by itself; the rest is kept as it is. Default: the model's own.
+            A description that the backbone no longer fits, since it was changed after gating, is left out.
     """
     config: dict[str, Any] = {"gaternet": version("gaternet")}
     if isinstance(model, GaterNet):
-        metadata = metadata or model.metadata
+        given = metadata or model.metadata or {}
+        metadata = fitting(given, model)
+        if given.get("backbone") and not metadata["backbone"]:
+            warnings.warn("the backbone was changed after it was gated: load it with backbone=...", stacklevel=2)
         config["gater"] = _gater_options(model.gater)
         config["sites"] = [asdict(site) for site in model.sites]
     write_atomically(directory / WEIGHTS, lambda path: save_safetensors(model, str(path)))
     write_json(directory / CONFIG, {**config, "metadata": metadata})
+
+
+def fitting(metadata: Mapping[str, Any], model: GaterNet) -> Mapping[str, Any]:
+    """The metadata, without the description of another backbone than the model has."""
+    described = metadata.get("backbone")
+    return metadata if not described or makes(described, model.backbone) else {**metadata, "backbone": None}
 
 
 def load_model(
@@ -159,9 +169,9 @@ def load_model(
 
 
 def _gater_options(gater: nn.Module) -> dict[str, Any] | None:
-    if not isinstance(gater, Gater):  # somebody's own: it is theirs to rebuild
+    if type(gater) is not Gater:  # somebody's own, such as a subclass: it is theirs to rebuild
         return None
-    options: dict[str, Any] = {name: getattr(gater, name) for name in ("noise_std", "hard_probability", "threshold")}
+    options = {name: float(getattr(gater, name)) for name in ("noise_std", "hard_probability", "threshold")}
     return {
         "num_features": gater.fc1.in_features,
         "bottleneck": gater.fc1.out_features,
@@ -204,11 +214,14 @@ def load_pretrained(
 
     Raises:
         ValueError: there is no GaterNet there, or it is damaged.
+        FileNotFoundError: there is no such folder, and a path cannot be a name on the Hub.
         TypeError: for an option that there is not.
     """
     if unknown := hub_options.keys() - inspect.signature(snapshot_download).parameters:
         raise TypeError(f"there is no option {min(unknown)!r}: give backbone, extractor, or one of snapshot_download's")
     directory = Path(model_id)
+    if not directory.is_dir() and (isinstance(model_id, Path) or directory.is_absolute()):
+        raise FileNotFoundError(f"there is no folder {model_id}: name one that save_pretrained wrote")
     if not directory.is_dir():
         directory = Path(snapshot_download(str(model_id), allow_patterns=[CONFIG, WEIGHTS], **hub_options))
     model, _ = load_model(directory, backbone, extractor)

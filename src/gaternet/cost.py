@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gaternet.channels import ALIVE, gate_columns
 from gaternet.graph import Conv, Graph, evaluation_mode, read_graph, shape
-from gaternet.method import GaterNet, GateSite
+from gaternet.method import GaterNet, GateSite, require_gated
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,10 @@ def count_macs(model: GaterNet, images: Float[Tensor, "batch channels height wid
     anew each time; to count often, keep a `gaternet.cost.CostModel`.
 
     Raises:
-        ValueError: the backbone cannot be exported.
+        ValueError: the backbone cannot be exported, or there are no images.
+        TypeError: the model is no GaterNet.
     """
+    require_gated(model)
     cost = CostModel(read_graph(model.backbone, images[:1]), model.sites)
     buffers = [(buffer, buffer.clone()) for buffer in model.gater.buffers()]
     with torch.no_grad():

@@ -5,6 +5,7 @@ what gating, counting and skipping ask of it: what each convolution is called, w
 which module gives out which tensor, since gates act on the outputs of modules.
 """
 
+import logging
 import math
 import warnings
 from collections import defaultdict
@@ -35,10 +36,6 @@ _VIEW = frozenset(
 )
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"})
 _MIXERS = frozenset({"softmax", "unfold", "im2col"})
-_REDUCTIONS = frozenset(
-    {"mean", "sum", "prod", "amax", "amin", "aminmax", "max", "min", "median", "std", "std_mean", "var", "var_mean"}
-    | {"norm", "linalg_vector_norm", "logsumexp", "softmax", "log_softmax", "cumsum", "argmax", "argmin", "sort"}
-)
 CONVS = frozenset({"conv2d", "convolution"})
 LAYERS = CONVS | {"conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "linear", "addmm", "embedding"}
 
@@ -276,9 +273,10 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
     Raises:
         ValueError: the network cannot be exported, or does not take such images.
     """
+    if not example_input.numel():
+        raise ValueError(f"the example must have images, but is {tuple(example_input.shape)}: pass one at least")
     try:
-        with evaluation_mode(backbone), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of caches that a network fills when it runs: the trace does not want them
+        with evaluation_mode(backbone), torch.no_grad(), quiet():
             program = torch.export.export(backbone, (example_input,), strict=False)
     except Exception as error:  # tracing runs the network's own code, which may raise anything
         raise ValueError(
@@ -308,6 +306,19 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
+def quiet() -> Iterator[None]:
+    """Without the logs and warnings of exporters, which print whole graphs where they fail."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; then each module is in the mode it was in, so that frozen ones stay frozen."""
     training = [module for module in network.modules() if module.training]
@@ -317,21 +328,6 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def over_batch(node: Node) -> bool:
-    """Whether the node sums, averages or compares over the images of a batch, its tensors' first dimension."""
-    schema = getattr(node.target, "_schema", None)
-    if op(node) not in _REDUCTIONS or schema is None or not isinstance(source := node.args[0], Node):
-        return False
-    place = next((i for i, argument in enumerate(schema.arguments) if argument.name == "dim"), None)
-    if place is None:  # over all dimensions, or one of two tensors
-        return len(node.all_input_nodes) == 1
-    default = schema.arguments[place].default_value
-    given: Any = node.kwargs.get("dim", node.args[place] if len(node.args) > place else default)
-    dims = [given] if isinstance(given, int) else given
-    rank = len(shape(source))
-    return not dims or (shape(source)[:1] == (1,) and any(dim % rank == 0 for dim in dims))
 
 
 def walk(node: Node) -> Iterator[Node]:

@@ -234,6 +234,15 @@ def refuse_gated(network: nn.Module) -> None:
         raise ValueError("the backbone is gated already: call ungate() on its GaterNet, or on a deep copy of that")
 
 
+def require_gated(model: nn.Module) -> None:
+    """Raise TypeError unless the model is a GaterNet, compiled or not."""
+    if not isinstance(getattr(model, "_orig_mod", model), GaterNet):
+        raise TypeError(
+            f"the model must be a GaterNet, but is a {type(model).__name__}: gate it with gaternet.gate, or pass what "
+            "it wraps (model.module)"
+        )
+
+
 class GaterNet(
     nn.Module,
     ModelHubMixin,

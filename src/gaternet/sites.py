@@ -157,6 +157,8 @@ def _place(graph: Graph, conv: Conv) -> _Place | str:
         return reason
     name = graph.module_of(chain[last])
     place = next((node for node in chain[last:] if name and graph.gives_out(name, node)), None)
+    if name and graph.runs(name) > 1:
+        return f"{name} behind it runs {graph.runs(name)} times: give each convolution its own"
     if place is None:
         return f"{op(chain[last])} behind it is a function within {graph.module_type(chain[last])}: make it a module"
     if shape(place)[0] != shape(graph.input)[0]:

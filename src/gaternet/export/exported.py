@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gaternet.graph import first_line
+
 METADATA = "gaternet"  # the key of ours in an ONNX file's metadata
 
 
@@ -115,7 +117,5 @@ def start_session(model: Path | bytes) -> Any:
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has its own, which share no base but this one
-        reason = str(error).strip().splitlines()[0]
-        raise NotRunnableError(
-            f"ONNX Runtime cannot run {'the model' if source is model else model} ({reason})"
-        ) from error
+        name = "the model" if source is model else model
+        raise NotRunnableError(f"ONNX Runtime cannot run {name} ({first_line(error)})") from error

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gaternet.graph import first_line
 from gaternet.method import Gater, GaterNet
 
 TOLERANCE = 1e-4  # of logits, relative to the largest where that is above 1; and of gates' distance to the threshold
@@ -108,14 +109,14 @@ def _run(run: Callable[..., Any], images: Tensor, *gates: Tensor) -> Any:
     try:
         return run(images, *gates)
     except Exception as error:  # runtimes have errors of their own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExportError(f"the exported model does not run on images {tuple(images.shape)} ({reason})") from error
+        shape = tuple(images.shape)
+        raise ExportError(f"the exported model does not run on images {shape} ({first_line(error)})") from error
 
 
 def _gates_of(model: GaterNet, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """The model's gates (B, C), and which of them rounding may decide."""
     gates = model.gates(inputs)
-    if not isinstance(model.gater, Gater):
+    if type(model.gater) is not Gater:  # a subclass may decide by something else
         return gates, torch.zeros_like(gates, dtype=torch.bool)
     return gates, (model.gater.logits(inputs) - model.gater.threshold).abs() < TOLERANCE
 

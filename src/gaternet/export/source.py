@@ -2,8 +2,6 @@
 
 import copy
 import json
-import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,6 +16,7 @@ from torch.nn import functional as F
 from gaternet.data import Preprocessing
 from gaternet.export.gathered import OpenFilters
 from gaternet.export.parity import FAULT, ExportError, Parity, Run, RunGated, compare, make_images
+from gaternet.graph import first_line, quiet
 from gaternet.method import GaterNet
 
 Form = Literal["masked", "skipping"]
@@ -146,26 +145,19 @@ class Source:
     @contextmanager
     def tracing(self) -> Iterator[None]:
         """Quiet, without gradients; what a network's own code raises becomes one sentence."""
-        before = logging.root.manager.disable
-        logging.disable(logging.CRITICAL)  # exporters print whole graphs where they fail
         try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what they work around
+            with torch.no_grad(), quiet():
                 yield
         except Exception as error:
             cause: BaseException = error
             while cause.__cause__ is not None:  # exporters wrap what names the operation in what does not
                 cause = cause.__cause__
-            lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-            reason = lines[0] if lines else type(cause).__name__
             mend = "leave dynamic_size out" if self.dynamic_size else "mend what that names"
             mend += ", or export the masked form" if self.form == "skipping" else ""
             name = type(self.model.backbone if self.gated else self.model).__name__
             raise ExportError(
-                f"{name} cannot be exported with images {tuple(self.example.shape)} ({reason}): {mend}"
+                f"{name} cannot be exported with images {tuple(self.example.shape)} ({first_line(cause)}): {mend}"
             ) from error
-        finally:
-            logging.disable(before)
 
 
 def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -139,15 +139,20 @@ def describe_backbone(backbone: nn.Module, in_chans: int) -> dict[str, Any] | No
         if "architecture" not in config or not isinstance(num_classes, int):
             return None
         source = {"name": _TIMM + config["architecture"], "num_classes": num_classes, "in_chans": in_chans}
-    try:  # to make it anew: it may have been made with other options, or changed since
+    return source if makes(source, backbone) else None
+
+
+def makes(source: Mapping[str, Any], backbone: nn.Module) -> bool:
+    """Whether `create_backbone(**source)` makes such a network: it may have been made otherwise, or changed since."""
+    try:
         with torch.device("meta"):
             twin = create_backbone(**source)
     except NotImplementedError:  # its initialisation wants real numbers
         twin = create_backbone(**source)
     except (ValueError, RuntimeError, TypeError):
-        return None
+        return False
     shapes = [{key: value.shape for key, value in network.state_dict().items()} for network in (backbone, twin)]
-    return source if shapes[0] == shapes[1] and repr(backbone) == repr(twin) else None
+    return shapes[0] == shapes[1] and repr(backbone) == repr(twin)
 
 
 def other_classifier(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], num_classes: int) -> set[str]:

@@ -10,11 +10,11 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from gaternet.channels import ChannelFlow
-from gaternet.graph import Conv, Graph, in_place, op, over_batch, shape, walk
+from gaternet.graph import Conv, Graph, in_place, op, shape, walk
 from gaternet.method import GateSite
 from gaternet.skipping.lifetimes import finish
 from gaternet.skipping.plan import DENSE, Call, ConvSpec, Kind, Plan, Ref, Step, is_dense
-from gaternet.skipping.stacking import is_stacked, stacked_args
+from gaternet.skipping.stacking import is_stacked, over_batch, stacked_args
 
 
 def make_plan(graph: Graph, sites: Sequence[GateSite] = ()) -> Plan:

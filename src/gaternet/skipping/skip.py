@@ -10,13 +10,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gaternet.checkpoint import read_json, staged, write_json
-from gaternet.graph import read_graph
-from gaternet.method import Gater, GaterNet
+from gaternet.graph import evaluation_mode, read_graph
+from gaternet.method import Gater, GaterNet, require_gated
 from gaternet.skipping.engines import Backbone, KernelName, make_program, time_engines
 from gaternet.skipping.native import NativeProgram
 from gaternet.skipping.plan import Plan
 from gaternet.skipping.planner import make_plan
-from gaternet.skipping.program import Program
+from gaternet.skipping.program import Program, without_autocast
 from gaternet.skipping.saved import load_plan, save_plan
 from gaternet.skipping.specialise import Specialised, choose_kept
 
@@ -61,7 +61,8 @@ class Skipper(nn.Module):
         They are those of the model, but where a gate's logit lies within rounding (about 1e-6) of the threshold.
         """
         self._check_images(images)
-        return self._gater(images) if len(images) else images.new_zeros(0, self.plan.num_gates)
+        with without_autocast(images.device.type):
+            return self._gater(images) if len(images) else images.new_zeros(0, self.plan.num_gates)
 
     @torch.no_grad()
     def forward_gated(
@@ -85,9 +86,10 @@ class Skipper(nn.Module):
             raise ValueError(f"gates must be on {images.device}, as the images are, but are on {gates.device}")
         if not hard and not ((gates == 0) | (gates == 1)).all():
             raise ValueError("gates must be 0 or 1 for filters to be skipped: use the model itself for others")
-        if len(images) == 0:
-            return self.program(images.new_zeros(1, *self.plan.input_shape), gates.new_zeros(1, gates.shape[1]))[:0]
-        return self.program(images, gates)
+        with without_autocast(images.device.type):
+            if len(images) == 0:
+                return self.program(images.new_zeros(1, *self.plan.input_shape), gates.new_zeros(1, gates.shape[1]))[:0]
+            return self.program(images, gates)
 
     def save(self, directory: str | Path) -> None:
         """Write the plans of the gater and the backbone with their weights, for `Skipper.load`.
@@ -168,7 +170,7 @@ def skip(
     """A module with the model's outputs that computes its open filters only.
 
     Args:
-        model: a GaterNet; it is put in evaluation mode. The Skipper has a copy: after a change, call `skip` again.
+        model: a GaterNet, in any mode. The Skipper has a copy, in evaluation mode: after a change, call `skip` again.
         example_input: images (B, channels, H, W) of the size, and for "auto" such and as many, as it is to run with.
         engine: "slice" gathers the open rows and columns of the weights, image by image; "specialise" makes smaller
             dense networks for the gates in `calibration`, and slices where none of them fits; "mask" is the model
@@ -179,8 +181,11 @@ def skip(
         kernels: what "slice" and "specialise" compute with, see `make_program`.
 
     Raises:
-        ValueError: the backbone cannot be exported, or "specialise" has no calibration or one of another shape.
+        ValueError: the backbone cannot be exported, or gives other than one tensor (B, ...), or lets images change each
+            other's results; or "specialise" has no calibration or one of another shape.
+        TypeError: the model is no GaterNet.
     """
+    require_gated(model)
     if engine not in get_args(Engine):
         raise ValueError(f"there is no engine {engine!r}: choose of {', '.join(get_args(Engine))}")
     if engine == "specialise" and calibration is None:
@@ -192,7 +197,18 @@ def skip(
         )
     if subnetworks < 1:
         raise ValueError(f"subnetworks must be at least 1, not {subnetworks}")
-    model.eval()
+    with evaluation_mode(model):
+        return _skip(model, example_input, engine, calibration, subnetworks, kernels)
+
+
+def _skip(
+    model: GaterNet,
+    example_input: Tensor,
+    engine: Engine,
+    calibration: Tensor | None,
+    subnetworks: int,
+    kernels: KernelName,
+) -> Skipper:
     plan = make_plan(read_graph(model.backbone, example_input[:1]), model.sites)
     hard = type(model.gater) is Gater  # a subclass may give other gates
     if engine == "mask":

@@ -24,6 +24,10 @@ _BY_IMAGE = (
 _PAIRS = frozenset({"add", "sub", "mul", "div", "minimum", "maximum", "pow", "gt", "ge", "lt", "le"})
 _ALONG = {"mean": 1, "sum": 1, "amax": 1, "softmax": 1, "chunk": 2, "split": 2, "split_with_sizes": 2, "slice": 1}
 _ALONG |= {"select": 1, "unbind": 1, "cat": 1, "flatten": 1}
+_REDUCTIONS = frozenset(
+    {"mean", "sum", "prod", "amax", "amin", "aminmax", "max", "min", "median", "std", "std_mean", "var", "var_mean"}
+    | {"norm", "linalg_vector_norm", "logsumexp", "softmax", "log_softmax", "cumsum", "argmax", "argmin", "sort"}
+)
 _RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 
 
@@ -58,6 +62,21 @@ def stacked_args(node: Node) -> tuple[Any, ...]:
     if node.target in _RESHAPES:
         return (node.args[0], [-1, *shape(node)[1:]])
     return node.args
+
+
+def over_batch(node: Node) -> bool:
+    """Whether the node sums, averages or compares over the images of a batch, its tensors' first dimension."""
+    schema = getattr(node.target, "_schema", None)
+    if op(node) not in _REDUCTIONS or schema is None or not isinstance(source := node.args[0], Node):
+        return False
+    place = next((i for i, argument in enumerate(schema.arguments) if argument.name == "dim"), None)
+    if place is None:  # over all dimensions, or one of two tensors
+        return len(node.all_input_nodes) == 1
+    default = schema.arguments[place].default_value
+    given: Any = node.kwargs.get("dim", node.args[place] if len(node.args) > place else default)
+    dims = [given] if isinstance(given, int) else given
+    rank = len(shape(source))
+    return not dims or (shape(source)[:1] == (1,) and any(dim % rank == 0 for dim in dims))
 
 
 def _one(node: Node) -> bool:

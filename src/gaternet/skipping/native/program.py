@@ -98,6 +98,10 @@ class NativeProgram:
             steps.append(step)
         return replace(self.plan, steps=steps, constants=constants)
 
+    def __reduce__(self) -> tuple[type["NativeProgram"], tuple[Plan]]:
+        """A copy is made from the plan, for the library has memory of its own."""
+        return NativeProgram, (self.whole_plan(),)
+
     @staticmethod
     def _lightened(step: Step) -> Step:
         spec = step.conv
