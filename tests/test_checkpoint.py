@@ -277,8 +277,8 @@ def test_a_gater_of_the_users_own_is_saved_but_theirs_to_rebuild(tmp_path):
 
 def test_so_is_a_subclass_of_gater_for_it_may_decide_otherwise(tmp_path):
     class Contrary(Gater):
-        def forward(self, images: Tensor) -> Tensor:
-            return 1 - super().forward(images)
+        def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+            return 1 - super().forward(images, generator)
 
     model = gated_model()
     model.gater.__class__ = Contrary

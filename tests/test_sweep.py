@@ -42,6 +42,9 @@ def test_options_are_those_that_differ_from_the_recipe():
     for other in ("cifar100", "somewhere/cifar10.1"):
         assert changed_options(override(cifar, {"data": other})) == {"data": other}
         assert override(cifar, {"data": other}).paper is None
+    same = {"data": "somewhere/cifar10.npz", "epochs": cifar.epochs, "lr": cifar.optimizer.lr, "model": cifar.model}
+    assert override(cifar, same).paper == cifar.paper
+    assert override(cifar, same | {"lr": 0.2}).paper is None
     assert changed_options(Recipe("mine", epochs=2)) == {"epochs": 2}
     other = {"backbone": "resnet8", "sites": "all"}  # "model" is None now, which no flag can say and none needs to
     assert changed_options(override(GATED, other)) == other

@@ -19,7 +19,7 @@ import gaternet.step
 from gaternet.evaluate import evaluate_saved
 from gaternet.ledger import describe_run
 from gaternet.run import RunDirectory
-from gaternet.step import training_step
+from gaternet.step import TrainingStep, training_step
 from gaternet.train import Stopped, TrainingError, train
 
 
@@ -111,14 +111,18 @@ def test_a_run_without_a_checkpoint_that_starts_again_elsewhere_says_so(finished
     config["machine"]["threads"] += 1
     (run / "config.json").write_text(json.dumps(config))
     directory = RunDirectory(run)
-    directory.note_place(1, {"precision": "no", "processes": 1})
+    directory.note_place(1, 0, {"precision": "no", "processes": 1})
     assert "resumed" not in json.loads((run / "config.json").read_text())  # threads make no other machine
     config["commit"] = "another"
     (run / "config.json").write_text(json.dumps(config))
-    directory.note_place(1, {"precision": "bf16", "processes": 1})  # and came to nothing
+    directory.note_place(1, 0, {"precision": "bf16", "processes": 1})  # and came to nothing
     train(small(ema_decay=0.9), run, CPU, resume=True)
     (place,) = json.loads((run / "config.json").read_text())["resumed"]
     assert (place["epoch"], place["precision"]) == (1, "no")
+    directory.note_place(1, 3, {"precision": "bf16", "processes": 1})  # within the same epoch, which it has a part in
+    directory.note_place(1, 4, {"precision": "no", "processes": 1})
+    places = json.loads((run / "config.json").read_text())["resumed"]
+    assert [(place["step"], place["precision"]) for place in places] == [(0, "no"), (3, "bf16"), (4, "no")]
 
 
 def test_a_run_goes_on_with_the_optimizer_that_is_fast_here(finished, tmp_path):
@@ -224,10 +228,50 @@ def test_what_cannot_be_loaded_leaves_the_run_free(finished, tmp_path):
     shutil.copytree(finished, run := tmp_path / "run")
     state = torch.load(run / "training.pt", weights_only=True)
     torch.save({**state, "optimizer": {}}, run / "training.pt")
-    with pytest.raises(KeyError):
+    with pytest.raises(
+        ValueError, match=r"training.pt does not fit this run \(.*\): it is damaged, or of another vers"
+    ):
         train(small(ema_decay=0.9), run, CPU, resume=True)
     torch.save(state, run / "training.pt")
     train(small(ema_decay=0.9), run, CPU, resume=True)
+
+
+def test_epochs_that_the_metrics_have_lost_are_missed(finished, tmp_path):
+    """A machine that died may have written training.pt, and not what came before it."""
+    shutil.copytree(finished, run := tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for kept in ([], [line for line in lines if '"epoch": 1' in line], ["[]\n", *lines]):
+        (run / "metrics.jsonl").write_text("".join(kept))
+        with pytest.raises(ValueError, match=r"metrics.jsonl has [01] of the 2 epochs that were finished: restore it"):
+            train(small(ema_decay=0.9), run, CPU, resume=True)
+
+
+def test_a_finished_run_is_described_as_things_are_today(finished, tmp_path):
+    shutil.copytree(finished, run := tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["runtime"] |= {"precision": "fp16", "data_root": "gone"}  # of a GPU that there is no more
+    (run / "config.json").write_text(json.dumps(config))
+    assert describe_run(run) == describe_run(finished)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), r"memory is full \(CUDA out of memory\): go on with --resume"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "memory is full .* --batch-size"),
+        (RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error."), "reads images died .* --workers"),
+        (RuntimeError("something else"), "^something else$"),
+    ],
+)
+def test_what_a_machine_usually_fails_with_is_explained(tmp_path, monkeypatch, error, said):
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(TrainingStep, "__call__", fail)
+    with pytest.raises(RuntimeError, match=said) as raised:
+        train(small("resnet8"), tmp_path / "run", CPU)
+    assert isinstance(raised.value, TrainingError) == (str(error) != "something else")
+    assert RunDirectory(tmp_path / "run").epochs() == []
 
 
 def test_two_processes_cannot_train_one_run(finished, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,8 +53,8 @@ def train_flags(options: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def describe_run(path: Path) -> dict[str, Any]:
-    """The ledger's line for a finished run; it evaluates the run's model to count its MACs.
+def describe_run(path: Path, runtime: Runtime | None = None) -> dict[str, Any]:
+    """The ledger's line for a finished run; it evaluates the run's model to count its MACs, as `runtime` says.
 
     Raises:
         ValueError: there is no finished run.
@@ -69,7 +70,7 @@ def describe_run(path: Path) -> dict[str, Any]:
     recipe, done = config["recipe"], epochs[-1]["epoch"] if epochs else 0
     if done != recipe["epochs"]:
         raise ValueError(f"{path} has finished {done} of {recipe['epochs']} epochs: continue it with --resume")
-    runtime = Runtime(**config["runtime"])
+    runtime = runtime or Runtime()  # of today: the run may have begun elsewhere
     last, measured = epochs[-1], evaluate_saved(path, data=recipe["data"], runtime=runtime)
     options = changed_options(recipe)
     words = ["gaternet", "train", recipe["name"], *train_flags(options), "--seed", str(config["seed"])]
@@ -131,15 +132,17 @@ def find_line(ledger: Path, path: Path) -> dict[str, Any] | None:
     return next((line for line in read_ledger(ledger) if run.items() <= line.items()), None)
 
 
-def add_run(ledger: Path, path: Path) -> dict[str, Any]:
-    """Append a finished run's line, unless it is there; the line."""
+def add_run(ledger: Path, path: Path, runtime: Runtime | None = None) -> dict[str, Any]:
+    """Append a finished run's line, unless it is there; the line. See `describe_run`."""
     line = find_line(ledger, path)
     if line is None:
-        line = describe_run(path)  # all processes take part
+        line = describe_run(path, runtime)  # all processes take part
         if PartialState().is_main_process:
             ledger.parent.mkdir(parents=True, exist_ok=True)
             with ledger.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
     return line
 
 

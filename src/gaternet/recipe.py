@@ -242,8 +242,8 @@ def data_name(source: str) -> str:
 def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """The recipe with some fields changed; those of a group, say `optimizer`, are named without it.
 
-    A changed recipe no longer stands for the paper's row, so it loses `paper`; one that only finds the same data
-    elsewhere, in a file or folder with the set's name, keeps it.
+    A changed recipe no longer stands for the paper's row, so it loses `paper`; one whose values are the same keeps it,
+    also where it finds the same data elsewhere, in a file or folder with the set's name.
 
     Raises:
         ValueError: for a field that does not exist, or a value out of range.
@@ -254,7 +254,6 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     for given, other in (("model", "backbone"), ("backbone", "model")):  # either takes the other's place
         if changes.get(given):
             changes.setdefault(other, None)
-    only_moved = changes.keys() == {"data"} and data_name(changes["data"]) == recipe.data
     groups = {}
     for group in GROUPS:
         options = getattr(recipe, group)
@@ -263,4 +262,7 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     known = {f.name for f in dataclasses.fields(recipe)} - {"name", *GROUPS, "paper"}
     if unknown := sorted(changes.keys() - known):
         raise ValueError(f"a recipe has no option {unknown[0]!r}: see gaternet train --help")
-    return dataclasses.replace(recipe, **groups, **changes, paper=recipe.paper if only_moved else None)
+    changed = dataclasses.replace(recipe, **groups, **changes)
+    same_data = data_name(changed.data) == data_name(recipe.data)
+    same = same_data and dataclasses.replace(changed, data=recipe.data) == recipe
+    return changed if same else dataclasses.replace(changed, paper=None)

@@ -61,6 +61,8 @@ class RunDirectory:
             raise ValueError(f"{self.path} holds no run to resume: leave --resume out to start one")
         before = checkpoint.read_json(self.path / CONFIG)
         now, defaults = (json.loads(json.dumps(c)) for c in (config, {"recipe": dataclasses.asdict(Recipe(""))}))
+        for each in (before, now):
+            each.get("recipe", {}).pop("paper", None)  # the same options may have been given otherwise
         if images := before.get("images"):  # an older version's run has none: its data must lie where they lay
             if changed := _first_difference(images, now["images"], {}):
                 raise ValueError(
@@ -76,6 +78,12 @@ class RunDirectory:
             self._hold()
             self._remove_leftovers()
         state = checkpoint.load_tensors(self.path / STATE) if (self.path / STATE).exists() else None
+        if state is not None and len(self.epochs()) < state.get("epoch", 0):  # a machine that died may lose lines
+            self.close()
+            raise ValueError(
+                f"{self.path / METRICS} has {len(self.epochs())} of the {state['epoch']} epochs that were finished: "
+                "restore it from a copy, or name another --out"
+            )
         if state is None and len(self.epochs()) > 1:
             self.close()
             raise ValueError(f"{self.path / STATE} is missing, without which the run cannot go on: name another --out")
@@ -92,14 +100,16 @@ class RunDirectory:
         if config["recipe"]["data"] != data:
             checkpoint.write_json(self.path / CONFIG, {**config, "recipe": {**config["recipe"], "data": data}})
 
-    def note_place(self, epoch: int, way: Mapping[str, Any]) -> None:
-        """Say in the config that the run goes on here from `epoch` on, if machine, software or `way` are others now.
+    def note_place(self, epoch: int, step: int, way: Mapping[str, Any]) -> None:
+        """Say in the config that the run goes on here, in `epoch` after `step` steps, if anything is another now.
+
+        That is: machine, software or `way`. A place that saved no step since it took the run up is forgotten.
 
         `way` has "precision" and "processes".
         """
         config = checkpoint.read_json(self.path / CONFIG)
-        found = {"epoch": epoch, **way, "started": _now(), **describe_machine()}
-        earlier = [place for place in config.get("resumed", []) if place["epoch"] < epoch]
+        found = {"epoch": epoch, "step": step, **way, "started": _now(), **describe_machine()}
+        earlier = [place for place in config.get("resumed", []) if place.get("step", -1) < step]
         before = {**found, **config, **(earlier or [{}])[-1]}  # an older version's config has less
         facts = ("machine", "versions", "commit", "precision", "processes")
         changed = any(_but_threads(before[name]) != _but_threads(found[name]) for name in facts)
@@ -119,6 +129,9 @@ class RunDirectory:
         try:
             with path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
+                if record["kind"] == "epoch":  # as training.pt is, which counts it
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError as error:
             raise checkpoint.cannot_write(path, error) from error
 
@@ -150,9 +163,12 @@ class RunDirectory:
         lines = []
         for line in path.read_text().splitlines() if path.exists() else []:
             try:
-                lines.append(json.loads(line))
+                found = json.loads(line)
             except json.JSONDecodeError:  # the last line of a killed run
                 break
+            if not isinstance(found, dict):
+                break
+            lines.append(found)
         return lines
 
 
@@ -231,13 +247,16 @@ def _now() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this code lies in, marked if it was changed; None where there is none."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        found = subprocess.run([*git, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    """The commit of the checkout that this code is a part of, marked if it was changed; None where there is none."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    try:  # what is installed in a folder of somebody's checkout is no part of that
+        return git("describe", "--always", "--dirty", "--abbrev=12") if git("ls-files", Path(__file__).name) else None
     except OSError:  # no git
         return None
-    return found.stdout.strip() or None
 
 
 def processor() -> str:

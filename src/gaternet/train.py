@@ -24,7 +24,7 @@ from gaternet import checkpoint
 from gaternet.data import ImageData, load_data, mix_seed
 from gaternet.evaluate import BATCH as EVALUATION_BATCH
 from gaternet.evaluate import ToInput, evaluate
-from gaternet.graph import run_once
+from gaternet.graph import first_line, run_once
 from gaternet.loader import make_batches
 from gaternet.machine import (
     collect_signals,
@@ -48,7 +48,7 @@ from gaternet.network import (
 from gaternet.objective import schedule
 from gaternet.progress import TrainingDisplay
 from gaternet.recipe import Recipe, Runtime
-from gaternet.run import RunDirectory
+from gaternet.run import STATE, RunDirectory
 from gaternet.state import Progress
 from gaternet.step import TrainingStep, recorded
 
@@ -151,7 +151,7 @@ def train(
         if resume and main:
             run.note_data(recipe.data)
             if progress.epoch < recipe.epochs:
-                run.note_place(progress.epoch + 1, _way(accelerator))
+                run.note_place(progress.epoch + 1, progress.step, _way(accelerator))
         if progress.epoch == recipe.epochs:
             return run.epochs()[-1]
         display.line(_title(recipe, network, data, accelerator))
@@ -221,8 +221,19 @@ def _loaded(run: RunDirectory, progress: Progress, state: dict[str, Any] | None)
     """Training as it was saved, if it was; the run is free again afterwards, also where that cannot be loaded."""
     with closing(run):
         if state is not None:
-            progress.load_state_dict(state)
-        yield
+            try:
+                progress.load_state_dict(state)
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{run.path / STATE} does not fit this run ({first_line(error)}): it is damaged, or of another "
+                    "version of gaternet; restore it, or name another --out"
+                ) from error
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if (explained := _explained(error)) is None:
+                raise
+            raise explained from error
 
 
 @contextmanager
@@ -305,6 +316,19 @@ class _Clock:
 
     def saved(self) -> None:
         self.save = time.monotonic()
+
+
+def _explained(error: Exception) -> TrainingError | None:
+    """What can be done about the usual failures of a machine; None for other errors."""
+    text = first_line(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
+        return TrainingError(
+            f"memory is full ({text}): go on with --resume once other programs are gone, or start anew with a lower "
+            "--batch-size or --image-size, in another --out"
+        )
+    if "DataLoader worker" in text:
+        return TrainingError(f"a process that reads images died ({text}): go on with --resume and fewer --workers")
+    return None
 
 
 def _stopped(received: list[int], run: RunDirectory, epoch: int, step: int) -> Stopped:

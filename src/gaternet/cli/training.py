@@ -65,7 +65,7 @@ def _train(
             read_ledger(ledger)  # what is wrong with it is to be found before the training
         record = train(changed, path, runtime, seed, resume)
         if ledger is not None:
-            add_run(ledger, path)
+            add_run(ledger, path, runtime)
     from accelerate import PartialState
 
     if as_json and PartialState().is_main_process:
