@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,8 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as tv
 
+from gaternet.augment import GREY
 from gaternet.data import TORCHVISION, DataError, Preprocessing, load_data, mix_seed, read_image
 from gaternet.evaluate import ToInput
+from gaternet.recipe import Augmentation
 
 
 def write_npz(path: Path, **changes: np.ndarray | None) -> str:
@@ -151,8 +154,50 @@ def test_folder_problems_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no folder of images"):
         load_data(str(tmp_path / "empty"))
-    with pytest.raises(DataError, match="too few to hold every tenth out"):
-        load_data(write_folder(tmp_path / "b"))
+    with pytest.raises(DataError, match="has one image a class, too few to hold any out: add a test folder"):
+        load_data(write_folder(tmp_path / "b", per_class=1))
+    with pytest.raises(DataError, match=r"has one class, 'photos', and nothing to tell it from"):
+        load_data(str(Path(write_folder(tmp_path / "c" / "photos")).parent))
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("Train", "Val")])
+def test_parts_with_other_names_are_not_taken_for_classes(tmp_path, names):
+    folder = write_folder(tmp_path / "a", *names)
+    with pytest.raises(DataError, match=f"has parts {names[0]} and {names[1]}: call them train and test"):
+        load_data(folder)
+
+
+def test_a_tenth_of_each_class_is_held_out_and_one_at_least(tmp_path):
+    folder = Path(write_folder(tmp_path / "a", per_class=25))
+    for name, count in (("emu", 3), ("fox", 1)):
+        (folder / name).mkdir()
+        for i in range(count):
+            shutil.copy(folder / "cat" / "0.png", folder / name / f"{i}.png")
+    data = load_data(str(folder), image_size=8)
+    assert np.bincount(data.test.labels, minlength=4).tolist() == [2, 2, 1, 0]
+    assert np.bincount(data.train.labels).tolist() == [23, 23, 2, 1]
+    assert not set(data.train.images) & set(data.test.images)
+
+
+def test_images_of_unlike_sizes_are_refused_or_brought_to_one(tmp_path):
+    path = write_npz(tmp_path / "a.npz", x_test=np.zeros((5, 6, 6, 3), np.uint8))
+    with pytest.raises(DataError, match=r"a\.npz are 6 x 8 and 6 x 6: bring both to one size with --image-size"):
+        load_data(path)
+    assert load_data(path, image_size=4).test[0][0].shape == (3, 4, 4)
+
+
+def test_cutout_counts_the_pixels_that_are_seen(tmp_path):
+    folder = tmp_path / "a"
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (256, 256), "red").save(folder / name / f"{i}.png")
+    for crop in (True, False):
+        data = load_data(str(folder), Augmentation(crop=crop, flip=False, cutout=8), image_size=16, seed=1)
+        for epoch in range(4):
+            data.train.set_epoch(epoch)
+            grey = (data.train[0][0] == GREY).all(0).sum()
+            assert 16 <= grey <= 64
 
 
 def test_corrupt_image_is_named_also_through_a_worker_process(tmp_path):

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -206,6 +207,22 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path, gaternet_command):
     (line,) = json.loads(done.stdout)
     assert line == read_ledger(tmp_path / "ledger.jsonl")[0]
     assert (run / "config.json").read_text() == config  # resumed, not begun anew
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGKILL])
+def test_runs_end_with_their_sweep_however_that_ends(tmp_path, gaternet_command, signum):
+    words = ["sweep", "digits_resnet20", "--seeds", "1", "--epochs", "50", "--out", str(tmp_path), "--cpu"]
+    run = tmp_path / "digits_resnet20,epochs=50" / "seed0"
+    process = subprocess.Popen([*gaternet_command, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (run / "training.pt").exists():
+        time.sleep(0.02)
+    process.send_signal(signum)
+    assert process.wait(120) in (128 + signum, -signum)
+    deadline = time.monotonic() + 60
+    while "with all saved in" not in (run / "log.txt").read_text():
+        assert time.monotonic() < deadline, "the run goes on"
+        time.sleep(0.05)
 
 
 def test_a_damaged_ledger_is_named_before_any_run(tmp_path):

@@ -45,7 +45,7 @@ def augment_batch(
 def file_transform(options: Augmentation, side: int) -> Callable[[Tensor], Tensor]:
     """For single images (C, H, W); draws from PyTorch's generator. Policies are those of ImageNet.
 
-    Crops are of random size and become `side` x `side`; without them images stay as large as they are.
+    Crops are of random size and become `side` x `side`; without them images are to have that size already.
     """
     steps: list[Callable[[Tensor], Tensor]] = [v2.RandomResizedCrop(side) if options.crop else v2.Identity()]
     steps += [v2.RandomHorizontalFlip()] if options.flip else []

@@ -189,7 +189,7 @@ def load_data(
         source: "digits" (embedded in scikit-learn), "cifar10", "cifar100" or "fashion_mnist" (torchvision's, found
             under `root` or downloaded there), a .npz file in Keras' layout (x_train, y_train, x_test, y_test; uint8,
             NHWC or NHW), or a folder: train/CLASS/* with test/CLASS/* (or val, valid, validation), or CLASS/*, of which
-            every tenth image is then held out as the test set.
+            a tenth of each class, one image at least, is then held out as the test set.
         augmentation: of the training images.
         image_size: side in pixels to bring images to; default: as stored, folders 224.
         root: where torchvision's sets lie; default: $GATERNET_DATA, or ~/.cache/gaternet.
@@ -218,6 +218,9 @@ def load_data(
         resize = v2.Resize([image_size, image_size])
         images, test_images = resize(images), resize(test_images)
     height, width = images.shape[2:]
+    if test_images.shape[2:] != images.shape[2:]:
+        sizes = " and ".join(f"{x.shape[2]} x {x.shape[3]}" for x in (images, test_images))
+        raise DataError(f"training and test images in {source} are {sizes}: bring both to one size with --image-size")
     mean, std = known or _statistics(images)
     return ImageData(
         ImageSet(images, labels.tolist(), augmentation),
@@ -364,9 +367,15 @@ def _folder(folder: Path, augmentation: Augmentation | None, size: int, seed: in
     if not test_folder and any(path.is_dir() for path in folder.glob("train/*")):
         raise DataError(
             f"{folder} has classes under train, but no folder named {', '.join(TEST_FOLDERS[:-1])} or "
-            f"{TEST_FOLDERS[-1]}: add one, or name {folder / 'train'} to hold every tenth image of it out"
+            f"{TEST_FOLDERS[-1]}: add one, or name {folder / 'train'} to hold a tenth of it out"
         )
+    names = {path.name.lower(): path.name for path in folder.iterdir() if path.is_dir()}
+    parts = [names[name] for name in ("train", "training", "test", "testing", *TEST_FOLDERS[1:]) if name in names]
+    if len(parts) > 1 and not test_folder and parts[0].lower().startswith("train"):
+        raise DataError(f"{folder} has parts {' and '.join(parts)}: call them train and test, or name one of them")
     train_samples, classes = _list_images(folder / "train" if test_folder else folder)
+    if len(classes) == 1:
+        raise DataError(f"{folder} has one class, {classes[0]!r}, and nothing to tell it from: is it the right folder?")
     if test_folder:
         test_samples, test_classes = _list_images(test_folder)
         if unknown := sorted(set(test_classes) - set(classes)):
@@ -375,19 +384,32 @@ def _folder(folder: Path, augmentation: Augmentation | None, size: int, seed: in
             )
         test_samples = [(path, classes.index(test_classes[label])) for path, label in test_samples]
     else:
-        test_samples = train_samples[9::10]
-        train_samples = [sample for i, sample in enumerate(train_samples) if i % 10 != 9]
+        train_samples, test_samples = _held_out(train_samples)
         if not test_samples:
-            raise DataError(f"{folder} holds fewer than 10 images, too few to hold every tenth out: add a test folder")
+            raise DataError(f"{folder} has one image a class, too few to hold any out: add a test folder")
     preprocessing = Preprocessing(size, size, *_KNOWN_STATISTICS["imagenet"], crop=0.875)
     transform = preprocessing.fit
     if augmentation is not None:
-        transform = v2.Compose([file_transform(augmentation, size), preprocessing.fit])
+        steps = [file_transform(augmentation, size), preprocessing.fit]
+        transform = v2.Compose(steps if augmentation.crop else steps[::-1])  # cutout counts pixels that are seen
     sets = []
     for samples, how in ((train_samples, transform), (test_samples, preprocessing.fit)):
         paths, labels = [path for path, _ in samples], [label for _, label in samples]
         sets.append(ImageSet(paths, labels, transform=how, seed=seed))
     return ImageData(sets[0], sets[1], classes, preprocessing)
+
+
+def _held_out(samples: Sequence[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Training samples and test samples: of each class a tenth, evenly spread, and at least one where it has two."""
+    parts: tuple[list[tuple[str, int]], list[tuple[str, int]]] = [], []
+    of_class: dict[int, list[tuple[str, int]]] = {}
+    for sample in samples:
+        of_class.setdefault(sample[1], []).append(sample)
+    for found in of_class.values():
+        count, total = max(len(found) // 10, min(1, len(found) - 1)), len(found)
+        for i, sample in enumerate(found):
+            parts[(i + 1) * count // total > i * count // total].append(sample)
+    return parts
 
 
 def _list_images(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """The machine under a run: Accelerate, precision, seeds, signals, a GPU for several processes, TensorBoard."""
 
+import ctypes
 import os
 import shutil
 import signal
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from gaternet.recipe import Runtime
 from gaternet.run import processor
+
+PARENT = "GATERNET_PARENT"  # names the process that started a run, and without which it is not to go on
+_PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 def make_accelerator(runtime: Runtime) -> Accelerator:
@@ -106,9 +110,10 @@ def _runs(command: list[str], environment: Mapping[str, str], said: bytes = b"")
 
 @contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Notes SIGINT and SIGTERM, so that the loop can end between two steps; a second Ctrl-C ends the program at once.
+    """Notes SIGINT, SIGTERM and SIGHUP, so that the loop can end between two steps; a second Ctrl-C ends it at once.
 
-    A second SIGTERM does not: job managers and launchers each send theirs.
+    A second SIGTERM does not: job managers and launchers each send theirs. SIGHUP comes when a terminal closes, but
+    not under nohup.
     """
     received: list[int] = []
 
@@ -118,8 +123,11 @@ def collect_signals() -> Iterator[list[int]]:
             os.kill(os.getpid(), signum)
         received.append(signum)
 
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # Windows has none
+        signals.append(signal.SIGHUP)
     try:
-        before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        before = {signum: signal.signal(signum, note) for signum in signals}
     except ValueError:  # not in the main thread: signals are the program's own business
         before = {}
     try:
@@ -127,6 +135,15 @@ def collect_signals() -> Iterator[list[int]]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def end_with_parent() -> None:
+    """Let this process be told to stop when the one that `PARENT` names is gone, however that ended; on Linux alone."""
+    parent = os.environ.get(PARENT)
+    if parent is not None and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != int(parent):  # already
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def should_stop(received: list[int], accelerator: Accelerator, sync: bool) -> bool:

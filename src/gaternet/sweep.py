@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 
 from gaternet.ledger import changed_options, find_line, read_ledger, train_flags
-from gaternet.machine import collect_signals, shared_gpu
+from gaternet.machine import PARENT, collect_signals, shared_gpu
 from gaternet.progress import summary
 from gaternet.recipe import Recipe, Runtime, override
 from gaternet.run import CONFIG, RunDirectory
@@ -52,13 +52,13 @@ class Job:
         if (self.path / CONFIG).exists():
             flags.append("--resume")
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "log.txt").open("wb") as log:
+        with (self.path / "log.txt").open("ab") as log:  # behind what the run printed before
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "gaternet", "train", self.recipe.name, *flags],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **environment},
+                env={**os.environ, **environment, PARENT: str(os.getpid())},
                 start_new_session=True,  # Ctrl-C reaches the sweep alone, which passes it on
             )
         self.state = "running"

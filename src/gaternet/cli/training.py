@@ -57,8 +57,10 @@ def _train(
         flag = "--" + min(without_effect).replace("_", "-")
         raise ValueError(f"{changed.model} has no gater that {flag} could act on: leave it out, or name a gated recipe")
     from gaternet.ledger import add_run, read_ledger
+    from gaternet.machine import end_with_parent
     from gaternet.train import train
 
+    end_with_parent()
     path = out or Path("runs") / recipe
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
         if ledger is not None:
