@@ -20,12 +20,14 @@ from typing import Any
 from open_points import DATA, EACH_OPTION, GAP, STUDIES, Study
 from summary import README, with_summary
 from tables import (
+    CHOSEN,
     DOCS,
     as_named,
     by_options,
     error_of,
     machine_of,
     machines_of,
+    made_by,
     mean_macs,
     read_finetuned,
     table,
@@ -103,10 +105,11 @@ def past_the_paper(ledger: list[dict[str, Any]]) -> str:
         ours, macs = "not measured", ""
         if runs:
             dense = statistics.mean(line["backbone_macs"] for line in runs)
-            ours = error_of(runs)
+            ours = made_by(runs, name)
             macs = f"{mean_macs(runs) / dense:.2f}"
         rows.append([f"`{name}`", aim, ours, macs])
-    return table(["recipe", "aim, error %", "ours", "MACs, of the plain backbone's"], rows)
+    note = f"\n{CHOSEN}" if any(row[2].endswith("*") for row in rows) else ""
+    return table(["recipe", "aim, error %", "ours", "MACs, of the plain backbone's"], rows) + note
 
 
 TITLES = ["size", "MACs", "test error %", "train loss", "open", "dependent", "minutes"]
@@ -213,7 +216,7 @@ def finetuned() -> str:
                 str(epochs),
                 f"{100 * (1 - mean('plain_correct') / images):.2f}",
                 f"{mean('open_correct') - mean('plain_correct'):+g} of {images:,}",
-                error_of([{"test_error": line["error"]} for line in lines]),
+                error_of(lines),
                 f"{100 * mean('density'):.1f} %",
                 f"{100 * mean('dependent'):.1f} %",
                 f"{mean('gated_macs') / mean('backbone_macs'):.2f}",
@@ -269,14 +272,15 @@ def averaged() -> str:
     recorded = json.loads(path.read_text())
     rows = []
     for line in recorded:
-        alone, pairs = ([{"test_error": error} for error in line[kind].values()] for kind in ("alone", "pairs"))
-        name = as_code(*as_named(line))
-        rows.append([name, f"{line['parameters'] / 1e6:.2f}M", error_of(alone), error_of(pairs)])
+        alone, pairs = (list(line[kind].values()) for kind in ("alone", "pairs"))
+        seeds = [{**line, "seed": seed, "test_error": error} for seed, error in enumerate(alone)]
+        both = f"{statistics.mean(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f}, {len(pairs)} pairs)"
+        rows.append([as_code(*as_named(line)), f"{line['parameters'] / 1e6:.2f}M", error_of(seeds), both])
     text = (
         f"`{recorded[0]['command']}`: the probabilities of two plain networks with other seeds are averaged. Together "
     )
     text += "they have as many parameters and MACs as a gated network whose extractor is as large as its backbone, or "
-    text += f"the Wider one. n is the number of networks, and of pairs ({machines_of(recorded)}).\n\n"
+    text += f"the Wider one. Pairs share networks, so they have a range and no deviation ({machines_of(recorded)}).\n\n"
     return text + table(["recipe", "size of two", "error %, alone", "error %, two averaged"], rows)
 
 

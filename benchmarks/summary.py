@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tables import DOCS, error_of, machine_of, machines_of, mean_macs, table, trains_like
+from tables import CHOSEN, DOCS, machine_of, machines_of, made_by, mean_macs, table, trains_like
 
 from gaternet.checkpoint import read_json
 from gaternet.recipes import find_recipe
@@ -27,12 +27,14 @@ def accuracy(ledger: list[dict[str, Any]]) -> str:
         measured += runs
         size, macs, error = "", "", "not measured"
         if runs:
-            size, macs, error = f"{runs[0]['parameters'] / 1e6:.2f}M", f"{mean_macs(runs) / 1e6:.1f}M", error_of(runs)
+            size, macs = f"{runs[0]['parameters'] / 1e6:.2f}M", f"{mean_macs(runs) / 1e6:.1f}M"
+            error = made_by(runs, name)
         paper = f"{recipe.paper.error:.2f}" if recipe.paper else ""
         rows.append([what, f"`{name}`", size, macs, paper, error])
     text = f"ResNet-20 on CIFAR-10, 160 epochs ({machines_of(measured) or 'not measured'}):\n\n"
     titles = ["network", "recipe", "parameters", "MACs", "paper's error %", "ours"]
-    return text + table(titles, rows)
+    note = f"\n{CHOSEN}" if any(row[-1].endswith("*") for row in rows) else ""
+    return text + table(titles, rows) + note
 
 
 def speed() -> str:

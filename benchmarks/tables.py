@@ -22,7 +22,14 @@ def table(titles: list[str], rows: list[list[str]]) -> str:
 
 
 def error_of(lines: list[dict[str, Any]]) -> str:
-    """Mean test error in percent, with its standard deviation and the number of runs."""
+    """Mean test error in percent, with its standard deviation and the number of runs.
+
+    Raises:
+        ValueError: a seed counts twice.
+    """
+    seeds = [line["seed"] for line in lines]
+    if twice := {seed for seed in seeds if seeds.count(seed) > 1}:
+        raise ValueError(f"seed {min(twice)} of {lines[0]['command']} was measured twice: keep one of the lines")
     errors = [line["test_error"] for line in lines]
     spread = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
     return f"{statistics.mean(errors):.2f}{spread} (n = {len(errors)})"
@@ -52,6 +59,18 @@ def trains_like(line: dict[str, Any], recipe: Recipe) -> bool:
 
 def _same(ours: Recipe, other: Recipe) -> bool:
     return dataclasses.replace(ours, name=other.name, paper=other.paper) == other
+
+
+CHOSEN = (
+    "\\* Chosen among the gated networks that were trained at full length (docs/results.md) by their test errors, with "
+    "these very seeds, which favours it: other seeds are to confirm it.\n"
+)
+
+
+def made_by(lines: list[dict[str, Any]], recipe: str) -> str:
+    """Their error, with a mark that `CHOSEN` explains where runs are older than the recipe: it was made after them."""
+    older = any(line["recipe"] != recipe or line["options"] for line in lines)
+    return error_of(lines) + (r" \*" if older else "")
 
 
 def as_named(line: dict[str, Any]) -> tuple[str, str]:
@@ -88,5 +107,6 @@ def machines_of(lines: list[dict[str, Any]]) -> str:
 
 
 def read_finetuned() -> list[dict[str, Any]]:
-    """What benchmarks/finetune.py has recorded."""
-    return json.loads((DOCS / "results" / "finetune.json").read_text())
+    """What benchmarks/finetune.py has recorded, with errors under the name that the ledger has for them."""
+    lines = json.loads((DOCS / "results" / "finetune.json").read_text())
+    return [{**line, "test_error": line["error"]} for line in lines]

@@ -42,9 +42,9 @@ def skipping() -> str:
     rows = []
     for size, timings in found["groups"].items():
         (row,) = [row for row in timings if row["name"] == "skipped"]
-        errors = [{"test_error": line["error"]} for line in tuned if line["group_size"] == int(size)]
+        lines = [line for line in tuned if line["group_size"] == int(size)]
         cells = [size, f"{row['macs'] / 1e6:,.0f}", f"{row['median']:.1f}", f"{row['over_dense']:.2f}"]
-        rows.append([*cells, error_of(errors) if errors else "not measured"])
+        rows.append([*cells, error_of(lines) if lines else "not measured"])
     text += table(["group_size", "MMACs", "ms", "x dense", "ResNet-20's error %"], rows)
     text += "\nWhere the time goes, one image at a time, as shares of the time under open gates: *alone* are the same "
     text += "filters as a network that has no others, with no weights to be copied together. What skipping takes above "

@@ -7,9 +7,11 @@ from typing import Any
 
 import averaged
 import export_families
+import open_points
 import pytest
 import results
 import summary
+import tables
 import torch
 from measured_runs import measure_runs
 from open_points import DATA, EACH_OPTION, GAP, STUDIES
@@ -83,10 +85,10 @@ def test_a_recipe_past_the_paper_counts_runs_that_are_the_same_by_their_options(
     ledger = [_line("cifar10_resnet20_gated", 0, 7.0, **same), _line("cifar10_resnet20_guided", 1, 8.0)]
     others = [{**same, "open_probability": 0.25}, {**same, "epochs": 2}, {}]
     ledger += [_line("cifar10_resnet20_gated", 0, 30.0, **options) for options in others]
-    aims = results.past_the_paper(ledger).splitlines()[2:]
+    aims = [row for row in results.past_the_paper(ledger).splitlines()[2:] if row.startswith("|")]
     (measured,) = [row for row in aims if not row.endswith("| not measured |  |")]
     assert measured.startswith("| `cifar10_resnet20_guided` |")
-    assert "| 7.50 ± 0.71 (n = 2) |" in measured
+    assert r"| 7.50 ± 0.71 (n = 2) \* |" in measured
 
 
 def test_runs_that_are_a_recipe_by_their_options_share_its_row():
@@ -209,6 +211,34 @@ def test_what_is_measured_of_a_run_takes_the_place_of_what_was(tmp_path):
     lines = results.by_options(json.loads((tmp_path / "found.json").read_text()))
     found = {name: [(line["seed"], line["value"]) for line in group] for name, group in lines.items()}
     assert found == {("short_resnet20_gated", ""): [(0, 1), (1, 4)], ("short_resnet20_gated", "--epochs 16"): [(0, 3)]}
+
+
+def test_no_seed_counts_twice():
+    lines: list[dict[str, Any]] = [{"seed": seed, "test_error": 8.0 + seed, "command": "a"} for seed in (0, 2)]
+    assert tables.error_of(lines) == "9.00 ± 1.41 (n = 2)"
+    with pytest.raises(ValueError, match="seed 2 of a was measured twice: keep one of the lines"):
+        tables.error_of([*lines, lines[1]])
+
+
+def test_runs_that_are_older_than_their_recipe_are_marked():
+    line: dict[str, Any] = {"seed": 0, "test_error": 8.0, "command": "a", "recipe": "mine", "options": {}}
+    assert tables.made_by([line], "mine") == "8.00 (n = 1)"
+    for older in ({"recipe": "other"}, {"options": {"epochs": 3}}):
+        assert tables.made_by([line | older], "mine") == r"8.00 (n = 1) \*"
+
+
+def test_what_the_ledger_has_is_not_trained_again(tmp_path, monkeypatch):
+    """All of both studies with seed 0 is there: a fresh checkout has nothing to do."""
+    asked: list[list[Any]] = []
+    monkeypatch.setattr(open_points, "sweep", lambda jobs, *rest: asked.append(list(jobs)))
+    monkeypatch.chdir(tmp_path)
+    for seeds in (1, 2):
+        monkeypatch.setattr("sys.argv", ["open_points.py", "--seeds", str(seeds), "--network", "resnet8"])
+        open_points.main()
+    assert asked[0] == []
+    starts, missing = asked[1:]
+    assert {job.seed for job in missing} == {1}
+    assert [(job.recipe.name, job.seed) for job in starts] == [("short_resnet8", 0), ("short_resnet8_wider", 0)]
 
 
 def test_exchanged_gates_are_averaged_over_seeds(tmp_path, monkeypatch):
