@@ -209,6 +209,18 @@ def test_corrupt_image_is_named_also_through_a_worker_process(tmp_path):
             list(DataLoader(data.train, num_workers=workers))
 
 
+def test_a_command_ends_where_readers_meet_a_corrupt_image(tmp_path, gaternet_command):
+    """An error's traceback keeps the readers alive, and at the end the process waits for them."""
+    folder = write_folder(tmp_path / "a", "train", "test")
+    (tmp_path / "a" / "train" / "cat" / "1.png").write_bytes(b"junk")
+    words = ["train", "digits_resnet20", "--data", folder, "--image-size", "8", "--batch-size", "2", "--workers", "2"]
+    ended = subprocess.run(
+        [*gaternet_command, *words, "--cpu", "--out", tmp_path / "run"], timeout=120, capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert "1.png" in ended.stderr
+
+
 def test_images_are_read_as_the_model_wants_them(tmp_path):
     Image.fromarray(np.full((5, 5, 4), 200, np.uint8)).save(tmp_path / "rgba.png")
     assert read_image(tmp_path / "rgba.png", 3).shape == (3, 5, 5)

@@ -1,8 +1,12 @@
 """Batches of images: cut from memory and augmented where the network is, or read from files by PyTorch's loader."""
 
+import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from functools import cache, partial
+from multiprocessing.synchronize import Event
 from typing import Any
 
 import torch
@@ -62,7 +66,7 @@ class FileBatches:
             num_workers=min(8, os.cpu_count() or 1) if runtime.workers is None else runtime.workers,
             drop_last=seed is not None,
             pin_memory=accelerator.device.type == "cuda",
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=partial(_ignore_signals, _end()),
             generator=torch.Generator(),  # so that the loader leaves PyTorch's own generator alone
         )
         self._loader = accelerator.prepare(loader)
@@ -100,10 +104,21 @@ def make_batches(
     return FileBatches(images, batch_size, runtime, accelerator, seed)
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C, and a SIGTERM to the process group, are for the main process: it saves, and then ends its workers."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+@cache
+def _end() -> Event:
+    """Set when this process ends, before it ends its workers."""
+    end = multiprocessing.Event()
+    atexit.register(end.set)  # what was registered last is called first: multiprocessing's comes behind
+    return end
+
+
+def _ignore_signals(end: Event, worker: int) -> None:
+    """Ctrl-C, and a SIGTERM to the process group, are for the main process: it saves, and then ends its workers.
+
+    With another SIGTERM, that is, where an error left them: it waits for them to obey.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if end.is_set() else None)
 
 
 class EpochSampler(Sampler[int]):
