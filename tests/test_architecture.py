@@ -52,6 +52,7 @@ FLOORS = [
     "recipes",
     "objective",
     "augment",
+    "arrays",
     "data",
     "loader",
     "export.parity",

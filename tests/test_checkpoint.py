@@ -1,5 +1,6 @@
 """What is saved comes back the same, what cannot be saved harms nothing, and what cannot be trusted is refused."""
 
+import argparse
 import errno
 import functools
 import inspect
@@ -309,6 +310,13 @@ def test_training_state_comes_back_the_same(tmp_path):
     loaded = load_tensors(tmp_path / "state.pt")
     assert torch.equal(loaded["nested"]["momentum"].pop(0), state["nested"]["momentum"].pop(0))
     assert loaded == state
+
+
+def test_a_checkpoint_of_timms_with_its_arguments_is_read(tmp_path):
+    weights = {"fc.weight": torch.ones(2, 3)}
+    torch.save({"state_dict": weights, "args": argparse.Namespace(lr=0.1)}, tmp_path / "last.pth.tar")
+    found = load_tensors(tmp_path / "last.pth.tar")
+    assert torch.equal(found["state_dict"]["fc.weight"], weights["fc.weight"])
 
 
 class Bomb:

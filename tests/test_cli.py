@@ -5,11 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -151,6 +154,8 @@ def test_an_exported_file_predicts_what_the_run_does(run, tmp_path, capsys, monk
     for arguments, message in {
         ("predict", tmp_path / "m.pt2", images[0]): "may hold pickled objects",
         ("predict", images[0], images[0]): "ONNX Runtime cannot run",
+        ("export", run, "--out", tmp_path / "m.pt"): "m.pt is neither .onnx nor .pt2",
+        ("export", run, "--out", tmp_path / "m.onnx", "--format", "pt2"): "m.onnx is to be a file of pt2: name it",
         ("export", run, "--int8", "all", "--format", "pt2"): "int8 is for ONNX files of the masked form",
         ("export", run, "--form", "skipping", "--format", "pt2"): "the skipping form is for ONNX files",
         ("export", run, "--data", tmp_path / "none.npz"): "check --data",
@@ -173,6 +178,37 @@ def test_values_to_vary_have_the_type_of_their_option():
 def test_recipes_lists_all():
     assert [item["name"] for item in json.loads(call("recipes", "--json"))] == list(RECIPES)
     assert "cifar100_resnet164_gated" in call("recipes")
+
+
+def test_a_recipes_options_are_shown_as_they_are_given():
+    words = call("recipes", "cifar10_resnet20_guided", "imagenet_resnet34").split()
+    for flags in (["--crop"], ["--open-probability", "0.5"], ["--milestones", "0.5", "--milestones", "0.75"]):
+        assert " ".join(flags) in " ".join(words)
+    assert words.count("--epochs") == 2
+    assert [recipe["name"] for recipe in json.loads(call("recipes", "short_resnet20", "--json"))] == ["short_resnet20"]
+
+
+def test_the_version_is_that_of_the_package():
+    assert call("--version").strip() == version("gaternet")
+
+
+def test_the_name_of_a_file_says_what_is_exported(run, tmp_path):
+    for name, kind in (("m.pt2", "pt2"), ("m.onnx", "onnx")):
+        call("export", run, "--out", tmp_path / name)
+        assert (torch.export.load if kind == "pt2" else onnx.load)(tmp_path / name)
+
+
+def test_what_a_terminal_cannot_show_is_spelt_out(run, tmp_path, gaternet_command):
+    Image.new("L", (8, 8)).save(tmp_path / "\u00e9.png")
+    done = subprocess.run(
+        [*gaternet_command, "predict", run, "\u00e9.png"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert r"\xe9.png" in done.stdout
 
 
 def test_user_errors_are_one_sentence_and_an_exit_code(run, tmp_path, capsys, monkeypatch):

@@ -8,10 +8,11 @@ import pytest
 import timm
 import torch
 from gated_models import assert_same, gater_of, shrink_of, spoiled
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from small_networks import IMAGES, PIXELS, custom, features, replaced
 from torch import nn
 
-from gaternet import GaterNet, gate, load_pretrained
+from gaternet import GaterNet, checkpoint, gate, load_pretrained
 from gaternet.checkpoint import load_model
 from gaternet.models.create import create_backbone
 
@@ -118,3 +119,13 @@ def test_a_model_in_double_precision_comes_back_the_same(tmp_path):
     model = gate(create_backbone("resnet20").double().eval(), images).eval()
     model.save_pretrained(tmp_path)
     assert {tensor.dtype for tensor in load_pretrained(tmp_path).parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("error", [HFValidationError("Repo id"), LocalEntryNotFoundError("no connection")])
+def test_what_the_hub_does_not_give_is_one_sentence(monkeypatch, error):
+    def fail(*args: object, **options: object) -> str:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", fail)
+    with pytest.raises(FileNotFoundError, match="someone/model is no folder here, nor a model that the Hub gives"):
+        load_pretrained("someone/model")

@@ -126,6 +126,13 @@ def test_copies_skip_as_well(kernels):
     assert torch.equal(copy.deepcopy(fast)(THREE), fast(THREE))
 
 
+def test_what_is_saved_can_be_read_by_whom_the_umask_allows(tmp_path):
+    model = gated(Net(lambda net, x: net.one(x), one=conv(3, 8)))
+    gaternet.skip(model, THREE, "slice").save(tmp_path)
+    (tmp_path / "other").touch()
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "other").stat().st_mode}
+
+
 @pytest.mark.parametrize("engine", ["slice", "mask"])
 def test_precision_is_the_weights_under_autocast_too(engine):
     model = gated(Net(lambda net, x: net.two(net.one(x)), one=conv(3, 8), two=conv(8, 8)))
@@ -142,6 +149,8 @@ def test_what_is_no_gaternet_or_no_image_is_refused(unchecked_types):
         for call in (gaternet.skip, gaternet.count_macs, gaternet.analyze):
             with pytest.raises(TypeError, match=f"must be a GaterNet, but is a {type(wrong).__name__}: gate it with"):
                 call(wrong, THREE)
+    with pytest.raises(TypeError, match=r"the backbone must be a network, not 'resnet18': make it first, say by timm"):
+        gaternet.gate("resnet18", THREE)  # pyright: ignore[reportArgumentType]
     for call in (gaternet.skip, gaternet.count_macs):
         with pytest.raises(ValueError, match=r"the example must have images, but is \(0, 3, 8, 8\): pass one"):
             call(model, THREE[:0])

@@ -47,6 +47,12 @@ def test_options_are_those_that_differ_from_the_recipe():
     assert override(cifar, same).paper == cifar.paper
     assert override(cifar, same | {"lr": 0.2}).paper is None
     assert changed_options(Recipe("mine", epochs=2)) == {"epochs": 2}
+    finetune = find_recipe("finetune")  # has a target density, which lambda takes the place of
+    assert changed_options(override(finetune, {"sparsity": 0.1})) == {"sparsity": 0.1}
+    assert override(finetune, {"sparsity": 0.1}).gating.target_density is None
+    assert changed_options(override(override(GATED, {"sparsity": 0.1}), {"target_density": 0.5})) == {
+        "target_density": 0.5
+    }
     other = {"backbone": "resnet8", "sites": "all"}  # "model" is None now, which no flag can say and none needs to
     assert changed_options(override(GATED, other)) == other
 

@@ -8,9 +8,9 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
 
-from gaternet.checkpoint import fitting
 from gaternet.cost import count_dense_macs
 from gaternet.method import Gater, GaterNet
+from gaternet.models.create import fitting
 from gaternet.recipe import data_name
 
 MARK = "<!-- Written by gaternet's save_pretrained, which writes it anew as long as this line is here. -->"
@@ -105,7 +105,7 @@ def _some(classes: list[str]) -> str:
 
 def _images(metadata: Mapping[str, Any]) -> str:
     made = metadata.get("preprocessing")
-    if made is None:
+    if made is None or not {"height", "width", "mean", "std"} <= made.keys():
         return UNKNOWN
     mean, std = (" ".join(f"{value:.4g}" for value in made[name]) for name in ("mean", "std"))
     kind = "grey" if len(made["mean"]) == 1 else "RGB"
@@ -115,7 +115,7 @@ def _images(metadata: Mapping[str, Any]) -> str:
 def _macs(model: GaterNet) -> tuple[str, str]:
     """Of backbone and gater for an image; unknown where its size is, or where they do not run on it."""
     made = (model.metadata or {}).get("preprocessing")
-    if made is None:
+    if made is None or not {"height", "width", "mean"} <= made.keys():
         return UNKNOWN, UNKNOWN
     parameter = next(model.parameters())
     image: Tensor = torch.zeros(

@@ -5,6 +5,7 @@ else `metadata` holds) and `model.safetensors`. Training state is one file besid
 machine that dies, sees the old file or the new one. No pickle is ever executed.
 """
 
+import argparse
 import inspect
 import json
 import math
@@ -24,13 +25,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save_model as save_safetensors
 from torch import nn
 
+from gaternet.graph import first_line
 from gaternet.method import Gater, GaterNet, GateSite
-from gaternet.models.create import build_gated, create_backbone, makes
+from gaternet.models.create import build_gated, create_backbone, fitting
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -127,12 +130,6 @@ def save_model(model: nn.Module, directory: Path, metadata: Mapping[str, Any] | 
     write_json(directory / CONFIG, {**config, "metadata": metadata})
 
 
-def fitting(metadata: Mapping[str, Any], model: GaterNet) -> Mapping[str, Any]:
-    """The metadata, without the description of another backbone than the model has."""
-    described = metadata.get("backbone")
-    return metadata if not described or makes(described, model.backbone) else {**metadata, "backbone": None}
-
-
 def load_model(
     directory: Path, backbone: nn.Module | None = None, extractor: nn.Module | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -214,7 +211,7 @@ def load_pretrained(
 
     Raises:
         ValueError: there is no GaterNet there, or it is damaged.
-        FileNotFoundError: there is no such folder, and a path cannot be a name on the Hub.
+        FileNotFoundError: there is no such folder, and no such model on the Hub.
         TypeError: for an option that there is not.
     """
     if unknown := hub_options.keys() - inspect.signature(snapshot_download).parameters:
@@ -223,7 +220,13 @@ def load_pretrained(
     if not directory.is_dir() and (isinstance(model_id, Path) or directory.is_absolute()):
         raise FileNotFoundError(f"there is no folder {model_id}: name one that save_pretrained wrote")
     if not directory.is_dir():
-        directory = Path(snapshot_download(str(model_id), allow_patterns=[CONFIG, WEIGHTS], **hub_options))
+        try:
+            directory = Path(snapshot_download(str(model_id), allow_patterns=[CONFIG, WEIGHTS], **hub_options))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+            raise FileNotFoundError(
+                f"{model_id} is no folder here, nor a model that the Hub gives ({first_line(error)}): check the name, "
+                "or the connection"
+            ) from error
     model, _ = load_model(directory, backbone, extractor)
     if not isinstance(model, GaterNet):
         raise ValueError(f"{model_id} holds a plain network, not a GaterNet: use gaternet.checkpoint.load_model")
@@ -247,7 +250,8 @@ def load_tensors(path: Path) -> dict[str, Any]:
             return dict(load_file(path))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's guesses at the origin of a strange pickle
-            data = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # plain data that timm's checkpoints hold
+                data = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except UnpicklingError as error:

@@ -1,11 +1,9 @@
-"""Images to train and to predict on: an embedded set, torchvision's CIFAR and Fashion-MNIST, .npz files, folders.
+"""Images to train and to predict on: those of `gaternet.arrays`, folders, single files.
 
 Every source ends as two `ImageSet`s of uint8 images (C, H, W) and labels.
 """
 
 import os
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from numpy.lib.npyio import NpzFile
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -23,12 +19,10 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
+from gaternet.arrays import EMBEDDED, TORCHVISION, DataError, digits, read_npz, read_torchvision
 from gaternet.augment import file_transform
-from gaternet.locks import lock_folder
 from gaternet.recipe import Augmentation
 
-EMBEDDED = ("digits",)
-TORCHVISION = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion_mnist": datasets.FashionMNIST}
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 _KNOWN_STATISTICS = {  # mean and deviation of the training pixels, per channel, in [0, 1]; CIFAR-10's are the paper's
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -36,13 +30,6 @@ _KNOWN_STATISTICS = {  # mean and deviation of the training pixels, per channel,
     "fashion_mnist": ((0.2860,), (0.3530,)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-
-
-class DataError(ValueError):
-    """Data that cannot be used. One sentence, also when a loader's worker process has wrapped it in a traceback."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.rsplit("DataError: ", 1)[-1].strip())
 
 
 @dataclass(frozen=True)
@@ -104,8 +91,8 @@ class Preprocessing:
             return cls(mean=tuple(saved.pop("mean")), std=tuple(saved.pop("std")), **saved)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"the model's metadata does not say how images become its input ({error!r}): save it with its "
-                "preprocessing, as gaternet train does"
+                f"the model's metadata does not say how images become its input ({error!r}): set model.metadata"
+                "['preprocessing'], a dict of height, width, mean and std, and save it again"
             ) from error
 
 
@@ -199,12 +186,12 @@ def load_data(
         DataError: there is no such data, or it cannot be used; the message names the mend.
     """
     if source in EMBEDDED:
-        arrays, classes, known = _digits(), tuple(map(str, range(10))), None
+        arrays, classes, known = digits(), tuple(map(str, range(10))), None
     elif source in TORCHVISION:
-        arrays, classes = _torchvision(source, Path(root or os.environ.get("GATERNET_DATA") or "~/.cache/gaternet"))
+        arrays, classes = read_torchvision(source, Path(root or os.environ.get("GATERNET_DATA") or "~/.cache/gaternet"))
         known = _KNOWN_STATISTICS[source]
     elif source.endswith(".npz"):
-        arrays, classes, known = *_npz(Path(source)), None
+        arrays, classes, known = *read_npz(Path(source)), None
     elif Path(source).is_dir():
         return _folder(Path(source), augmentation, image_size or 224, seed)
     else:
@@ -262,91 +249,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         return image
     image.load()
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-
-
-def _digits() -> tuple[Tensor, ...]:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits: Any = load_digits()
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # (N, 1, 8, 8)
-    split = train_test_split(pixels, digits.target, test_size=360, random_state=0, stratify=digits.target)
-    x_train, x_test, y_train, y_test = (torch.from_numpy(part) for part in split)
-    return x_train, y_train, x_test, y_test
-
-
-def _torchvision(name: str, root: Path) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
-    root = root.expanduser()
-    parts: list[Tensor] = []
-    dataset: Any = None
-    for train in (True, False):
-        try:
-            try:
-                dataset = TORCHVISION[name](root, train=train)
-            except RuntimeError:  # not there yet, or only in part
-                dataset = _download(name, root, train)
-        except (OSError, RuntimeError) as error:
-            raise DataError(
-                f"{name} is not in {root} and cannot be downloaded ({error}): put torchvision's files there, "
-                "or name a .npz file or a folder with --data"
-            ) from error
-        images = torch.as_tensor(dataset.data)
-        parts += [images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2), torch.as_tensor(dataset.targets)]
-    return tuple(part.contiguous() for part in parts), tuple(dataset.classes)
-
-
-def _download(name: str, root: Path, train: bool) -> Any:
-    """One process at a time: the others then find the files."""
-    root.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(root, wait=True)
-    try:
-        return TORCHVISION[name](root, train=train, download=True)
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-def _npz(path: Path) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
-    names = ("x_train", "y_train", "x_test", "y_test")
-    try:
-        with path.open("rb") as stream, NpzFile(stream, allow_pickle=False) as file:  # np.load takes .npy files too
-            if missing := [name for name in names if name not in file.files]:
-                raise DataError(f"{path} has no array {missing[0]}: it must hold {', '.join(names)}")
-            arrays = {name: np.asarray(file[name]) for name in names}
-    except FileNotFoundError as error:
-        raise DataError(f"no file {path}: check --data") from error
-    except DataError:
-        raise
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(
-            f"{path} is damaged or no .npz file of plain arrays ({error}): make or fetch it again"
-        ) from error
-    parts: list[Tensor] = []
-    num_classes = 0
-    for part in ("train", "test"):
-        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        x = x[..., None] if x.ndim == 3 else x
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or 0 in x.shape:
-            shape = arrays[f"x_{part}"].shape
-            raise DataError(f"x_{part} in {path} must be uint8 images (N, H, W, 1 or 3), but is {x.dtype} {shape}")
-        if parts and x.shape[3] != parts[0].shape[1]:
-            raise DataError(
-                f"x_test in {path} has {x.shape[3]} channels, x_train has {parts[0].shape[1]}: use one number"
-            )
-        if not np.issubdtype(y.dtype, np.integer) or y.size != len(x):
-            raise DataError(f"y_{part} in {path} must be {len(x)} integers, one an image, but is {y.dtype} {y.shape}")
-        num_classes = num_classes or int(y.max()) + 1
-        if y.min() < 0 or y.max() >= num_classes:
-            raise DataError(
-                f"labels y_{part} in {path} go from {y.min()} to {y.max()}, but must lie in [0, {num_classes}), "
-                "the classes of y_train: correct them"
-            )
-        parts += [_chw(x), torch.from_numpy(y.reshape(-1).astype(np.int64))]
-    return tuple(parts), tuple(map(str, range(num_classes)))
-
-
-def _chw(images: NDArray[np.uint8]) -> UInt8[Tensor, "n c h w"]:
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
 def _statistics(images: UInt8[Tensor, "n c h w"]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -190,7 +190,7 @@ def build_app(explorer: Explorer, title: str) -> Any:
     try:
         import gradio as gr
     except ImportError as error:
-        raise ValueError("Gradio is not installed: pip install 'gaternet[explore]'") from error
+        raise ValueError("Gradio is not installed: pip install gradio") from error
     sites = explorer.network.sites
     names = [site.conv for site in sites]
 

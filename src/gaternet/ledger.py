@@ -32,8 +32,9 @@ def changed_options(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
     ignored = set(named["gating"]) - ACTS_ON_PLAIN if plain else set()
     if data_name(named["data"]) == base["data"]:
         ignored.add("data")
-    if named["name"] in RECIPES:  # a model takes the place of the backbone, or the other way round
+    if named["name"] in RECIPES:  # of each pair one takes the place of the other, see `override`
         ignored.update(name for name in ("model", "backbone") if named[name] is None)
+        ignored.update(name for name in ("sparsity", "target_density") if not named["gating"].get(name))
     before = _flat(base)
     return {name: value for name, value in _flat(named).items() if name not in ignored and value != before.get(name)}
 

@@ -172,5 +172,5 @@ def import_tensorboard() -> Any:
     try:
         from torch.utils.tensorboard.writer import SummaryWriter
     except ImportError as error:
-        raise ValueError("TensorBoard is not installed: pip install 'gaternet[tensorboard]'") from error
+        raise ValueError("TensorBoard is not installed: pip install tensorboard") from error
     return SummaryWriter

@@ -207,7 +207,7 @@ class Recipe:
 class Runtime:
     """How a run is carried out on a machine: changes its speed, and its result by rounding alone."""
 
-    cpu: bool = option(False, "use the processor even where there is a GPU")
+    cpu: bool = option(False, "run on the CPU even if there is a GPU")
     precision: Literal["auto", "no", "bf16", "fp16"] = option("auto", "no, bf16, fp16, or auto: bf16 where fast")
     channels_last: bool = option(True, "keep images as NHWC in memory")
     compile: bool = option(False, "compile the model with torch.compile")
@@ -254,6 +254,9 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     for given, other in (("model", "backbone"), ("backbone", "model")):  # either takes the other's place
         if changes.get(given):
             changes.setdefault(other, None)
+    for given, other, none in (("sparsity", "target_density", None), ("target_density", "sparsity", 0.0)):
+        if changes.get(given):
+            changes.setdefault(other, none)
     groups = {}
     for group in GROUPS:
         options = getattr(recipe, group)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from gaternet.checkpoint import make_folder
 from gaternet.ledger import changed_options, find_line, read_ledger, train_flags
 from gaternet.machine import PARENT, collect_signals, shared_gpu
 from gaternet.progress import summary
@@ -51,7 +52,7 @@ class Job:
         flags += ["--out", str(self.path), "--seed", str(self.seed), "--ledger", str(ledger)]
         if (self.path / CONFIG).exists():
             flags.append("--resume")
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         with (self.path / "log.txt").open("ab") as log:  # behind what the run printed before
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "gaternet", "train", self.recipe.name, *flags],

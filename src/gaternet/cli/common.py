@@ -1,7 +1,9 @@
 """What the commands share: the app, argument types, the console, and what becomes of errors."""
 
+import io
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,9 +25,27 @@ WhichOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
 
 
+def _show_version(wanted: bool) -> bool:
+    if wanted:
+        print(version("gaternet"))
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", help="print the version and exit", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None: ...
+
+
 def main() -> None:
     """Entry point: errors that a user can mend become one sentence and an exit code, not a traceback."""
     _share_cores()
+    for stream in (sys.stdout, sys.stderr):  # a character that a terminal cannot show ends nothing
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except (ValueError, OSError, RuntimeError) as error:

@@ -14,15 +14,18 @@ def export(
     run: RunArgument,
     which: WhichOption = "last",
     out: Annotated[Path | None, typer.Option(help="the file  [dim]\\[default: RUN/model.onnx][/]")] = None,
-    file_format: Annotated[Literal["onnx", "pt2"], typer.Option("--format", help="ONNX, or torch.export's")] = "onnx",
+    file_format: Annotated[
+        Literal["onnx", "pt2"] | None,
+        typer.Option("--format", help="ONNX, or torch.export's  [dim]\\[default: as --out says, or onnx][/]"),
+    ] = None,
     form: Annotated[
         Literal["masked", "skipping"], typer.Option(help="compute all filters, or the open ones of one image at a time")
     ] = "masked",
-    gates: Annotated[bool, typer.Option(help="give the gates out beside the logits")] = True,
+    gates: Annotated[bool, typer.Option(help="output the gates beside the logits")] = True,
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="take images of any size")] = False,
     int8: Annotated[
         Literal["backbone", "all"] | None,
-        typer.Option(help="compute in 8 bits: the backbone, with exact gates, or the gater too"),
+        typer.Option(help="quantize to int8: the backbone, with exact gates, or the gater too"),
     ] = None,
     data: Annotated[str | None, typer.Option(help="images to compare on, see train --data; default: its own")] = None,
     data_root: Annotated[str | None, typer.Option(help="where torchvision's data sets lie")] = None,

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import shlex
 import sys
 import types
 import typing
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from gaternet.cli.common import JsonOption, app, console
+from gaternet.cli.common import JsonOption, app, console, escaped
 from gaternet.recipe import ACTS_ON_PLAIN, Augmentation, Distillation, Gating, Optimizer, Recipe, Runtime, override
 from gaternet.recipes import RECIPES, find_recipe
 
@@ -68,8 +69,11 @@ def _train(
         record = train(changed, path, runtime, seed, resume)
         if ledger is not None:
             add_run(ledger, path, runtime)
-    from accelerate import PartialState
+        from accelerate import PartialState
 
+        if PartialState().is_main_process:
+            done = f"{record['epoch']} epochs are done: gaternet evaluate {shlex.quote(str(path))}"
+            console.print(escaped(done), highlight=False)
     if as_json and PartialState().is_main_process:
         print(json.dumps(record))
 
@@ -188,17 +192,29 @@ app.command("sweep")(_with_options(_sweep))
 
 
 @app.command()
-def recipes(as_json: JsonOption = False) -> None:
+def recipes(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="of recipes whose values are shown; default: a list")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """The recipes: one for each row of the paper's tables, and those of our own.
 
     Examples:
 
       gaternet recipes
 
+      gaternet recipes cifar10_resnet20_guided
+
       gaternet recipes --json
     """
+    chosen = [find_recipe(name) for name in names or RECIPES]
     if as_json:
-        print(json.dumps([dataclasses.asdict(recipe) for recipe in RECIPES.values()]))
+        print(json.dumps([dataclasses.asdict(recipe) for recipe in chosen]))
+        return
+    if names:
+        for recipe in chosen:
+            console.print(_values(recipe))
         return
     table = Table(box=None)
     table.add_column("recipe", no_wrap=True)
@@ -209,3 +225,17 @@ def recipes(as_json: JsonOption = False) -> None:
         facts = (f"{paper.gates or '-'}", paper.params or "", f"{paper.error:.2f} %") if paper else ("", "", "")
         table.add_row(recipe.name, str(recipe.epochs), *facts)
     console.print(table)
+
+
+def _values(recipe: Recipe) -> Table:
+    """A recipe's options, as `gaternet train` takes them."""
+    from gaternet.ledger import train_flags
+
+    table = Table(title=recipe.name, box=None, show_header=False, title_justify="left")
+    for owner, panel in _PANELS.items():
+        holder = recipe if owner is Recipe else getattr(recipe, owner.__name__.lower(), None)
+        for field in dataclasses.fields(owner) if holder is not None else ():
+            value = getattr(holder, field.name)
+            if "help" in field.metadata and value is not None:
+                table.add_row(f"[dim]{panel}[/]", escaped(" ".join(train_flags({field.name: value}))))
+    return table

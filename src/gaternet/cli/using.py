@@ -18,7 +18,7 @@ def evaluate(
     which: WhichOption = "last",
     data: Annotated[str | None, typer.Option(help="another set than it was trained on, see train --data")] = None,
     data_root: Annotated[str | None, typer.Option(help="where torchvision's data sets lie")] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="use the processor even where there is a GPU")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="run on the CPU even if there is a GPU")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy on the test images, and what the gates do there.
@@ -48,7 +48,8 @@ def evaluate(
         shares = [f"{100 * metrics[name]:.1f} % {text}" for name, text in _GATE_SHARES.items()]
         table.add_row("", ", ".join(shares))
         million = {name: f"{metrics[f'{name}_macs'] / 1e6:,.1f}M" for name in ("gated", "gater", "backbone")}
-        text = f"{million['gated']} on average and {million['gater']} of the gater, {million['backbone']} with all open"
+        text = f"{million['gated']} of the backbone on average ({million['backbone']} with all gates open), "
+        text += f"{million['gater']} of the gater"
         table.add_row("MACs an image", text)
     else:
         table.add_row("MACs an image", f"{metrics['backbone_macs'] / 1e6:,.1f}M")
@@ -106,7 +107,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="folder of the page  [dim]\\[default: RUN/report][/]")] = None,
     samples: Annotated[int, typer.Option(min=10, help="images on the map, drawn at random")] = 2000,
     forced: Annotated[int, typer.Option(min=0, help="images to force gates on; 0 leaves it out")] = 300,
-    cpu: Annotated[bool, typer.Option("--cpu", help="use the processor even where there is a GPU")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="run on the CPU even if there is a GPU")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """A page of pictures that shows what the gates do on the test images; it opens without a network.

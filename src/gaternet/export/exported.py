@@ -107,7 +107,7 @@ def start_session(model: Path | bytes) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ValueError("ONNX Runtime is not installed: pip install 'gaternet[export]'") from error
+        raise ValueError("ONNX Runtime is not installed: pip install onnxruntime") from error
     if isinstance(model, Path) and not model.is_file():
         raise FileNotFoundError(f"there is no file {model}")
     options = onnxruntime.SessionOptions()

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def export_saved(
     which: Literal["last", "best"] = "last",
     out: Path | None = None,
     *,
-    file_format: FileFormat = "onnx",
+    file_format: FileFormat | None = None,
     form: Form = "masked",
     gates: bool = True,
     dynamic_size: bool = False,
@@ -40,7 +40,7 @@ def export_saved(
     Args:
         path, which: the model.
         out: the file; default: beside the model, "model.onnx" and the like.
-        file_format: ONNX, or a program of `torch.export`.
+        file_format: ONNX, or a program of `torch.export`; default: what the file's name says, or else ONNX.
         form, gates, dynamic_size: see `export_onnx`; a plain network has no gates.
         int8: what to quantise, "backbone" or "all"; the gater stays exact with "backbone". Needs the data.
         data, data_root: images to compare on, and to calibrate with; default: the set it was trained on. Where there
@@ -56,6 +56,7 @@ def export_saved(
         ExportError: the model cannot be exported, or the file is not equal to it.
         OSError: the file cannot be written.
     """
+    file_format = _file_format(out, file_format)
     if int8 and (file_format != "onnx" or form != "masked"):
         raise ValueError("int8 is for ONNX files of the masked form: leave the other format or form out")
     if file_format == "pt2" and form != "masked":
@@ -93,6 +94,16 @@ def export_saved(
         quantize_onnx(exact, out, calibration, gater=int8 == "all")
         batches = ((_stack(test, part), _labels(test, part)) for part in _parts(_spread(test, images)))
         return report | {"int8": asdict(compare_int8(exact, out, batches))}
+
+
+def _file_format(out: Path | None, wanted: FileFormat | None) -> FileFormat:
+    suffix = "" if out is None else out.suffix.removeprefix(".").lower()
+    named: FileFormat | None = next((kind for kind in get_args(FileFormat) if kind == suffix), None)
+    if suffix and named is None:
+        raise ValueError(f"{out} is neither .onnx nor .pt2: name such a file")
+    if wanted and named and wanted != named:
+        raise ValueError(f"{out} is to be a file of {wanted}: name it {out.with_suffix('.' + wanted) if out else ''}")
+    return wanted or named or "onnx"
 
 
 def _spread(images: ImageSet, count: int) -> list[int]:

@@ -106,7 +106,9 @@ def create_backbone(name: str, num_classes: int = 10, in_chans: int = 3, pretrai
     elif name.startswith(_TORCHVISION):
         network = _torchvision(name.removeprefix(_TORCHVISION), num_classes, in_chans, pretrained)
     elif pretrained:
-        raise ValueError(f"there are no trained weights for {name}: train it, and load its run with backbone_from")
+        raise ValueError(
+            f"there are no trained weights for {name}: train it, or name a trained run with --backbone-from"
+        )
     else:
         network = _papers_network(name, num_classes, in_chans)
     source: Any = {"name": name, "num_classes": num_classes, "in_chans": in_chans}
@@ -153,6 +155,12 @@ def makes(source: Mapping[str, Any], backbone: nn.Module) -> bool:
         return False
     shapes = [{key: value.shape for key, value in network.state_dict().items()} for network in (backbone, twin)]
     return shapes[0] == shapes[1] and repr(backbone) == repr(twin)
+
+
+def fitting(metadata: Mapping[str, Any], model: GaterNet) -> Mapping[str, Any]:
+    """The metadata, without the description of another backbone than the model has."""
+    described = metadata.get("backbone")
+    return metadata if not described or makes(described, model.backbone) else {**metadata, "backbone": None}
 
 
 def other_classifier(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], num_classes: int) -> set[str]:
@@ -278,7 +286,7 @@ def _torchvision(name: str, num_classes: int, in_chans: int, pretrained: bool) -
 def _no_weights(name: str, error: Exception) -> ValueError:
     return ValueError(
         f"the trained weights of {name} are not here and cannot be downloaded ({type(error).__name__}): "
-        "start without them, or from a checkpoint with backbone_from"
+        "start without them (--no-pretrained), or from a checkpoint (--backbone-from)"
     )
 
 

@@ -58,7 +58,7 @@ def _onnx(network: nn.Module, example_input: Tensor, directory: str) -> Path:
             warnings.simplefilter("ignore")  # of onnxscript's own
             torch.onnx.export(network, (example_input,), path, dynamo=True, verbose=False)
     except ImportError as error:
-        raise ValueError("ONNX is not installed: pip install 'gaternet[engines]'") from error
+        raise ValueError("ONNX is not installed: pip install onnx onnxscript") from error
     return path
 
 
@@ -66,7 +66,7 @@ def _onnxruntime(network: nn.Module, example_input: Tensor) -> Dense:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ValueError("ONNX Runtime is not installed: pip install 'gaternet[engines]'") from error
+        raise ValueError("ONNX Runtime is not installed: pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
@@ -81,7 +81,7 @@ def _openvino(network: nn.Module, example_input: Tensor) -> Dense:
     try:
         import openvino
     except ImportError as error:
-        raise ValueError("OpenVINO is not installed: pip install 'gaternet[engines]'") from error
+        raise ValueError("OpenVINO is not installed: pip install openvino") from error
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     options["INFERENCE_NUM_THREADS"] = str(torch.get_num_threads())
     with tempfile.TemporaryDirectory() as directory:

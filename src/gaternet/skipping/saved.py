@@ -14,6 +14,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
+from gaternet.checkpoint import write_atomically
 from gaternet.skipping.checks import check_plan
 from gaternet.skipping.plan import Call, ConvSpec, Plan, Ref, Step
 
@@ -65,7 +66,8 @@ def save_plan(plan: Plan, path: Path) -> None:
         steps.append(fields)
     header = {name: getattr(plan, name) for name in ("input", "output", "input_shape", "num_gates", "shapes")}
     text = json.dumps({"format": FORMAT, **header, "steps": steps})
-    save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, path, {"plan": text})
+    held = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(held, temporary, {"plan": text}))
 
 
 def load_plan(path: Path, device: str | torch.device = "cpu") -> Plan:
