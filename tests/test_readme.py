@@ -11,6 +11,7 @@ from typer.main import get_command
 
 from gaternet.cli import app
 from gaternet.recipes import RECIPES
+from gaternet.run import load_trained
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -43,12 +44,15 @@ def test_the_longer_python_examples_run(capsys, monkeypatch, tmp_path):
     assert names["model"].num_gates == 4800
     assert capsys.readouterr().out.startswith("Macs(backbone=1814073344, gater=")
     exec(blocks("python")[2], names)
+    assert names["model"].backbone.fc.weight.grad is not None
+    assert load_trained(tmp_path / "tuned")[1]["preprocessing"]["height"] == 224
+    exec(blocks("python")[3], names)
     assert capsys.readouterr().out.startswith("conv1: reads all of 3, writes open filters of 64")
     assert torch.equal(names["again"](names["images"]), names["fast"](names["images"]))
-    exec(blocks("python")[3], names)
+    exec(blocks("python")[4], names)
     assert names["found"].images == 2
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"index.html", "gates.json"}
-    exec(blocks("python")[4], names)
+    exec(blocks("python")[5], names)
     assert "gate patterns" in capsys.readouterr().out
     assert torch.equal(names["gates"], names["model"].gates(names["images"]))
     assert {path.name for path in tmp_path.iterdir()} >= {"model.onnx", "open.onnx", "model.pt2"}

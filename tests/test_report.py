@@ -63,6 +63,7 @@ def test_numbers_are_those_of_the_analysis(pages):
     assert found["gates"]["selectivity"] == pytest.approx(analysis.selectivity().tolist(), abs=1e-6)
     assert len(found["gates"]["selectivity_by_chance"]) == 336
     assert "NaN" not in (pages / "gates.json").read_text()
+    assert "accuracy</span>" in (pages / "index.html").read_text()
 
 
 def test_without_labels_nothing_is_said_to_be_right(tmp_path):
@@ -73,8 +74,8 @@ def test_without_labels_nothing_is_said_to_be_right(tmp_path):
     assert [row["right"] for row in found["classes"]] == [None] * 7
     assert sum(row["images"] for row in found["classes"]) == 90
     page = (tmp_path / "index.html").read_text()
-    assert "predicted rightly" not in page
-    assert "% right" not in page
+    assert "accuracy</" not in page
+    assert "accuracy (%)" not in page
 
 
 def test_numbers_of_forced_gates(pages):

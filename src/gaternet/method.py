@@ -383,7 +383,7 @@ class GaterNet(
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_options: Any) -> "GaterNet":
         """The GaterNet saved in a folder or on the Hugging Face Hub, in evaluation mode: `gaternet.load_pretrained`.
 
-        A backbone that is neither timm's, torchvision's nor ours is passed in as `backbone`.
+        A backbone that neither timm nor `create_model` made is passed in as `backbone`.
         """
         from gaternet import checkpoint
 

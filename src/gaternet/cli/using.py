@@ -67,7 +67,7 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="classes to show")] = 5,
     as_json: JsonOption = False,
 ) -> None:
-    """The likeliest classes of image files, and how many gates each image opened.
+    """The top classes of image files, and how many gates each image opened.
 
     Examples:
 
@@ -110,7 +110,7 @@ def report(
     cpu: Annotated[bool, typer.Option("--cpu", help="run on the CPU even if there is a GPU")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """A page of pictures that shows what the gates do on the test images; it opens without a network.
+    """A self-contained HTML page of pictures that shows what the gates do on the test images.
 
     Examples:
 

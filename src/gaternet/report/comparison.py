@@ -48,7 +48,7 @@ def write_comparison(runs: Mapping[str, GateAnalysis], directory: Path, links: S
 
 
 def _table(runs: Mapping[str, GateAnalysis], links: Sequence[str]) -> str:
-    titles = ("run", "right", "gates", "open", "dependent", "bits", "MMACs", "of all open", "gater's MMACs")
+    titles = ("run", "accuracy", "gates", "open", "dependent", "bits", "MMACs", "of all open", "gater's MMACs")
     rows = []
     for (name, analysis), link in zip(runs.items(), links, strict=True):
         told = analysis.information()[analysis.dependent]
@@ -74,6 +74,6 @@ def _accuracies(runs: Mapping[str, GateAnalysis]) -> go.Figure:
         present, names = np.flatnonzero(analysis.counts), figures.plotly_names(analysis.classes)
         share = 100 * analysis.class_right[present] / analysis.counts[present]
         bars.append(go.Bar(x=[names[row] for row in present], y=share, name=name))
-    drawn = figures.figure(bars, "", "% right", barmode="group")
+    drawn = figures.figure(bars, "", "accuracy (%)", barmode="group")
     drawn.update_xaxes(type="category")
     return drawn

@@ -236,7 +236,7 @@ def forced_sites(analysis: GateAnalysis, forced: Forced) -> go.Figure:
         )
         for name, shares, colour, symbol, dash in kinds
     ]
-    drawn = figure(lines, "gated layer, first to last", "% right")
+    drawn = figure(lines, "gated layer, first to last", "accuracy (%)")
     drawn.add_hline(y=100 * forced.accuracy, line_dash="dash", line_color="#7F7F7F")
     return drawn
 
@@ -276,7 +276,7 @@ def forced_classes(analysis: GateAnalysis, forced: Forced) -> go.Figure:
     bars = [go.Bar(x=shown, y=100 * shares, name=name, marker_color=colour) for name, shares, colour in kinds]
     for bar in bars:
         bar.hovertemplate = "%{x}: %{y:.1f} %"
-    drawn = figure(bars, "", "% right", barmode="group")
+    drawn = figure(bars, "", "accuracy (%)", barmode="group")
     drawn.update_xaxes(type="category")
     return drawn
 

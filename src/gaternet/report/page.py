@@ -132,7 +132,7 @@ def _tiles(analysis: GateAnalysis, tested: Probe | None) -> str:
     share = analysis.gated_macs / analysis.backbone_macs
     tiles = [
         (f"{analysis.images:,}", "images"),
-        *([(f"{100 * analysis.accuracy:.2f} %", "predicted rightly")] if analysis.accuracy is not None else []),
+        *([(f"{100 * analysis.accuracy:.2f} %", "accuracy")] if analysis.accuracy is not None else []),
         (f"{analysis.num_gates:,}", f"gates at {len(analysis.sites)} layers"),
         (f"{100 * analysis.rates.mean():.1f} %", "of them open on average"),
         (f"{100 * analysis.dependent.mean():.1f} %", "dependent on the image"),
@@ -177,8 +177,8 @@ def _sections(
     if tested is not None:
         said = (
             f" A linear probe that sees nothing but the gates is right for {100 * tested.accuracy:.1f} % of "
-            f"{tested.images:,} images; the model for {100 * tested.model:.1f} % of them, guessing for "
-            f"{100 * tested.chance:.1f}\u00a0%."
+            f"{tested.images:,} images; the model for {100 * tested.model:.1f} % of them, the most frequent class "
+            f"for {100 * tested.chance:.1f}\u00a0%."
         )
     found: list[tuple[str, Section]] = [
         ("units", ("Layer by layer", "Gates that are closed for every image, open for every image, or neither.", "")),
@@ -187,7 +187,7 @@ def _sections(
         (
             "map",
             (
-                "Images with like gates",
+                "Images with similar gates",
                 f"{len(analysis.samples.index):,} images, drawn at random; those whose gates are alike lie together "
                 f"(PCA, then t-SNE of the dependent gates). Point at one to see it.{said}",
                 "",
@@ -236,7 +236,7 @@ def _sections(
     if forced is not None:
         text = (
             f"{forced.images:,} images with gates forced, so one image is {100 / forced.images:.1f} points. First all "
-            f"gates of one layer (dashed: as they are, {100 * forced.accuracy:.1f} % right), and which classes suffer "
+            f"gates of one layer (dashed: as they are, {100 * forced.accuracy:.1f} % accuracy), and which classes suffer "
             f"when it is shut. Then, of each class, at most {forced.taken:,} dependent gates that it opens more often "
             "than others do. Each is beside as many gates at random."
         )
