@@ -57,6 +57,15 @@ def test_a_backbone_that_was_changed_after_gating_does_not_come_back_as_it_was(t
     assert_same(load_pretrained(tmp_path, backbone=copy.deepcopy(model).ungate()), model, PIXELS)
 
 
+def test_what_matters_in_training_alone_may_be_changed_after_gating(tmp_path):
+    model = spoiled(gate(create_backbone("timm:test_resnet", 4), PIXELS))
+    for module in model.backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.01
+    model.save_pretrained(tmp_path)
+    assert_same(load_pretrained(tmp_path), model, PIXELS)
+
+
 def test_a_shrinking_gater_comes_back_by_itself(tmp_path):
     model = spoiled(gate(create_backbone("torchvision:squeezenet1_1", 4), PIXELS))
     assert shrink_of(model) == 4

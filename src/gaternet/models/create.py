@@ -1,7 +1,8 @@
 """Models by name: those of the paper's tables, and the plain networks of timm and torchvision."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -141,10 +142,23 @@ def describe_backbone(backbone: nn.Module, in_chans: int) -> dict[str, Any] | No
         if "architecture" not in config or not isinstance(num_classes, int):
             return None
         source = {"name": _TIMM + config["architecture"], "num_classes": num_classes, "in_chans": in_chans}
-    return source if makes(source, backbone) else None
+    return source if _makes(source, backbone, repr) else None
 
 
-def makes(source: Mapping[str, Any], backbone: nn.Module) -> bool:
+def fitting(metadata: Mapping[str, Any], model: GaterNet) -> Mapping[str, Any]:
+    """The metadata, without the description of another backbone than the model has.
+
+    What matters in training alone may be another: momentum of statistics, and what is dropped.
+    """
+
+    def shown(network: nn.Module) -> str:
+        return re.sub(r"\b(momentum|p|drop_prob)=[^,)]*", "", repr(network))
+
+    described = metadata.get("backbone")
+    return metadata if not described or _makes(described, model.backbone, shown) else {**metadata, "backbone": None}
+
+
+def _makes(source: Mapping[str, Any], backbone: nn.Module, shown: Callable[[nn.Module], str]) -> bool:
     """Whether `create_backbone(**source)` makes such a network: it may have been made otherwise, or changed since."""
     try:
         with torch.device("meta"):
@@ -154,13 +168,7 @@ def makes(source: Mapping[str, Any], backbone: nn.Module) -> bool:
     except (ValueError, RuntimeError, TypeError):
         return False
     shapes = [{key: value.shape for key, value in network.state_dict().items()} for network in (backbone, twin)]
-    return shapes[0] == shapes[1] and repr(backbone) == repr(twin)
-
-
-def fitting(metadata: Mapping[str, Any], model: GaterNet) -> Mapping[str, Any]:
-    """The metadata, without the description of another backbone than the model has."""
-    described = metadata.get("backbone")
-    return metadata if not described or makes(described, model.backbone) else {**metadata, "backbone": None}
+    return shapes[0] == shapes[1] and shown(backbone) == shown(twin)
 
 
 def other_classifier(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], num_classes: int) -> set[str]:

@@ -236,7 +236,7 @@ def _sections(
     if forced is not None:
         text = (
             f"{forced.images:,} images with gates forced, so one image is {100 / forced.images:.1f} points. First all "
-            f"gates of one layer (dashed: as they are, {100 * forced.accuracy:.1f} % accuracy), and which classes suffer "
+            f"gates of one layer (dashed: as they are, {100 * forced.accuracy:.1f} %), and which classes suffer "
             f"when it is shut. Then, of each class, at most {forced.taken:,} dependent gates that it opens more often "
             "than others do. Each is beside as many gates at random."
         )
