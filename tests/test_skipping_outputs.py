@@ -117,6 +117,9 @@ def test_the_model_is_left_in_its_mode():
         gates = fast.gates(THREE)
         assert torch.equal(gates, fast.gates(THREE))  # without noise
         assert fast(THREE).shape == (3, 4)
+        logits, used = fast(THREE, return_gates=True)
+        assert torch.equal(logits, fast(THREE))
+        assert torch.equal(used, gates)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

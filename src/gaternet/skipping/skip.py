@@ -50,9 +50,17 @@ class Skipper(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """Logits (B, K), those of the model up to rounding; ValueError where a gater of yours gives soft gates."""
-        return self._run(images, self.gates(images), self._hard)
+    def forward(
+        self, images: Float[Tensor, "batch channels height width"], return_gates: bool = False
+    ) -> Float[Tensor, "batch classes"] | tuple[Float[Tensor, "batch classes"], Float[Tensor, "batch gates"]]:
+        """Logits (B, K), those of the model up to rounding, and with `return_gates` also the gates (B, C).
+
+        Raises:
+            ValueError: a gater of yours gives soft gates.
+        """
+        gates = self.gates(images)
+        logits = self._run(images, gates, self._hard)
+        return (logits, gates) if return_gates else logits
 
     @torch.no_grad()
     def gates(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch gates"]:
