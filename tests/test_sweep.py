@@ -50,6 +50,8 @@ def test_options_are_those_that_differ_from_the_recipe():
     finetune = find_recipe("finetune")  # has a target density, which lambda takes the place of
     assert changed_options(override(finetune, {"sparsity": 0.1})) == {"sparsity": 0.1}
     assert override(finetune, {"sparsity": 0.1}).gating.target_density is None
+    for target in (None, 0.0, 0.3):
+        assert changed_options(override(finetune, {"target_density": target})) == {"target_density": target}
     assert changed_options(override(override(GATED, {"sparsity": 0.1}), {"target_density": 0.5})) == {
         "target_density": 0.5
     }

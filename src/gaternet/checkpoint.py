@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -241,6 +241,8 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 def load_tensors(path: Path) -> dict[str, Any]:
     """What a .safetensors file holds, or `torch.save` wrote: tensors and plain data; nothing else is ever unpickled.
 
+    Plain data are also the arguments of a script (argparse.Namespace), which timm's checkpoints hold.
+
     Raises:
         ValueError: the file is damaged, or holds other Python objects (which could be malicious).
         OSError: it cannot be opened.
@@ -250,7 +252,8 @@ def load_tensors(path: Path) -> dict[str, Any]:
             return dict(load_file(path))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's guesses at the origin of a strange pickle
-            with torch.serialization.safe_globals([argparse.Namespace]):  # plain data that timm's checkpoints hold
+            known = argparse.Namespace in torch.serialization.get_safe_globals()
+            with nullcontext() if known else torch.serialization.safe_globals([argparse.Namespace]):
                 data = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise

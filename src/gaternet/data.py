@@ -176,7 +176,7 @@ def load_data(
         source: "digits" (embedded in scikit-learn), "cifar10", "cifar100" or "fashion_mnist" (torchvision's, found
             under `root` or downloaded there), a .npz file in Keras' layout (x_train, y_train, x_test, y_test; uint8,
             NHWC or NHW), or a folder: train/CLASS/* with test/CLASS/* (or val, valid, validation), or CLASS/*, of which
-            a tenth of each class, one image at least, is then held out as the test set.
+            every tenth image, and one of each class at least, is then held out as the test set.
         augmentation: of the training images.
         image_size: side in pixels to bring images to; default: as stored, folders 224.
         root: where torchvision's sets lie; default: $GATERNET_DATA, or ~/.cache/gaternet.
@@ -302,7 +302,14 @@ def _folder(folder: Path, augmentation: Augmentation | None, size: int, seed: in
 
 
 def _held_out(samples: Sequence[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Training samples and test samples: of each class a tenth, evenly spread, and at least one where it has two."""
+    """Training samples and test samples: every tenth of all is one of those.
+
+    Where a class would have none of either, it is a tenth of each class, evenly spread, and at least one of two.
+    """
+    test = list(samples[9::10])
+    train = [sample for i, sample in enumerate(samples) if i % 10 != 9]
+    if {label for _, label in train} == {label for _, label in test} == {label for _, label in samples}:
+        return train, test
     parts: tuple[list[tuple[str, int]], list[tuple[str, int]]] = [], []
     of_class: dict[int, list[tuple[str, int]]] = {}
     for sample in samples:

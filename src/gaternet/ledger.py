@@ -34,7 +34,10 @@ def changed_options(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
         ignored.add("data")
     if named["name"] in RECIPES:  # of each pair one takes the place of the other, see `override`
         ignored.update(name for name in ("model", "backbone") if named[name] is None)
-        ignored.update(name for name in ("sparsity", "target_density") if not named["gating"].get(name))
+        if named["gating"]["sparsity"]:
+            ignored.add("target_density")
+        elif named["gating"].get("target_density") is not None:
+            ignored.add("sparsity")
     before = _flat(base)
     return {name: value for name, value in _flat(named).items() if name not in ignored and value != before.get(name)}
 

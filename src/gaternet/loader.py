@@ -6,7 +6,6 @@ import os
 import signal
 from collections.abc import Iterator
 from functools import cache, partial
-from multiprocessing.synchronize import Event
 from typing import Any
 
 import torch
@@ -105,20 +104,22 @@ def make_batches(
 
 
 @cache
-def _end() -> Event:
-    """Set when this process ends, before it ends its workers."""
-    end = multiprocessing.Event()
-    atexit.register(end.set)  # what was registered last is called first: multiprocessing's comes behind
+def _end() -> Any:
+    """A flag for the workers, whose value is 1 when this process ends, before it ends them."""
+    end = multiprocessing.RawValue("b", 0)
+    atexit.register(setattr, end, "value", 1)  # what was registered last is called first: multiprocessing's comes later
     return end
 
 
-def _ignore_signals(end: Event, worker: int) -> None:
-    """Ctrl-C, and a SIGTERM to the process group, are for the main process: it saves, and then ends its workers.
+def _ignore_signals(end: Any, worker: int) -> None:
+    """What comes to the whole process group is for the main process alone: it saves, and then ends its workers.
 
     With another SIGTERM, that is, where an error left them: it waits for them to obey.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if end.is_set() else None)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if end.value else None)
 
 
 class EpochSampler(Sampler[int]):

@@ -41,6 +41,7 @@ class Job:
         self.name = "/".join(path.parts[-2:])
         self.state = "waiting"
         self._process: subprocess.Popen[bytes] | None = None
+        self._printed = 0  # bytes of log.txt from before
 
     def start(self, runtime: Runtime, ledger: Path, environment: Mapping[str, str]) -> None:
         """Begin or resume the run, unless it is in the ledger; what it prints goes to log.txt in its directory."""
@@ -54,6 +55,7 @@ class Job:
             flags.append("--resume")
         make_folder(self.path)
         with (self.path / "log.txt").open("ab") as log:  # behind what the run printed before
+            self._printed = log.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "gaternet", "train", self.recipe.name, *flags],
                 stdout=log,
@@ -87,7 +89,7 @@ class Job:
 
     def last_words(self) -> str:
         """The last line that the process printed."""
-        lines = (self.path / "log.txt").read_text(errors="replace").splitlines()
+        lines = (self.path / "log.txt").read_bytes()[self._printed :].decode(errors="replace").splitlines()
         words = (line.strip(_FRAME) for line in reversed(lines))
         return next(filter(None, words), "it printed nothing")
 
@@ -160,16 +162,15 @@ def sweep(
                     running[slot].start(runtime, ledger, environment)
             for job in running.values():
                 job.watch()
-            overview.show()
             for slot in [slot for slot, job in running.items() if job.state != "running"]:
                 del running[slot]
             if received or time.monotonic() > deadline:
                 _stop_all(running.values())
-                overview.show()
                 count = f"{sum(job.state == 'finished' for job in jobs)} of {len(jobs)} runs are finished"
                 why = "stopped" if received else f"stopped after {minutes:g} minutes"
                 signum = received[0] if received else signal.SIGTERM
                 raise Stopped(f"{why}, with all saved; {count}: the same command goes on", signum)
+            overview.show()
             time.sleep(0.2)
     if bad := [job for job in jobs if job.state != "finished"]:
         raise TrainingError(f"{len(bad)} of {len(jobs)} runs failed, {bad[0].name} with: {bad[0].last_words()}")

@@ -104,7 +104,7 @@ def import_onnx() -> Any:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ValueError("ONNX is not installed: pip install onnx onnxscript") from error
+        raise ValueError("ONNX is not installed: pip install onnx onnxruntime onnxscript") from error
     return onnx
 
 

@@ -148,11 +148,13 @@ def describe_backbone(backbone: nn.Module, in_chans: int) -> dict[str, Any] | No
 def fitting(metadata: Mapping[str, Any], model: GaterNet) -> Mapping[str, Any]:
     """The metadata, without the description of another backbone than the model has.
 
-    What matters in training alone may be another: momentum of statistics, and what is dropped.
+    What changes no prediction may be another: momentum of statistics, over which images they are, what is dropped,
+    what is done in place.
     """
 
     def shown(network: nn.Module) -> str:
-        return re.sub(r"\b(momentum|p|drop_prob)=[^,)]*", "", repr(network))
+        text = re.sub(r"(, )?\b(momentum|p|drop_prob|inplace)=[^,)]*", "", repr(network))
+        return re.sub(r"\b(Sync)?BatchNorm(2d)?\(", "BatchNorm(", text)
 
     described = metadata.get("backbone")
     return metadata if not described or _makes(described, model.backbone, shown) else {**metadata, "backbone": None}
@@ -164,7 +166,8 @@ def _makes(source: Mapping[str, Any], backbone: nn.Module, shown: Callable[[nn.M
         with torch.device("meta"):
             twin = create_backbone(**source)
     except NotImplementedError:  # its initialisation wants real numbers
-        twin = create_backbone(**source)
+        with torch.random.fork_rng(devices=[]):
+            twin = create_backbone(**source)
     except (ValueError, RuntimeError, TypeError):
         return False
     shapes = [{key: value.shape for key, value in network.state_dict().items()} for network in (backbone, twin)]

@@ -45,7 +45,7 @@ class _Planner:
                     f"{name} normalises with the statistics of the batch, by which images change each other's results: "
                     "give it running statistics, to skip filters"
                 )
-            if over_batch(node) and graph.varies(node):
+            if node.users and over_batch(node) and graph.varies(node):
                 name = graph.module_of(node) or type(graph.backbone).__name__
                 raise ValueError(
                     f"{name} computes {op(node)} over the images of a batch, by which they change each other's "

@@ -65,7 +65,10 @@ def stacked_args(node: Node) -> tuple[Any, ...]:
 
 
 def over_batch(node: Node) -> bool:
-    """Whether the node sums, averages or compares over the images of a batch, its tensors' first dimension."""
+    """Whether the node sums, averages or compares over the images of a batch, its tensors' first dimension.
+
+    It is not seen where that was merged with another one.
+    """
     schema = getattr(node.target, "_schema", None)
     if op(node) not in _REDUCTIONS or schema is None or not isinstance(source := node.args[0], Node):
         return False
