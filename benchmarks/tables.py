@@ -102,8 +102,10 @@ def machine_of(line: dict[str, Any]) -> str:
 
 
 def machines_of(lines: list[dict[str, Any]]) -> str:
-    """All machines of several runs."""
-    return "; ".join(sorted({machine_of(part) for line in lines for part in (line, *line.get("resumed", []))}))
+    """All machines of several runs, and where they computed in less than full precision."""
+    parts = [part for line in lines for part in (line, *line.get("resumed", []))]
+    reduced = {"bf16": ", bf16", "fp16": ", fp16"}
+    return "; ".join(sorted({machine_of(part) + reduced.get(part.get("precision", ""), "") for part in parts}))
 
 
 def read_finetuned() -> list[dict[str, Any]]:

@@ -167,7 +167,7 @@ def test_published_rows_say_where_they_were_trained():
     other = {"epoch": 3, "precision": "bf16", "commit": "abd", "machine": {"gpus": ["G"], "processor": "Q", "cores": 4}}
     resumed = {**line, "resumed": [other]}
     assert f"{there}, from epoch 3 on G, bf16 precision (commit abd){rest}" in results.paper_rows([resumed])
-    assert results.full_length([resumed]).endswith(" | G; P, 2 cores |\n")
+    assert results.full_length([resumed]).endswith(" | G, bf16; P, 2 cores |\n")
 
 
 def test_a_study_lists_all_that_it_asks_and_nothing_of_the_other():
