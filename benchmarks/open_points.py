@@ -129,7 +129,8 @@ def main() -> None:
     measured = {_key(line["recipe"], line["options"], line["seed"]) for line in read_ledger(LEDGER)}
     jobs = make_jobs(recipes, range(args.seeds), args.out)
     missing = [job for job in jobs if _key(job.recipe.name, changed_options(job.recipe), job.seed) not in measured]
-    starts = [job for job in jobs if job not in missing and not job.recipe.gated]  # others may start from their weights
+    plain = {study.names[0] for study in STUDIES.values()}  # others may start from their weights
+    starts = [job for job in jobs if job not in missing and job.recipe.name in plain]
     try:
         if missing:
             sweep(starts, args.out / "ledger.jsonl", Runtime(), args.jobs, args.minutes)

@@ -20,14 +20,14 @@ from typing import Any
 from open_points import DATA, EACH_OPTION, GAP, STUDIES, Study
 from summary import README, with_summary
 from tables import (
-    CHOSEN,
     DOCS,
     as_named,
     by_options,
+    chosen,
     error_of,
     machine_of,
     machines_of,
-    made_by,
+    marked_error,
     mean_macs,
     read_finetuned,
     table,
@@ -105,11 +105,11 @@ def past_the_paper(ledger: list[dict[str, Any]]) -> str:
         ours, macs = "not measured", ""
         if runs:
             dense = statistics.mean(line["backbone_macs"] for line in runs)
-            ours = made_by(runs, name)
+            ours = marked_error(runs, name)
             macs = f"{mean_macs(runs) / dense:.2f}"
         rows.append([f"`{name}`", aim, ours, macs])
-    note = f"\n{CHOSEN}" if any(row[2].endswith("*") for row in rows) else ""
-    return table(["recipe", "aim, error %", "ours", "MACs, of the plain backbone's"], rows) + note
+    titles = ["recipe", "aim, error %", "ours", "MACs, of the plain backbone's"]
+    return table(titles, rows) + chosen([row[2] for row in rows])
 
 
 TITLES = ["size", "MACs", "test error %", "train loss", "open", "dependent", "minutes"]
@@ -272,8 +272,8 @@ def averaged() -> str:
     recorded = json.loads(path.read_text())
     rows = []
     for line in recorded:
-        alone, pairs = (list(line[kind].values()) for kind in ("alone", "pairs"))
-        seeds = [{**line, "seed": seed, "test_error": error} for seed, error in enumerate(alone)]
+        seeds = [{**line, "seed": seed, "test_error": error} for seed, error in line["alone"].items()]
+        pairs = list(line["pairs"].values())
         both = f"{statistics.mean(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f}, {len(pairs)} pairs)"
         rows.append([as_code(*as_named(line)), f"{line['parameters'] / 1e6:.2f}M", error_of(seeds), both])
     text = (

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tables import CHOSEN, DOCS, machine_of, machines_of, made_by, mean_macs, table, trains_like
+from tables import DOCS, chosen, machine_of, machines_of, marked_error, mean_macs, table, trains_like
 
 from gaternet.checkpoint import read_json
 from gaternet.recipes import find_recipe
@@ -28,13 +28,12 @@ def accuracy(ledger: list[dict[str, Any]]) -> str:
         size, macs, error = "", "", "not measured"
         if runs:
             size, macs = f"{runs[0]['parameters'] / 1e6:.2f}M", f"{mean_macs(runs) / 1e6:.1f}M"
-            error = made_by(runs, name)
+            error = marked_error(runs, name)
         paper = f"{recipe.paper.error:.2f}" if recipe.paper else ""
         rows.append([what, f"`{name}`", size, macs, paper, error])
     text = f"ResNet-20 on CIFAR-10, 160 epochs ({machines_of(measured) or 'not measured'}):\n\n"
     titles = ["network", "recipe", "parameters", "MACs", "paper's error %", "ours"]
-    note = f"\n{CHOSEN}" if any(row[-1].endswith("*") for row in rows) else ""
-    return text + table(titles, rows) + note
+    return text + table(titles, rows) + chosen([row[-1] for row in rows])
 
 
 def speed() -> str:

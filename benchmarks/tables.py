@@ -67,10 +67,15 @@ CHOSEN = (
 )
 
 
-def made_by(lines: list[dict[str, Any]], recipe: str) -> str:
-    """Their error, with a mark that `CHOSEN` explains where runs are older than the recipe: it was made after them."""
+def marked_error(lines: list[dict[str, Any]], recipe: str) -> str:
+    """`error_of`, with a mark that `chosen` explains where runs are older than the recipe: it was made after them."""
     older = any(line["recipe"] != recipe or line["options"] for line in lines)
     return error_of(lines) + (r" \*" if older else "")
+
+
+def chosen(cells: list[str]) -> str:
+    """What is said below a table with these errors of its mark, if there is one."""
+    return f"\n{CHOSEN}" if any(cell.endswith("*") for cell in cells) else ""
 
 
 def as_named(line: dict[str, Any]) -> tuple[str, str]:

@@ -222,9 +222,9 @@ def test_no_seed_counts_twice():
 
 def test_runs_that_are_older_than_their_recipe_are_marked():
     line: dict[str, Any] = {"seed": 0, "test_error": 8.0, "command": "a", "recipe": "mine", "options": {}}
-    assert tables.made_by([line], "mine") == "8.00 (n = 1)"
+    assert tables.marked_error([line], "mine") == "8.00 (n = 1)"
     for older in ({"recipe": "other"}, {"options": {"epochs": 3}}):
-        assert tables.made_by([line | older], "mine") == r"8.00 (n = 1) \*"
+        assert tables.marked_error([line | older], "mine") == r"8.00 (n = 1) \*"
 
 
 def test_what_the_ledger_has_is_not_trained_again(tmp_path, monkeypatch):
@@ -238,7 +238,7 @@ def test_what_the_ledger_has_is_not_trained_again(tmp_path, monkeypatch):
     assert asked[0] == []
     starts, missing = asked[1:]
     assert {job.seed for job in missing} == {1}
-    assert [(job.recipe.name, job.seed) for job in starts] == [("short_resnet8", 0), ("short_resnet8_wider", 0)]
+    assert [(job.recipe.name, job.seed) for job in starts] == [("short_resnet8", 0)]
 
 
 def test_exchanged_gates_are_averaged_over_seeds(tmp_path, monkeypatch):

@@ -103,9 +103,14 @@ def _some(classes: list[str]) -> str:
     return ", ".join(classes[:10]).replace("|", "\\|") + (" ..." if len(classes) > 10 else "")
 
 
+def _preprocessing(metadata: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    made: Mapping[str, Any] = metadata.get("preprocessing") or {}
+    return made if {"height", "width", "mean", "std"} <= made.keys() else None
+
+
 def _images(metadata: Mapping[str, Any]) -> str:
-    made = metadata.get("preprocessing")
-    if made is None or not {"height", "width", "mean", "std"} <= made.keys():
+    made = _preprocessing(metadata)
+    if made is None:
         return UNKNOWN
     mean, std = (" ".join(f"{value:.4g}" for value in made[name]) for name in ("mean", "std"))
     kind = "grey" if len(made["mean"]) == 1 else "RGB"
@@ -114,8 +119,8 @@ def _images(metadata: Mapping[str, Any]) -> str:
 
 def _macs(model: GaterNet) -> tuple[str, str]:
     """Of backbone and gater for an image; unknown where its size is, or where they do not run on it."""
-    made = (model.metadata or {}).get("preprocessing")
-    if made is None or not {"height", "width", "mean"} <= made.keys():
+    made = _preprocessing(model.metadata or {})
+    if made is None:
         return UNKNOWN, UNKNOWN
     parameter = next(model.parameters())
     image: Tensor = torch.zeros(

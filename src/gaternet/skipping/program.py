@@ -1,6 +1,5 @@
 """Carrying out a plan on batches of images, each under its own gates."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,11 +11,6 @@ from gaternet.skipping.plan import DENSE, Plan, Step
 
 class PerImage(list[Any]):
     """A value that cannot be stacked along the batch: one for each image."""
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """The plan says in which precision its steps compute."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 class Program:
@@ -41,11 +35,10 @@ class Program:
         if gates is None:
             gates = images.new_ones(len(images), self.plan.num_gates)
         run = Run(self.plan, self.kernels, images, gates, self.kernels.open_channels(gates))
-        with without_autocast(images.device.type):
-            for step in self.plan.steps:
-                run.values[step.out] = run.step(step)
-                for name in step.free:
-                    del run.values[name]
+        for step in self.plan.steps:
+            run.values[step.out] = run.step(step)
+            for name in step.free:
+                del run.values[name]
         return run.dense(self.plan.output)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,7 +17,7 @@ from gaternet.skipping.engines import Backbone, KernelName, make_program, time_e
 from gaternet.skipping.native import NativeProgram
 from gaternet.skipping.plan import Plan
 from gaternet.skipping.planner import make_plan
-from gaternet.skipping.program import Program, without_autocast
+from gaternet.skipping.program import Program
 from gaternet.skipping.saved import load_plan, save_plan
 from gaternet.skipping.specialise import Specialised, choose_kept
 
@@ -69,7 +70,7 @@ class Skipper(nn.Module):
         They are those of the model, but where a gate's logit lies within rounding (about 1e-6) of the threshold.
         """
         self._check_images(images)
-        with without_autocast(images.device.type):
+        with _without_autocast(images.device.type):
             return self._gater(images) if len(images) else images.new_zeros(0, self.plan.num_gates)
 
     @torch.no_grad()
@@ -94,7 +95,7 @@ class Skipper(nn.Module):
             raise ValueError(f"gates must be on {images.device}, as the images are, but are on {gates.device}")
         if not hard and not ((gates == 0) | (gates == 1)).all():
             raise ValueError("gates must be 0 or 1 for filters to be skipped: use the model itself for others")
-        with without_autocast(images.device.type):
+        with _without_autocast(images.device.type):
             if len(images) == 0:
                 return self.program(images.new_zeros(1, *self.plan.input_shape), gates.new_zeros(1, gates.shape[1]))[:0]
             return self.program(images, gates)
@@ -206,42 +207,37 @@ def skip(
     if subnetworks < 1:
         raise ValueError(f"subnetworks must be at least 1, not {subnetworks}")
     with evaluation_mode(model):
-        return _skip(model, example_input, engine, calibration, subnetworks, kernels)
+        plan = make_plan(read_graph(model.backbone, example_input[:1]), model.sites)
+        hard = type(model.gater) is Gater  # a subclass may give other gates
+        if engine == "mask":
+            own = copy.deepcopy(model)
+            return Skipper(plan, own.gates, own.forward_gated, engine, hard)
+        gater: Callable[[Tensor], Tensor]
+        try:
+            gater = make_program(make_plan(read_graph(model.gater, example_input[:1])), kernels)
+        except ValueError:  # it runs as it is
+            gater = copy.deepcopy(model.gater)
+        if engine == "slice":
+            program = make_program(plan, kernels)
+            return Skipper(program.plan, gater, program, engine, hard)
+        engines: dict[str, Backbone] = {"mask": model.forward_gated}
+        if calibration is not None:
+            specialised = Specialised(plan, choose_kept(calibration, subnetworks), kernels)
+            if engine == "specialise":
+                return Skipper(specialised.plan, gater, specialised, engine, hard)
+            engines |= {"slice": specialised.fallback, "specialise": specialised}
+        else:
+            engines["slice"] = make_program(plan, kernels)
+        with torch.no_grad(), _without_autocast(example_input.device.type):  # as they will run
+            timings = time_engines(engines, example_input, gater(example_input))
+        best = min(timings, key=timings.__getitem__)
+        if best == "mask":
+            engines["mask"] = copy.deepcopy(model).forward_gated
+        skipper = Skipper(getattr(engines["slice"], "plan", plan), gater, engines[best], best, hard)
+        skipper.timings = timings
+        return skipper
 
 
-def _skip(
-    model: GaterNet,
-    example_input: Tensor,
-    engine: Engine,
-    calibration: Tensor | None,
-    subnetworks: int,
-    kernels: KernelName,
-) -> Skipper:
-    plan = make_plan(read_graph(model.backbone, example_input[:1]), model.sites)
-    hard = type(model.gater) is Gater  # a subclass may give other gates
-    if engine == "mask":
-        own = copy.deepcopy(model)
-        return Skipper(plan, own.gates, own.forward_gated, engine, hard)
-    try:
-        gater: Callable[[Tensor], Tensor] = make_program(make_plan(read_graph(model.gater, example_input[:1])), kernels)
-    except ValueError:  # it runs as it is
-        gater = copy.deepcopy(model.gater)
-    if engine == "slice":
-        program = make_program(plan, kernels)
-        return Skipper(program.plan, gater, program, engine, hard)
-    engines: dict[str, Backbone] = {"mask": model.forward_gated}
-    if calibration is not None:
-        specialised = Specialised(plan, choose_kept(calibration, subnetworks), kernels)
-        if engine == "specialise":
-            return Skipper(specialised.plan, gater, specialised, engine, hard)
-        engines |= {"slice": specialised.fallback, "specialise": specialised}
-    else:
-        engines["slice"] = make_program(plan, kernels)
-    with torch.no_grad():
-        timings = time_engines(engines, example_input, gater(example_input))
-    best = min(timings, key=timings.__getitem__)
-    if best == "mask":
-        engines["mask"] = copy.deepcopy(model).forward_gated
-    skipper = Skipper(getattr(engines["slice"], "plan", plan), gater, engines[best], best, hard)
-    skipper.timings = timings
-    return skipper
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """What is skipped computes in the precision of its weights, whatever engine runs it."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

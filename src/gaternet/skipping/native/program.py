@@ -14,7 +14,7 @@ from gaternet.skipping.native import library as lib
 from gaternet.skipping.native.memory import large_pages, round_up
 from gaternet.skipping.native.segment import Segment, is_native, packed_spec
 from gaternet.skipping.plan import ConvSpec, Plan, Step
-from gaternet.skipping.program import Run, without_autocast
+from gaternet.skipping.program import Run
 
 
 class _Moves(Kernels):
@@ -62,14 +62,13 @@ class NativeProgram:
         if gates is None:
             gates = images.new_ones(len(images), self.plan.num_gates)
         run = Run(self.plan, self.kernels, images, gates, self._open_channels(gates))
-        with without_autocast("cpu"):
-            for part in self._parts:
-                if isinstance(part, Segment):
-                    part.run(run, self._offsets, self._arenas)
-                else:
-                    run.values[part.out] = run.step(part)
-                for name in part.free:
-                    run.values.pop(name, None)
+        for part in self._parts:
+            if isinstance(part, Segment):
+                part.run(run, self._offsets, self._arenas)
+            else:
+                run.values[part.out] = run.step(part)
+            for name in part.free:
+                run.values.pop(name, None)
         return run.dense(self.plan.output)
 
     @property
