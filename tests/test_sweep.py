@@ -222,7 +222,12 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path, gaternet_command):
 def test_runs_end_with_their_sweep_however_that_ends(tmp_path, gaternet_command, signum):
     words = ["sweep", "digits_resnet20", "--seeds", "1", "--epochs", "50", "--out", str(tmp_path), "--cpu"]
     run = tmp_path / "digits_resnet20,epochs=50" / "seed0"
-    process = subprocess.Popen([*gaternet_command, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*gaternet_command, *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
+    )
     while process.poll() is None and not (run / "training.pt").exists():
         time.sleep(0.02)
     process.send_signal(signum)
