@@ -247,14 +247,20 @@ def _now() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this code is a part of, marked if it was changed; None where there is none."""
+    """The commit of the checkout that this code is a part of, marked if code was changed; None where there is none.
+
+    Pages and records under docs/ may change: a ledger there, say, grows with each run.
+    """
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
-    try:  # what is installed in a folder of somebody's checkout is no part of that
-        return git("describe", "--always", "--dirty", "--abbrev=12") if git("ls-files", Path(__file__).name) else None
+    try:
+        if not git("ls-files", Path(__file__).name):  # what is installed in a folder of somebody's checkout
+            return None
+        changed = git("diff", "--name-only", "HEAD", "--", ":/", ":(top,exclude)docs", ":(top,exclude)*.md")
+        return git("describe", "--always", "--abbrev=12") + ("-dirty" if changed else "")
     except OSError:  # no git
         return None
 
