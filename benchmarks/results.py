@@ -113,6 +113,7 @@ def past_the_paper(ledger: list[dict[str, Any]]) -> str:
 
 
 TITLES = ["size", "MACs", "test error %", "train loss", "open", "dependent", "minutes"]
+_ERROR = TITLES.index("test error %") + 1
 
 
 def figures(lines: list[dict[str, Any]]) -> list[str]:
@@ -181,17 +182,29 @@ def silent_points(ledger: list[dict[str, Any]], study: Study) -> str:
     named = [(question, r.name, shlex.join(train_flags(changed_options(r)))) for question, r in planned]
     keys = {(name, flags) for _, name, flags in named}
     named += [("others", name, flags) for name, flags in groups if (name, flags) not in keys]
-    asked = ""
+    gated = named[len(networks) - 1][1:]
+    asked, unchanged = "", groups.get(gated, [])
     for question, name, flags in named:
         lines = groups.get((name, flags))
         cells = figures(lines) if lines else ["", "", "not measured", "", "", "", ""]
+        cells.insert(_ERROR, difference(lines, unchanged) if lines and lines is not unchanged else "")
         rows.append([question if question != asked else "", as_code(name, flags), *cells])
         asked = question
     text = (
         f"`python benchmarks/open_points.py --network {study.backbone}`, CIFAR-10 at {networks[0].image_size} pixels, "
     )
-    text += f"{networks[0].epochs} epochs ({machines_of([line for lines in groups.values() for line in lines])}).\n\n"
-    return text + table(["question", "recipe", *TITLES], rows)
+    text += f"{networks[0].epochs} epochs ({machines_of([line for lines in groups.values() for line in lines])}). "
+    text += f"*Than gated*: the error minus that of {as_code(*gated)} with the same seed"
+    titles = [*TITLES[:_ERROR], "than gated", *TITLES[_ERROR:]]
+    return f"{text}, mean and deviation over seeds.\n\n" + table(["question", "recipe", *titles], rows)
+
+
+def difference(lines: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
+    """Mean test error in percent above that of other runs, seed by seed, and its standard deviation."""
+    errors = {line["seed"]: line["test_error"] for line in reference}
+    found = [line["test_error"] - errors[line["seed"]] for line in lines if line["seed"] in errors]
+    spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
+    return f"{statistics.mean(found):+.2f}{spread}" if found else ""
 
 
 def finetuned() -> str:

@@ -172,16 +172,19 @@ def test_published_rows_say_where_they_were_trained():
 
 def test_a_study_lists_all_that_it_asks_and_nothing_of_the_other():
     gated = EACH_OPTION.names[-1]
-    ledger = [_line(gated, 0, 20.0), _line(gated, 0, 21.0, bottleneck=4)]
+    ledger = [_line(gated, seed, error) for seed, error in enumerate((20.0, 22.0, 30.0))]
+    ledger += [_line(gated, seed, error, bottleneck=4) for seed, error in enumerate((21.0, 22.0))]
     ledger += [_line(gated, 0, 22.0, bottleneck=4, noise_std=0.5)]
     short = GAP.names[-1]
     ledger += [_line(short, 0, 23.0), _line(short, 0, 24.0, image_size=16, noise_std=0.0)]
     found = results.silent_points(ledger, EACH_OPTION)
-    assert f"| width b | `{gated} --bottleneck 4` | 0.08M | 3.0M | 21.00 (n = 1) |" in found
-    assert f"|  | `{gated} --bottleneck 32` |  |  | not measured |" in found
-    assert f"| others | `{gated} --bottleneck 4 --noise-std 0.5` | 0.08M | 3.0M | 22.00 (n = 1) |" in found
+    assert f"|  | `{gated}` | 0.08M | 3.0M | 24.00 ± 5.29 (n = 3) |  | 0.500 |" in found
+    difference = "+0.50 ± 0.71"  # of each seed, by itself
+    assert f"| width b | `{gated} --bottleneck 4` | 0.08M | 3.0M | 21.50 ± 0.71 (n = 2) | {difference} |" in found
+    assert f"|  | `{gated} --bottleneck 32` |  |  | not measured |  |" in found
+    assert f"| others | `{gated} --bottleneck 4 --noise-std 0.5` | 0.08M | 3.0M | 22.00 (n = 1) | +2.00 |" in found
     found = results.silent_points(ledger, GAP)
-    assert f"| noise | `{short} --image-size 16 --noise-std 0.0` | 0.08M | 3.0M | 24.00 (n = 1) |" in found
+    assert f"| noise | `{short} --image-size 16 --noise-std 0.0` | 0.08M | 3.0M | 24.00 (n = 1) |  | 0.500 |" in found
     assert f"`{short}`" not in found  # at full size it is no part of the study
     assert f"`gaternet train {short}`" in results.other_runs(ledger)
 
