@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gaternet.cost import count_macs
+from gaternet.cost import count_dense_macs, count_macs
 from gaternet.gating import gate
 from gaternet.method import Gater, GaterNet
 from gaternet.models import CifarResNet, create_model, model_names
@@ -154,7 +154,7 @@ def test_stages_halve_the_image_twice_and_change_width_by_conv_and_batchnorm(nam
     assert kinds == [[], [nn.Conv2d, nn.BatchNorm2d], [nn.Conv2d, nn.BatchNorm2d]]
 
 
-CIFAR_MODELS = [name for name in model_names() if re.sub("_(gated|wider|se)$", "", name) not in IMAGENET]
+CIFAR_MODELS = [name for name in model_names() if re.sub("_(gated|wider|narrow|se)$", "", name) not in IMAGENET]
 
 
 @pytest.mark.parametrize("name", CIFAR_MODELS)
@@ -215,11 +215,11 @@ def test_an_extractor_must_be_a_plain_network():
         create_model("resnet20_gated", extractor="resnet20_gated")
 
 
-@pytest.mark.parametrize("name", ["cifar10_resnet20_half", "cifar10_resnet56_half"])
+@pytest.mark.parametrize("name", ["cifar10_resnet20_half", "cifar10_resnet56_half", "short_resnet20_half"])
 def test_half_recipes_aim_at_half_of_the_macs_with_the_gater(name):
     recipe, images = RECIPES[name], torch.zeros(2, 3, 32, 32)
-    backbone = create_model(str(recipe.backbone))
-    gating = recipe.gating
+    backbone_name, gating = str(recipe.backbone), recipe.gating
+    backbone = create_model(backbone_name)
     model = gate(
         backbone,
         images,
@@ -231,6 +231,13 @@ def test_half_recipes_aim_at_half_of_the_macs_with_the_gater(name):
     macs = count_macs(model.eval(), images)
     assert gating.target_density is not None
     assert 0.49 < gating.target_density + macs.gater / macs.backbone <= 0.5
+    narrow = RECIPES[name.replace("half", "narrow")]
+    assert (narrow.epochs, narrow.optimizer, narrow.model) == (
+        recipe.epochs,
+        recipe.optimizer,
+        f"{backbone_name}_narrow",
+    )
+    assert 0.49 < count_dense_macs(create_model(str(narrow.model)).eval(), images[:1]) / macs.backbone <= 0.5
 
 
 # --- Table 2

@@ -119,7 +119,7 @@ def _short() -> list[Recipe]:
     """CIFAR-10 for machines without a GPU: no rows of the paper, but its networks beside each other.
 
     ResNet-8 sees images of half the size, so that every option which the paper leaves open can be varied in hours.
-    "guided" is our own way of training the paper's gated network.
+    "guided" is our own way of training the paper's gated network. "half" and "narrow" are as in `_half`.
     """
     recipes = []
     optimizer = Optimizer(lr=0.2, weight_decay=5e-4, schedule="cosine", warmup_epochs=2.0)
@@ -130,29 +130,41 @@ def _short() -> list[Recipe]:
         recipes += [Recipe(f"short_{model}", model, **common) for model in models]
         guided = common | {"gating": Gating(extractor=backbone, **GUIDED)}
         recipes.append(Recipe(f"short_{backbone}_guided", f"{backbone}_gated", **guided))
+    common = {"epochs": 8, "optimizer": optimizer}
+    recipes.append(Recipe("short_resnet20_half", None, "resnet20", gating=_to_half(0.42, 4.0), **common))
+    recipes.append(Recipe("short_resnet20_narrow", "resnet20_narrow", **common))
     return recipes
 
 
-def _half() -> list[Recipe]:
-    """Past the paper: all filters gated by a small, guided gater, down to half of the dense network's MACs.
+def _to_half(target: float, ramp: float) -> Gating:
+    """All filters gated by a small, guided gater, down to half of the dense network's MACs.
 
-    `--teacher` adds what a trained dense network knows. The targets are the backbone's; the gater takes 8 and 3 % more.
+    The target is the backbone's; the gater takes 8 % more beside a ResNet-20, 3 % beside a ResNet-56.
     """
+    return Gating(
+        extractor="resnet8",
+        shrink=2,
+        sites="all",
+        bottleneck=32,
+        target_density=target,
+        sparsity_ramp=ramp,
+        penalty="macs",
+        **GUIDED,
+    )
+
+
+def _half() -> list[Recipe]:
+    """Past the paper: gated to half of the dense network's MACs; "narrow" is a plain network of as many, beside it.
+
+    `--teacher` adds what a trained dense network knows.
+    """
+    optimizer = Optimizer(lr=0.1, weight_decay=5e-4, schedule="cosine", warmup_epochs=2.0)
+    common: Any = {"epochs": 200, "optimizer": optimizer}
     recipes = []
     for backbone, target in (("resnet20", 0.42), ("resnet56", 0.47)):
-        gating = Gating(
-            extractor="resnet8",
-            shrink=2,
-            sites="all",
-            bottleneck=32,
-            target_density=target,
-            sparsity_ramp=40.0,
-            penalty="macs",
-            **GUIDED,
-        )
-        optimizer = Optimizer(lr=0.1, weight_decay=5e-4, schedule="cosine", warmup_epochs=2.0)
-        name = f"cifar10_{backbone}_half"
-        recipes.append(Recipe(name, None, backbone, epochs=200, optimizer=optimizer, gating=gating))
+        gating = _to_half(target, 40.0)
+        recipes.append(Recipe(f"cifar10_{backbone}_half", None, backbone, gating=gating, **common))
+        recipes.append(Recipe(f"cifar10_{backbone}_narrow", f"{backbone}_narrow", **common))
     return recipes
 
 

@@ -24,10 +24,11 @@ _CIFAR_RESNETS = {
 }
 # Not published: the factor on all widths, and the SE reduction, that give Table 1's parameter counts on both data sets.
 _WIDER = {"resnet8": 1.44, "resnet20": 1.44, "resnet56": 1.12, "resnet110": 1.12, "resnet164": 1.12}
+_NARROW = 0.5**0.5  # about half of the MACs: what a network that is gated to half of them is to beat
 _SE_REDUCTION = {"resnet8": 4, "resnet20": 4, "resnet56": 4, "resnet110": 4, "resnet164": 8}
 _DENSENETS = {"densenet_bc_100_12": (100, 12), "densenet_bc_250_24": (250, 24), "densenet_bc_190_40": (190, 40)}
 _SHAKE_SHAKES = {"shake_shake_26_2x64d": 64, "shake_shake_26_2x96d": 96}
-_VARIANTS = ("_wider", "_se")
+_VARIANTS = ("_wider", "_narrow", "_se")
 _CIFAR = [*_CIFAR_RESNETS, *_DENSENETS, *_SHAKE_SHAKES]
 _GATEABLE = [*_CIFAR, *(name for name in IMAGENET if not name.endswith(_VARIANTS))]
 _BACKBONES = [*_CIFAR, *(f"{name}{suffix}" for name in _CIFAR_RESNETS for suffix in _VARIANTS), *IMAGENET]
@@ -228,7 +229,7 @@ def _papers_network(name: str, num_classes: int, in_chans: int) -> nn.Module:
         return ShakeShake(_SHAKE_SHAKES[name], num_classes, in_chans)
     base, _, variant = name.partition("_")
     block, depth, stem, inner, widths = _CIFAR_RESNETS[base]
-    factor = _WIDER[base] if variant == "wider" else 1
+    factor = {"wider": _WIDER[base], "narrow": _NARROW}.get(variant, 1)
     return CifarResNet(
         block,
         depth,
