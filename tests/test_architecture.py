@@ -16,6 +16,7 @@ FLOORS = [
     "locks",
     "recipe",
     "method",
+    "aliasing",
     "graph",
     "channels",
     "sites",

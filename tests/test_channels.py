@@ -95,6 +95,7 @@ EXACT: dict[str, tuple[Net, list[int]]] = {
     ),
     "cat of pixels": (reader(lambda net, a, b: torch.cat([a, a], 2)), A),
     "cat of pixels of different gates": (reader(lambda net, a, b: torch.cat([a, b], 3)), NONE),
+    "stacked as a larger batch": (reader(lambda net, a, b: torch.cat([a, b]).relu().chunk(2)[1]), B),
     "slice": (reader(lambda net, a, b: a[:, 1:3], 2), [1, 2]),
     "split": (reader(lambda net, a, b: torch.cat(a.split([1, 3], 1)[::-1], 1)), [1, 2, 3, 0]),
     "chunk": (reader(lambda net, a, b: torch.cat([a.chunk(2, 1)[1], b.chunk(2, 1)[0]], 1)), [2, 3, 4, 5]),
@@ -233,8 +234,42 @@ def in_place_on_a_part(net: Any, a: Tensor, b: Tensor) -> Tensor:
     return a
 
 
-def test_a_tensor_that_is_changed_through_a_view_is_alive():
-    assert columns_read(reader(in_place_on_a_part)) == [ALIVE] * 4
+def written_behind_a_view(net: Any, a: Tensor, b: Tensor) -> Tensor:
+    a = a * 1
+    view = a[:, :2]
+    a += 1
+    return torch.cat([view, view], 1)
+
+
+def written_through_detach(net: Any, a: Tensor, b: Tensor) -> Tensor:
+    a = a * 1
+    a.detach().add_(1)
+    return a
+
+
+def written_in_a_list(net: Any, a: Tensor, b: Tensor) -> Tensor:
+    a = a * 1
+    torch._foreach_add_([a], 1.0)
+    return a
+
+
+@pytest.mark.parametrize("body", [in_place_on_a_part, written_behind_a_view, written_through_detach, written_in_a_list])
+def test_a_tensor_that_is_changed_through_another_is_alive(body):
+    net = reader(body)
+    assert columns_read(net) == [ALIVE] * 4
+    assert columns_computed(net)[:2] == [ALIVE] * 2
+
+
+def test_parts_of_a_split_are_not_changed_through_each_other():
+    def body(net: Any, a: Tensor, b: Tensor) -> Tensor:
+        one, two = (a * 1).chunk(2, 1)
+        one += 1
+        return torch.cat([one, two], 1)
+
+    with torch.no_grad():
+        net = reader(body)
+        assert not read_graph(net, IMAGES).rewritten
+        assert columns_read(net) == columns_computed(net) == [ALIVE, ALIVE, 2, 3]
 
 
 def test_a_view_that_takes_its_shape_from_a_buffer_is_alive():

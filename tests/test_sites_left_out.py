@@ -15,7 +15,35 @@ def shared_weights() -> Net:
     return net
 
 
+def under_autocast(unit: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return x + unit.conv(x).float()
+
+
+class Shift(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x += 1
+        return x
+
+
+def changed_while_held(unit: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = unit.conv(x)
+    return unit.side(unit.shift(y)) + y
+
+
+class Filtered(nn.Conv2d):
+    """Convolves twice, first with a filter of its own."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self.first = nn.Parameter(torch.rand(in_channels, 1, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.conv2d(x, self.first, padding=1, groups=len(self.first)))
+
+
 POOLED = "it acts on pooled features: there is nothing to save"
+INNER = "it runs in a block of its own: put autocast around the call instead"
 SHARED = "it shares its weights with another layer"
 ATTENTION = "it is part of an attention block, Attention"
 LEFT_OUT: dict[str, tuple[nn.Module, dict[str, str]]] = {
@@ -77,6 +105,14 @@ LEFT_OUT: dict[str, tuple[nn.Module, dict[str, str]]] = {
         with_stem(Block(in_windows, conv=conv(8, 8))),
         {"unit.conv": "it runs on parts of images, such as windows, stacked as a larger batch"},
     ),
+    "autocast of its own": (
+        with_stem(Block(under_autocast, conv=conv(8, 8))),
+        {"unit.conv": INNER},
+    ),
+    "in place on what is read elsewhere": (
+        with_stem(Block(changed_while_held, conv=conv(8, 8), side=conv(8, 8), shift=Shift())),
+        {"unit.conv": "unit.shift behind it writes to its input, which may be read elsewhere: let it make a tensor"},
+    ),
     "functional BatchNorm": (
         with_stem(
             Block(
@@ -102,6 +138,12 @@ def test_filters_whose_closing_would_not_be_exact_are_left_out_with_the_reason(c
 @pytest.mark.parametrize("case", LEFT_OUT)
 def test_what_is_not_left_out_keeps_what_gating_promises(case):
     check_promises(LEFT_OUT[case][0], "all")
+
+
+def test_a_module_that_convolves_twice_is_gated_as_its_last_convolution():
+    net = with_stem(Block(lambda u, x: u.conv(x).relu(), conv=Filtered(8, 8)))
+    assert reasons(net) == {"conv2d_1": "a function computes it within Filtered, not an nn.Conv2d"}
+    assert [site[1] for site in listed(net, "all")] == ["stem", "unit.conv"]
 
 
 def test_a_functional_norm_is_gated_where_its_block_gives_out_nothing_else():

@@ -50,7 +50,7 @@ class ChannelFlow:
         elif self.graph.is_view(node) and node.all_input_nodes == sources and len(sources) == 1:
             self.columns[node] = self._moved(node, sources[0])
         elif len(sources) == 1 and self._keeps(node, sources[0]) and first.ndim == 4 and first.shape[2:] == (1, 1):
-            self.columns[node] = first.reshape(1, -1, *[1] * (len(shape(node)) - 2))
+            self.columns[node] = first.reshape(*first.shape[:2], *[1] * (len(shape(node)) - 2))
         else:
             value = node.meta.get("val")
             lists = isinstance(value, list | tuple)

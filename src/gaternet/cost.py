@@ -70,15 +70,21 @@ class CostModel:
         self._terms = _Terms(self.convs, self.num_gates)
 
     def __call__(self, gates: Float[Tensor, "batch gates"]) -> Float[Tensor, " batch"]:
-        """MACs of each image under its gates (B, C); on their device, in float64 where it has that."""
+        """MACs of each image under its gates (B, C); on their device, in float64 where it has that.
+
+        Raises:
+            ValueError: the gates are not (B, C).
+        """
+        if gates.ndim != 2 or gates.shape[1] != self.num_gates:
+            raise ValueError(f"gates must be (B, {self.num_gates}), a column per gate, but are {tuple(gates.shape)}")
         gates = gates.to(torch.float32 if gates.device.type == "mps" else torch.float64)
         extended = torch.cat([gates, gates.new_ones(gates.shape[0], 1)], 1)  # the last column is always open
         return self.dense - self._terms.full + self._terms(extended)
 
     def savings(self) -> Float[Tensor, " gates"]:
         """MACs that closing each gate saves where all others are open, (C,)."""
-        gates = torch.ones(1, self.num_gates, dtype=torch.float64, requires_grad=True)
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            gates = torch.ones(1, self.num_gates, dtype=torch.float64, requires_grad=True)
             (gradient,) = torch.autograd.grad(self(gates).sum(), gates)  # the cost is linear in each single gate
         return gradient[0]
 

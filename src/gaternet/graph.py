@@ -11,13 +11,15 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+
+from gaternet.aliasing import in_place, read_what_was_written
 
 # What an operation does to the channels (dimension 1) of a tensor: "keep" acts on each by itself and turns a channel of
 # zeros into one of zeros; "shift" acts on each by itself, but zeros become something else; "view" only moves values.
@@ -115,7 +117,7 @@ class Graph:
         nodes: operations, in the order in which they run.
         convs: its 2-D convolutions, by their nodes.
         result: the tensor that it gives; None where it gives something else, or several, or one that no image changes.
-        rewritten: nodes whose tensor is written to later, through a view of it: what they hold then is not known.
+        rewritten: nodes that are read after something wrote to their tensor's memory: what they hold then is not known.
         constants: the weights, running statistics and other tensors that it reads, by their nodes.
     """
 
@@ -127,7 +129,7 @@ class Graph:
         self._names = {name: first[module] for name, module in backbone.named_modules(remove_duplicate=False)}
         inputs = set(program.graph_signature.user_inputs)
         self.nodes = [node for node in program.graph.nodes if node.op == "call_function"]
-        self.rewritten = _read_what_was_written(self.nodes)
+        self.rewritten = read_what_was_written(self.nodes)
         self.constants = _constants(program)
         self.input = next(node for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs)
         self.output = next(node for node in program.graph.nodes if node.op == "output")
@@ -143,6 +145,10 @@ class Graph:
         for call in self._calls.values():
             self._runs[call.name] += 1
         self.convs = {node: self._conv(node) for node in self.nodes if op(node) in CONVS and self.varies(node)}
+        last = {self._stack(node)[-1]: node for node in self.convs if self.is_layer(node)}
+        for node, conv in self.convs.items():  # a module that convolves twice has its name for the last, which it gates
+            if last.get(self._stack(node)[-1], node) is not node:
+                self.convs[node] = replace(conv, name="")
 
     def varies(self, node: Any) -> bool:
         """Whether the node's value depends on the image; weights, and what is made of them alone, do not."""
@@ -208,6 +214,12 @@ class Graph:
         return op(node) in _MIXERS or any(op(step) in _PRODUCTS for step in _inner_nodes(node))
 
     @cached_property
+    def inner_convs(self) -> set[str]:
+        """The modules that convolve within a graph inside of this one, such as under an autocast of their own."""
+        inner = (step for node in self.nodes for step in _inner_nodes(node))
+        return {self.module_of(step) for step in inner if op(step) in CONVS}
+
+    @cached_property
     def attention_modules(self) -> set[str]:
         """The modules, but not the whole network, that multiply features by features in a matrix product."""
         products = [node for node in self.nodes if self.is_attention(node) and op(node) not in _MIXERS]
@@ -224,6 +236,11 @@ class Graph:
     def gives_out(self, name: str, node: Node) -> bool:
         """Whether the module runs once, and gives out this node's tensor alone."""
         return self.runs(name) == 1 and any(c.exits == [node] for c in self._calls.values() if c.name == name)
+
+    def writes_to_its_input(self, name: str, node: Node) -> bool:
+        """Whether what the module gives out, this node, is its input, changed in place."""
+        source = node.args[0] if node.args else None
+        return in_place(node) and isinstance(source, Node) and name not in {path for _, path in self._stack(source)}
 
     def output_of(self, name: str) -> Node | None:
         """The tensor that the module gives out, where it runs once and gives out one."""
@@ -273,6 +290,9 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
     Raises:
         ValueError: the network cannot be exported, or does not take such images.
     """
+    if not isinstance(example_input, Tensor) or example_input.ndim != 4:
+        given = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
+        raise ValueError(f"the example must be one tensor of images (B, channels, H, W), not {given}")
     if not example_input.numel():
         raise ValueError(f"the example must have images, but is {tuple(example_input.shape)}: pass one at least")
     try:
@@ -321,13 +341,15 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; then each module is in the mode it was in, so that frozen ones stay frozen."""
-    training = [module for module in network.modules() if module.training]
+    training = {module: module.training for module in network.modules()}
     network.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        if training[network]:
+            network.train()  # which may do more than set the mode, such as take weights apart that eval() had merged
+        for module, was in training.items():
+            module.training = was
 
 
 def walk(node: Node) -> Iterator[Node]:
@@ -335,30 +357,6 @@ def walk(node: Node) -> Iterator[Node]:
     while len(node.users) == 1:
         node = next(iter(node.users))
         yield node
-
-
-def in_place(node: Node) -> bool:
-    """Whether the operation writes to its first input."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.name.endswith("_") and not schema.name.endswith("__")
-
-
-def _read_what_was_written(nodes: list[Node]) -> set[Node]:
-    """Let what reads a tensor after an operation in place read that operation's node, which has the same value.
-
-    Where the operation writes through a view, no node has the new value of the whole: returns such tensors.
-    """
-    order = {node: i for i, node in enumerate(nodes)}
-    rewritten: set[Node] = set()
-    for node in nodes:
-        if not in_place(node) or not isinstance(target := node.args[0], Node):
-            continue
-        target.replace_all_uses_with(node, delete_user_cb=lambda user, n=node: order.get(user, len(order)) > order[n])
-        while op(target) in _VIEW and isinstance(target.args[0], Node):
-            target = target.args[0]
-            if any(order.get(user, len(order)) > order[node] for user in target.users):
-                rewritten.add(target)
-    return rewritten
 
 
 def _constants(program: torch.export.ExportedProgram) -> dict[Node, Tensor]:

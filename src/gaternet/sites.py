@@ -73,7 +73,7 @@ def examine(graph: Graph, sites: Selection = "residual", group_size: int = 1) ->
     if not callable(sites) and sites not in ("residual", "all"):
         raise ValueError(f"sites must be 'residual', 'all' or a predicate on (name, module), not {sites!r:.60}")
     places: dict[Node, _Place] = {}
-    left_out: dict[str, str] = {}
+    left_out = dict.fromkeys(graph.inner_convs, "it runs in a block of its own: put autocast around the call instead")
     for node, conv in graph.convs.items():
         if graph.effect(node, conv.source) == "keep":  # a fixed blur has no filters to learn
             continue
@@ -161,6 +161,8 @@ def _place(graph: Graph, conv: Conv) -> _Place | str:
         return f"{name} behind it runs {graph.runs(name)} times: give each convolution its own"
     if place is None:
         return f"{op(chain[last])} behind it is a function within {graph.module_type(chain[last])}: make it a module"
+    if len(place.users) > 1 and graph.writes_to_its_input(name, place):
+        return f"{name} behind it writes to its input, which may be read elsewhere: let it make a tensor"
     if shape(place)[0] != shape(graph.input)[0]:
         return "it runs on parts of images, such as windows, stacked as a larger batch"
     return _Place(conv, name, place)

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from gaternet.aliasing import in_place
 from gaternet.channels import ChannelFlow
-from gaternet.graph import Conv, Graph, in_place, op, shape, walk
+from gaternet.graph import Conv, Graph, op, shape, walk
 from gaternet.method import GateSite
 from gaternet.skipping.lifetimes import finish
 from gaternet.skipping.plan import DENSE, Call, ConvSpec, Kind, Plan, Ref, Step, is_dense
