@@ -68,6 +68,29 @@ def test_a_model_that_nobody_trained_says_so(tmp_path):
     assert "model-index" not in (metadata_load(tmp_path / "README.md") or {})
 
 
+@pytest.mark.parametrize(
+    ("changes", "name", "found"),
+    [
+        ({"classes": list(range(12))}, "classes", "12: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 ..."),
+        ({"classes": 10}, "classes", UNKNOWN),
+        ({"trained": {"epochs": 3}}, "epochs, seed", f"3, {UNKNOWN}"),
+        ({"preprocessing": {"height": 8, "width": 8, "mean": 0.5, "std": 0.5}}, "images", UNKNOWN),
+    ],
+)
+def test_metadata_that_somebody_wrote_by_hand_does_not_keep_a_model_from_being_saved(
+    model, tmp_path, changes, name, found
+):
+    model.metadata = METADATA | changes
+    model.save_pretrained(tmp_path)
+    assert cells(tmp_path / "README.md")[name] == found
+
+
+def test_metadata_that_is_no_plain_data_is_refused(model, tmp_path):
+    model.metadata = METADATA | {"accuracy": torch.tensor(0.9)}
+    with pytest.raises(TypeError, match="metadata must be plain data, as JSON has it: Object of type Tensor"):
+        model.save_pretrained(tmp_path)
+
+
 def test_a_card_of_ours_is_written_anew_and_one_of_yours_stays(model, tmp_path):
     card = tmp_path / "README.md"
     model.save_pretrained(tmp_path)

@@ -73,6 +73,27 @@ def test_other_gaters_come_back_the_same(tmp_path, options):
     assert_same(load_pretrained(str(tmp_path)), model)
 
 
+def test_each_tensor_comes_back_in_its_own_precision(tmp_path):
+    model = create_model("resnet8_gated").eval().bfloat16()
+    assert isinstance(model, GaterNet)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.float()
+    model.save_pretrained(tmp_path)
+    loaded = GaterNet.from_pretrained(tmp_path)
+    kinds = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in loaded.state_dict().items()} == kinds
+    images = torch.rand(2, 3, 32, 32).bfloat16()
+    assert torch.equal(loaded(images), model(images))
+
+
+@pytest.mark.parametrize("part", ["backbone", "extractor"])
+@pytest.mark.usefixtures("unchecked_types")
+def test_parts_to_load_into_must_be_networks(saved, part):
+    with pytest.raises(TypeError, match=f"{part} must be a network, not 'resnet20': make it first"):
+        load_pretrained(saved, **{part: "resnet20"})
+
+
 def test_config_is_plain_data_that_says_how_the_model_is_built(saved):
     config = json.loads((saved / "config.json").read_text())
     assert config["gater"] == {"num_features": 64, **OPTIONS}
@@ -202,6 +223,11 @@ def edit_config(directory: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def edit_metadata(directory: Path, **changes: Any) -> None:
+    before = json.loads((directory / "config.json").read_text())["metadata"]
+    edit_config(directory, metadata={**before, **changes})
+
+
 DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda saved: (saved / "config.json").unlink(), "holds no saved model: config.json is missing"),
     (lambda saved: (saved / "model.safetensors").unlink(), "holds no saved model: model.safetensors is missing"),
@@ -215,6 +241,14 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
         lambda saved: edit_config(saved, metadata={"backbone": {"name": "vgg"}, "extractor": {"a": 1}}),
         "unknown model 'vgg",
     ),
+    (lambda saved: edit_config(saved, metadata=[1]), "config.json does not describe a model"),
+    (lambda saved: edit_metadata(saved, backbone={"name": 5}), "config.json does not describe a model"),
+    (lambda saved: edit_metadata(saved, extractor={"name": 5}), "config.json does not describe a model"),
+    (lambda saved: edit_metadata(saved, extractor={"name": "resnet8", "in_chans": -1}), "does not describe a model"),
+    (lambda saved: edit_metadata(saved, backbone={"name": "resnet8", "pretrained": True}), "wants trained weights"),
+    (lambda saved: edit_config(saved, gater={**OPTIONS, "threshold": "half"}), "config.json does not describe a model"),
+    (lambda saved: (saved / "config.json").write_text("[" * 99999), "config.json is damaged"),
+    (lambda saved: (saved / "config.json").write_text('{"a": ' + 5000 * "9" + "}"), "config.json is damaged"),
     (lambda saved: edit_config(saved, sites=[]), "config.json does not describe a model"),
     (lambda saved: edit_config(saved, sites=[{"name": "x"}]), "config.json does not describe a model"),
     (lambda saved: truncate(saved / "model.safetensors"), "model.safetensors is damaged or no safetensors file"),

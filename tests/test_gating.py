@@ -293,6 +293,40 @@ def test_default_gater_keeps_within_its_budget_as_a_whole(name, size):
     assert macs.gater <= 0.05 * macs.backbone
 
 
+class Merged(nn.Conv2d):
+    """Its weights are merged in evaluation and apart in training, as those of low-rank adapters are."""
+
+    merged = False
+
+    def train(self, mode: bool = True) -> "Merged":
+        self.merged = not mode
+        return super().train(mode)
+
+
+def test_a_network_that_trains_otherwise_is_put_back_to_training():
+    net = nn.Sequential(Merged(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).train()
+    net[2].eval()
+    gate(nn.Sequential(net, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)), IMAGES, sites="all")
+    assert not net[0].merged
+    assert [module.training for module in net] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("images", "given"), [((IMAGES,), "tuple"), (IMAGES.numpy(), "ndarray"), (IMAGES[0], r"\(3, 8, 8\)")]
+)
+@pytest.mark.usefixtures("unchecked_types")
+def test_an_example_that_is_no_batch_of_images_is_refused(images, given):
+    with pytest.raises(ValueError, match=rf"the example must be one tensor of images \(B, .*, not {given}"):
+        gate(custom(), images)
+
+
+@pytest.mark.parametrize("gater", [nn.Flatten, 5])
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_gater_is_a_network_or_a_name(gater):
+    with pytest.raises(TypeError, match="gater must be a network or the name of one, not"):
+        gate(custom(), IMAGES, gater=gater)
+
+
 def test_a_bottleneck_of_0_is_refused():
     with pytest.raises(ValueError, match="bottleneck must be at least 1"):
         gate(custom(), IMAGES, bottleneck=0)

@@ -290,6 +290,8 @@ def test_gating_twice_is_refused_and_changes_nothing(model, images, gates):
         ([SITES[1]], "site bn2 has columns 5 to 12, but those before it stop at 0"),
         ([SITES[0], GateSite("bn2", "conv2", 5, 5)], "site bn2 has columns 5 to 5"),  # empty
         ([SITES[0], GateSite("bn3", "conv2", 5, 12)], "no module 'bn3'"),
+        ([SITES[0], GateSite("bn2", "conv3", 5, 12)], "no module 'conv3'"),
+        ([GateSite("bn1", "conv1", 0, 4)], "site bn1 gates 4 filters, but conv1 has 5"),
     ],
 )
 def test_sites_that_do_not_fit_the_backbone_are_refused(sites, message):
@@ -316,12 +318,16 @@ def test_sites_may_share_columns(images):
         assert output[gates == 1].any()
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_a_site_of_another_width_says_its_name_and_both_shapes(images):
-    model = GaterNet(Toy(), gater(), [GateSite("bn1", "conv1", 0, 4), GateSite("fc", "fc", 4, 8)])
+    model = GaterNet(Toy(), gater(), [GateSite("bn1", "fc", 0, 4), GateSite("fc", "fc", 4, 8)])
     with pytest.raises(ValueError, match=r"site bn1 gates 4 filters, but its output is \(6, 5, 8, 8\)"):
         model.forward_gated(images, torch.ones(6, 8))
     model = GaterNet(Toy(), gater(), [GateSite("fc", "fc", 0, 4)])
     with pytest.raises(ValueError, match=r"site fc gates 4 filters, but its output is \(6, 4\), not \(B, 4, H, W\)"):
+        model.forward_gated(images, torch.ones(6, 4))
+    model.backbone.fc.register_forward_hook(lambda module, args, output: (output, None), prepend=True)
+    with pytest.raises(ValueError, match="site fc gates 4 filters, but its output is a tuple"):
         model.forward_gated(images, torch.ones(6, 4))
 
 

@@ -204,7 +204,9 @@ def test_initial_bias_decides_how_many_gates_start_open(images):
     ("options", "message"),
     [
         ({"bottleneck": 0}, "bottleneck must be at least 1, not 0"),
-        ({"noise_std": -0.1}, "noise_std must not be negative"),
+        ({"noise_std": -0.1}, "noise_std must be finite and not negative"),
+        ({"noise_std": math.nan}, "noise_std must be finite and not negative"),
+        ({"threshold": math.inf}, "threshold must be finite"),
         ({"hard_probability": 1.1}, r"hard_probability must lie in \[0, 1\], not 1.1"),
         ({"hard_probability": -0.1}, "hard_probability"),
     ],

@@ -1,6 +1,6 @@
 """The model card that `save_pretrained` writes: what a stranger must know of a model, from what was saved with it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,10 @@ def make_card(model: GaterNet) -> ModelCard:
     rows = {
         "trained on": Path(data).name if data else UNKNOWN,
         "recipe": f"`{trained['recipe']}`" if "recipe" in trained else UNKNOWN,
-        "epochs, seed": f"{trained['epochs']}, {trained['seed']}" if "epochs" in trained else UNKNOWN,
+        "epochs, seed": f"{trained['epochs']}, {trained.get('seed', UNKNOWN)}" if "epochs" in trained else UNKNOWN,
         "accuracy": UNKNOWN if accuracy is None else f"{100 * accuracy:.2f} % on its test images, after these epochs",
         "open gates": UNKNOWN if density is None else f"{100 * density:.1f} % in the mean over these images",
-        "classes": UNKNOWN if classes is None else f"{len(classes):,}: {_some(classes)}",
+        "classes": f"{len(classes):,}: {_some(classes)}" if isinstance(classes, list | tuple) else UNKNOWN,
         "images": _images(metadata),
         "backbone": f"{backbone}, {model.num_gates:,} gates at {len(model.sites)} sites",
         "gater": gater,
@@ -99,13 +99,15 @@ fast = gaternet.skip(model, images)  # the same logits; closed filters are not c
     return ModelCard(f"---\n{header.to_yaml()}\n---\n{text}", ignore_metadata_errors=True)
 
 
-def _some(classes: list[str]) -> str:
-    return ", ".join(classes[:10]).replace("|", "\\|") + (" ..." if len(classes) > 10 else "")
+def _some(classes: Sequence[Any]) -> str:
+    return ", ".join(map(str, classes[:10])).replace("|", "\\|") + (" ..." if len(classes) > 10 else "")
 
 
 def _preprocessing(metadata: Mapping[str, Any]) -> Mapping[str, Any] | None:
     made: Mapping[str, Any] = metadata.get("preprocessing") or {}
-    return made if {"height", "width", "mean", "std"} <= made.keys() else None
+    if not {"height", "width", "mean", "std"} <= made.keys():
+        return None
+    return made if all(isinstance(made[name], list | tuple) for name in ("mean", "std")) else None
 
 
 def _images(metadata: Mapping[str, Any]) -> str:

@@ -87,8 +87,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The plain data in `path`; ValueError if it is damaged."""
     try:
         data = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it from a copy") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)}): restore it from a copy") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} does not hold a JSON object: is it a file of gaternet's?")
     return data
@@ -126,6 +126,10 @@ def save_model(model: nn.Module, directory: Path, metadata: Mapping[str, Any] | 
             warnings.warn("the backbone was changed after it was gated: load it with backbone=...", stacklevel=2)
         config["gater"] = _gater_options(model.gater)
         config["sites"] = [asdict(site) for site in model.sites]
+    try:
+        json.dumps(metadata)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metadata must be plain data, as JSON has it: {first_line(error)}") from error
     write_atomically(directory / WEIGHTS, lambda path: save_safetensors(model, str(path)))
     write_json(directory / CONFIG, {**config, "metadata": metadata})
 
@@ -148,6 +152,13 @@ def load_model(
             raise ValueError(f"{directory} holds no saved model: {name} is missing")
     config = read_json(directory / CONFIG)
     metadata = config.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{directory / CONFIG} does not describe a model of gaternet's: its metadata are no object")
+    for part, given in (("backbone", backbone), ("extractor", extractor)):
+        if given is not None and not isinstance(given, nn.Module):
+            raise TypeError(f"{part} must be a network, not {given!r:.60}: make it first, say by timm.create_model")
+        if isinstance(metadata.get(part), dict) and "pretrained" in metadata[part]:  # a file starts no download
+            raise ValueError(f"{directory / CONFIG} wants trained weights for its {part}, but has its own: remove that")
     for part, given in (("backbone", backbone), ("extractor", extractor)):
         if given is None and not metadata.get(part) and (part == "backbone" or "gater" in config):
             raise ValueError(f"{directory / CONFIG} does not say how its {part} was built: load it with {part}=...")
@@ -159,8 +170,8 @@ def load_model(
             model = build_gated(metadata, config["gater"], sites, backbone, extractor)
         else:
             model = backbone or create_backbone(**metadata["backbone"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{directory / CONFIG} does not describe a model of gaternet's ({error!r})") from error
+    except (AttributeError, KeyError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{directory / CONFIG} does not describe a model of gaternet's ({error!r:.300})") from error
     load_weights_(model, directory / WEIGHTS)
     return model.eval(), metadata
 
@@ -186,12 +197,14 @@ def load_weights_(model: nn.Module, path: Path) -> None:
         with safe_open(path, "pt") as file:
             kinds = {file.get_slice(name).get_dtype() for name in file.keys()} & _PRECISIONS.keys()  # noqa: SIM118
         if len(kinds) == 1:
-            model.to(_PRECISIONS[kinds.pop()])
+            model.to(dtype=_PRECISIONS[min(kinds)])
         state, own = load_file(path), model.state_dict(keep_vars=True)
         held = {id(own[name]): tensor for name, tensor in state.items() if name in own}
-        model.load_state_dict(
-            state | {name: held[id(own[name])] for name in own.keys() - state if id(own[name]) in held}
-        )
+        state |= {name: held[id(own[name])] for name in own.keys() - state if id(own[name]) in held}
+        for name in own.keys() & state if len(kinds) > 1 else ():  # each in its own
+            if state[name].is_floating_point():
+                own[name].data = own[name].data.to(state[name].dtype)
+        model.load_state_dict(state)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}): restore it from a copy") from error
     except RuntimeError as error:  # PyTorch's list of keys and shapes that do not fit

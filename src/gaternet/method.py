@@ -9,6 +9,7 @@ Shapes: B images in a batch, C gates, h features of the extractor, K classes. Eq
 docs/method.md. This file is the ground floor: it reads no files, knows no configuration and no other module.
 """
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -100,8 +101,10 @@ class Gater(nn.Module):
         super().__init__()
         if bottleneck < 1:
             raise ValueError(f"bottleneck must be at least 1, not {bottleneck}")
-        if noise_std < 0:
-            raise ValueError(f"noise_std must not be negative, but is {noise_std}")
+        if not 0 <= noise_std < math.inf:
+            raise ValueError(f"noise_std must be finite and not negative, but is {noise_std}")
+        if not math.isfinite(threshold):
+            raise ValueError(f"threshold must be finite, not {threshold}")
         if not 0 <= hard_probability <= 1:
             raise ValueError(f"hard_probability must lie in [0, 1], not {hard_probability}")
         self.extractor = extractor
@@ -218,9 +221,10 @@ class _GateHook:
                     "activation checkpointing off inside the backbone"
                 )
             return None
-        if output.ndim != 4 or output.shape[1] != self.site.channels:
+        if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[1] != self.site.channels:
+            given = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
             raise ValueError(
-                f"site {self.site.name} gates {self.site.channels} filters, but its output is {tuple(output.shape)}, "
+                f"site {self.site.name} gates {self.site.channels} filters, but its output is {given}, "
                 f"not (B, {self.site.channels}, H, W): gate another module"
             )
         self.channel.sites_run.append(self.site.name)
@@ -286,8 +290,12 @@ class GaterNet(
         if not sites or len({site.name for site in sites}) < len(sites):
             raise ValueError("there must be sites, and no two at one module")
         modules = dict(backbone.named_modules())
-        if missing := [site.name for site in sites if site.name not in modules]:
+        if missing := [name for site in sites for name in (site.name, site.conv) if name not in modules]:
             raise ValueError(f"the backbone has no module {missing[0]!r}: sites must name modules of this backbone")
+        for site in sites:
+            filters = getattr(modules[site.conv], "out_channels", site.channels)
+            if filters != site.channels:
+                raise ValueError(f"site {site.name} gates {site.channels} filters, but {site.conv} has {filters}")
         refuse_gated(backbone)
         self.backbone = backbone
         self.gater = gater
