@@ -249,7 +249,7 @@ def written_through_detach(net: Any, a: Tensor, b: Tensor) -> Tensor:
 
 def written_in_a_list(net: Any, a: Tensor, b: Tensor) -> Tensor:
     a = a * 1
-    torch._foreach_add_([a], 1.0)
+    torch._foreach_add_([a], 1.0)  # pyright: ignore[reportPrivateImportUsage]
     return a
 
 

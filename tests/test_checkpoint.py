@@ -10,7 +10,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub.hub_mixin
 import pytest
@@ -91,7 +91,7 @@ def test_each_tensor_comes_back_in_its_own_precision(tmp_path):
 @pytest.mark.usefixtures("unchecked_types")
 def test_parts_to_load_into_must_be_networks(saved, part):
     with pytest.raises(TypeError, match=f"{part} must be a network, not 'resnet20': make it first"):
-        load_pretrained(saved, **{part: "resnet20"})
+        load_pretrained(saved, **{part: cast(Any, "resnet20")})
 
 
 def test_config_is_plain_data_that_says_how_the_model_is_built(saved):

@@ -364,9 +364,9 @@ def test_gates_of_another_number_are_refused(shape):
 @pytest.mark.parametrize("filters", [6, 9])
 def test_a_convolution_within_another_has_no_gates(filters):
     class Blurred(nn.Conv2d):
-        def forward(self, x: Tensor) -> Tensor:
-            blur = x.new_full((self.in_channels, 1, 3, 3), 1 / 9)
-            return super().forward(F.conv2d(x, blur, padding=1, groups=self.in_channels))
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (its name in Conv2d)
+            blur = input.new_full((self.in_channels, 1, 3, 3), 1 / 9)
+            return super().forward(F.conv2d(input, blur, padding=1, groups=self.in_channels))
 
     blurred = Blurred(6, filters, 3, padding=1)
     net = Net(lambda net, x: net.end(net.two(net.one(x))), one=conv(3, 6), two=blurred, end=conv(filters, 8))

@@ -326,7 +326,7 @@ def test_a_site_of_another_width_says_its_name_and_both_shapes(images):
     model = GaterNet(Toy(), gater(), [GateSite("fc", "fc", 0, 4)])
     with pytest.raises(ValueError, match=r"site fc gates 4 filters, but its output is \(6, 4\), not \(B, 4, H, W\)"):
         model.forward_gated(images, torch.ones(6, 4))
-    model.backbone.fc.register_forward_hook(lambda module, args, output: (output, None), prepend=True)
+    model.backbone.get_submodule("fc").register_forward_hook(lambda module, args, output: (output, None), prepend=True)
     with pytest.raises(ValueError, match="site fc gates 4 filters, but its output is a tuple"):
         model.forward_gated(images, torch.ones(6, 4))
 

@@ -1,5 +1,7 @@
 """Filters that get no gates: which, and the reason that is given."""
 
+from typing import Any
+
 import pytest
 import torch
 from random_networks import Attention, LayerNorm2d, attend, in_windows
@@ -15,7 +17,7 @@ def shared_weights() -> Net:
     return net
 
 
-def under_autocast(unit: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def under_autocast(unit: Any, x: torch.Tensor) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         return x + unit.conv(x).float()
 
@@ -26,7 +28,7 @@ class Shift(nn.Module):
         return x
 
 
-def changed_while_held(unit: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def changed_while_held(unit: Any, x: torch.Tensor) -> torch.Tensor:
     y = unit.conv(x)
     return unit.side(unit.shift(y)) + y
 
@@ -38,8 +40,8 @@ class Filtered(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, padding=1)
         self.first = nn.Parameter(torch.rand(in_channels, 1, 3, 3))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(F.conv2d(x, self.first, padding=1, groups=len(self.first)))
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (its name in Conv2d)
+        return super().forward(F.conv2d(input, self.first, padding=1, groups=len(self.first)))
 
 
 POOLED = "it acts on pooled features: there is nothing to save"

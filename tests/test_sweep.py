@@ -114,9 +114,10 @@ def test_commit_is_marked_where_code_was_changed_but_not_by_the_ledger(tmp_path,
     assert describe_machine()["commit"] is None  # this code is no part of it
     git("add", ".")
     git("commit", "--quiet", "--message", "first")
+    clean = describe_machine()["commit"]
+    assert len(clean) == 12
     for name in reversed(names):
-        clean = describe_machine()["commit"]
-        assert len(clean) == 12
+        assert describe_machine()["commit"] == clean
         (tmp_path / name).write_text("b")
     assert describe_machine()["commit"] == f"{clean}-dirty"
 
