@@ -1,10 +1,13 @@
 """A gated model, and images with labels, of which tests read the gates."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from small_networks import seeded
 from torch import nn
 
-from gaternet import Gater, GaterNet, create_model
+from gaternet import Gater, GaterNet, count_macs, create_model
 from gaternet.data import Preprocessing
 
 PIXELS = Preprocessing(16, 16, (0.5,) * 3, (0.25,) * 3)
@@ -32,3 +35,18 @@ def make_model(classes: int = 7) -> GaterNet:
 
 
 MODEL = make_model()
+
+
+def batches(size: int = 32, labels: bool = True) -> list[Any]:
+    parts = list(zip(IMAGES.split(size), LABELS.split(size), strict=True))
+    return parts if labels else [images for images, _ in parts]
+
+
+@torch.no_grad()
+def recount() -> dict[str, np.ndarray]:
+    """What the model does with each image, all at once."""
+    inputs = PIXELS.normalize(IMAGES)
+    logits, gates = MODEL(inputs, return_gates=True)
+    assert isinstance(MODEL.gater, Gater)
+    found = {"gates": gates.bool(), "predictions": logits.argmax(1), "scores": MODEL.gater.logits(inputs)}
+    return {name: value.numpy() for name, value in found.items()} | {"macs": count_macs(MODEL, inputs).gated.numpy()}

@@ -3,26 +3,17 @@
 import dataclasses
 import itertools
 import math
-from dataclasses import astuple
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from analyzed_model import IMAGES, LABELS, MODEL, PIXELS, make_model
+from analyzed_model import IMAGES, LABELS, MODEL, PIXELS, batches, make_model, recount
 from sklearn.metrics import mutual_info_score
 from torch import Tensor, nn
-from torch.nn import functional
 
-import gaternet.forcing
-from gaternet import GateAnalysis, Gater, GaterNet, GateSite, analyze, count_macs, create_model, gate
+from gaternet import GateAnalysis, Gater, analyze, count_macs, create_model, gate
 from gaternet.analysis import THUMBNAIL, mutual_information, thumbnail
-from gaternet.forcing import class_gates, exchange_gates, force_gates
-
-
-def batches(size: int = 32, labels: bool = True) -> list[Any]:
-    parts = list(zip(IMAGES.split(size), LABELS.split(size), strict=True))
-    return parts if labels else [images for images, _ in parts]
+from gaternet.forcing import force_gates
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +23,7 @@ def analysis() -> GateAnalysis:
 
 @pytest.fixture(scope="module")
 def truth() -> dict[str, np.ndarray]:
-    inputs = PIXELS.normalize(IMAGES)
-    with torch.no_grad():
-        logits, gates = MODEL(inputs, return_gates=True)
-        gater = MODEL.gater
-        assert isinstance(gater, Gater)
-        scores = gater.logits(inputs)
-    found = {"gates": gates.bool(), "predictions": logits.argmax(1), "scores": scores}
-    return {name: value.numpy() for name, value in found.items()} | {"macs": count_macs(MODEL, inputs).gated.numpy()}
+    return recount()
 
 
 def test_counts_are_those_of_a_recount(analysis, truth):
@@ -73,14 +57,19 @@ def test_images_are_those_with_the_extremes(analysis, truth):
     scores = truth["scores"]
     assert analysis.surest is not None
     for side, sign in enumerate((1, -1)):
-        expected = np.sort(sign * scores, 0)[::-1][:3]
-        assert np.allclose(np.take_along_axis(sign * scores, analysis.surest[side], 0), expected, atol=1e-5)
+        named = analysis.surest[side]
+        decided = np.where(truth["gates"] == (sign == 1), sign * scores, -np.inf)  # by images on this side alone
+        expected = np.sort(decided, 0)[::-1][:3]
+        assert np.array_equal(named >= 0, np.isfinite(expected))
+        found = np.where(named >= 0, np.take_along_axis(decided, named, 0), -np.inf)
+        assert np.allclose(found, expected, atol=1e-5)
+    assert (analysis.surest == -1).any(1)[:, analysis.dependent].any()
     order = np.sort(truth["macs"])
     assert np.allclose(np.sort(analysis.cheapest.macs), order[:12])
     assert np.allclose(np.sort(analysis.dearest.macs), order[-12:])
     assert analysis.thumbnails.keys() == analysis.facts.keys()
     named = {*analysis.surest.flatten().tolist(), *analysis.cheapest.index.tolist(), *analysis.samples.index.tolist()}
-    assert named <= analysis.thumbnails.keys()
+    assert named - {-1} <= analysis.thumbnails.keys()
     for place, picture in analysis.thumbnails.items():
         assert np.array_equal(picture, IMAGES[place].permute(1, 2, 0).numpy())
         label, prediction, opened, macs = analysis.facts[place]
@@ -200,6 +189,19 @@ def test_a_gater_without_logits_has_no_extremes():
     assert found.dependent.any()
 
 
+def test_a_gater_that_decides_by_something_else_is_asked():
+    class Few(Gater):
+        def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+            logits = self.logits(images)
+            return torch.zeros_like(logits).scatter(1, logits.topk(4, 1).indices, 1.0)
+
+    model = make_model()
+    model.gater.__class__ = Few
+    found = analyze(model, batches(), preprocessing=PIXELS, samples=10)
+    assert found.histogram[4] == found.images
+    assert found.surest is None
+
+
 class Round(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.round()
@@ -256,142 +258,3 @@ def test_thumbnails_are_small_and_grey_or_coloured(shape, expected):
     picture = thumbnail(torch.rand(shape))
     assert picture.shape == expected
     assert max(picture.shape[:2]) <= THUMBNAIL
-
-
-# --- Forcing
-
-
-def test_forced_gates_by_hand(analysis, truth):
-    inputs, labels = PIXELS.normalize(IMAGES), LABELS.numpy()
-    found = force_gates(MODEL, batches(), analysis, preprocessing=PIXELS, images=90)
-    gates = torch.from_numpy(truth["gates"]).float()
-
-    def right(changed: Tensor) -> np.ndarray:
-        with torch.no_grad():
-            return MODEL.forward_gated(inputs, changed).argmax(1).numpy() == labels
-
-    assert found.images == 90
-    assert found.accuracy == analysis.accuracy
-    own = [class_gates(analysis, label, found.taken) for label in range(5)]  # 5 and 6 have no images
-    assert found.classes.tolist() == list(range(5))
-    assert np.array_equal(found.gates, analysis.telling_gates(60))
-    effects = {
-        "sites": (found.sites, [np.arange(site.start, site.stop) for site in MODEL.sites]),
-        "single": (found.single, list(found.gates[:, None])),
-        "own": (found.own, own),
-    }
-    for effect, sets in effects.values():
-        assert effect.forced.shape == effect.by_chance.shape == (2, len(sets), 7)
-        for value, (row, columns) in itertools.product((0, 1), enumerate(sets)):
-            changed = gates.clone()
-            changed[:, torch.from_numpy(columns)] = value
-            hits = right(changed)
-            expected = [hits[labels == label].mean() for label in range(5)]
-            assert effect.forced[value, row, :5] == pytest.approx(expected)
-            assert found.overall(effect.forced[value, row]) == pytest.approx(hits.mean())
-            assert np.isnan(effect.forced[value, row, 5:]).all()
-    assert found.before[:5] == pytest.approx([right(gates)[labels == label].mean() for label in range(5)])
-    assert np.isnan(found.before[5:]).all()
-
-
-class Told(GaterNet):
-    """Predicts the class of the image, or that of its gates, and notes whose gates each image gets."""
-
-    def __init__(self, reads_gates: bool) -> None:
-        super().__init__(nn.Conv2d(4, 4, 1), nn.Identity(), [GateSite("", "", 0, 4)])
-        self.reads_gates = reads_gates
-        self.pairs: list[np.ndarray] = []
-
-    def gates(self, images: Tensor) -> Tensor:
-        return images[:, :, 0, 0]
-
-    def forward_gated(self, images: Tensor, gates: Tensor) -> Tensor:
-        self.pairs.append(torch.stack([images[:, 3, 0, 0], gates[:, 3]], 1).long().numpy())
-        return (gates if self.reads_gates else images[:, :, 0, 0])[:, :3]
-
-
-def told_images(number: int) -> tuple[Tensor, Tensor]:
-    """Three channels that say the class, and one that numbers the images."""
-    labels = torch.arange(number) % 3
-    channels = torch.cat([functional.one_hot(labels, 3), torch.arange(number)[:, None]], 1)
-    return channels.float()[:, :, None, None], labels
-
-
-def test_gates_of_other_images_by_hand():
-    images, labels = told_images(60)
-    loader = list(zip(images.split(40), labels.split(40), strict=True))
-    looks, reads = Told(False), Told(True)
-    assert astuple(exchange_gates(looks, loader, images=60)) == (1, 1, 1, 1, 0)
-    assert astuple(exchange_gates(reads, loader, images=60)) == (1, 1 / 3, 1, 0, 1)  # no gate is open for most of them
-    own, same, other, _ = looks.pairs
-    assert (own[:, 0] == own[:, 1]).all()
-    assert sorted(same[:, 0]) == sorted(same[:, 1]) == list(range(60))
-    assert (same[:, 0] != same[:, 1]).all()
-    assert (same[:, 0] % 3 == same[:, 1] % 3).all()
-    assert 30 < len(other) < 50  # of pairs drawn at random a third are of one class
-    assert (other[:, 0] % 3 != other[:, 1] % 3).all()
-
-    lonely = exchange_gates(reads, [(images[:3], labels[:3])])
-    assert math.isnan(lonely.same)
-    assert (lonely.image, lonely.gates) == (0, 1)
-    chosen = torch.cat([torch.arange(2, 60, 3), torch.tensor([0, 3])])
-    assert exchange_gates(reads, [(images[chosen], labels[chosen])]).usual == 20 / 22  # the gates of class 2
-    alike = exchange_gates(reads, [(images[::3], labels[::3])])
-    assert (alike.usual, alike.same) == (1, 1)
-    assert math.isnan(alike.image)
-    assert math.isnan(alike.gates)
-
-
-def test_gates_are_exchanged_a_few_images_at_a_time(monkeypatch):
-    images, labels = told_images(60)
-    at_once, by_parts = Told(True), Told(True)
-    expected = exchange_gates(at_once, [(images, labels)], images=60)
-    monkeypatch.setattr(gaternet.forcing, "CHUNK", 7)
-    assert exchange_gates(by_parts, [(images, labels)], images=60) == expected
-    assert max(map(len, by_parts.pairs)) == 7
-    assert np.array_equal(np.concatenate(by_parts.pairs), np.concatenate(at_once.pairs))
-
-
-def test_exchanged_gates_are_part_of_forced_ones(analysis):
-    found = force_gates(MODEL, batches(), analysis, preprocessing=PIXELS, images=90).exchanged
-    inputs, labels = PIXELS.normalize(IMAGES), LABELS.numpy()
-    with torch.no_grad():
-        usual = (MODEL.gates(inputs).mean(0, keepdim=True) > 0.5).float().expand(90, -1)
-        right = MODEL.forward_gated(inputs, usual).argmax(1).numpy() == labels
-    assert found.own == pytest.approx(analysis.accuracy)
-    assert found.usual == pytest.approx(right.mean())
-    assert 0 <= found.image + found.gates <= 1
-
-
-def test_random_gates_are_drawn_from_like_ones_and_as_many(analysis):
-    gate = int(analysis.telling_gates(1)[0])
-    opened = np.zeros_like(analysis.class_open)
-    opened[:, gate] = analysis.class_open[:, gate]
-    lonely = dataclasses.replace(analysis, class_open=opened)  # one gate depends on the image: chance must draw it
-    options: dict[str, Any] = {"preprocessing": PIXELS, "images": 90}
-    found = force_gates(MODEL, batches(), lonely, **options)
-    assert found.gates.tolist() == [gate]
-    assert np.array_equal(found.single.by_chance, found.single.forced, equal_nan=True)
-    assert np.array_equal(found.own.by_chance, found.own.forced, equal_nan=True)
-    by_chance = found.sites.by_chance  # three sites each of 16, 32 and 64 gates
-    assert not np.allclose(by_chance, found.sites.forced, equal_nan=True)
-    for first in (0, 3, 6):
-        assert np.array_equal(by_chance[:, first], by_chance[:, first + 1], equal_nan=True)
-    assert not np.array_equal(by_chance[:, 0], by_chance[:, 6], equal_nan=True)
-
-
-def test_gates_of_a_class_are_those_that_it_opens_more_often(analysis, truth):
-    gates, mine = truth["gates"], LABELS.numpy() == 1
-    more = gates[mine].mean(0) - gates[~mine].mean(0)
-    chosen = class_gates(analysis, 1, 10)
-    assert len(chosen) == 10
-    assert (more[chosen] > 0).all()
-    others = np.setdiff1d(np.flatnonzero(analysis.dependent), chosen)
-    assert more[chosen].min() >= more[others].max() - 1e-12
-
-
-def test_forcing_needs_labels_and_images(analysis):
-    with pytest.raises(ValueError, match="forcing gates needs labels"):
-        force_gates(MODEL, batches(labels=False), analysis, preprocessing=PIXELS)
-    with pytest.raises(ValueError, match="the loader is empty"):
-        force_gates(MODEL, [], analysis)

@@ -1,12 +1,10 @@
 """What is saved comes back the same, what cannot be saved harms nothing, and what cannot be trusted is refused."""
 
-import argparse
 import errno
 import functools
 import inspect
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +21,8 @@ from torch import Tensor, nn
 from gaternet import checkpoint
 from gaternet.checkpoint import (
     load_model,
-    load_official_checkpoint,
     load_pretrained,
-    load_tensors,
     save_model,
-    save_state,
     write_atomically,
 )
 from gaternet.gating import gate
@@ -333,64 +328,6 @@ def test_a_path_that_is_not_there_is_no_name_on_the_hub(tmp_path):
     for path in (tmp_path / "nothing", str(tmp_path / "nothing"), Path("nothing")):
         with pytest.raises(FileNotFoundError, match=r"there is no folder .*nothing: name one that save_pretrained"):
             load_pretrained(path)
-
-
-# --- Files of torch.save
-
-
-def test_training_state_comes_back_the_same(tmp_path):
-    state = {"step": 3, "rate": 0.1, "names": ["a"], "nested": {"momentum": [torch.arange(3.0), None]}}
-    save_state(tmp_path / "state.pt", state)
-    loaded = load_tensors(tmp_path / "state.pt")
-    assert torch.equal(loaded["nested"]["momentum"].pop(0), state["nested"]["momentum"].pop(0))
-    assert loaded == state
-
-
-def test_a_checkpoint_of_timms_with_its_arguments_is_read(tmp_path):
-    weights = {"fc.weight": torch.ones(2, 3)}
-    torch.save({"state_dict": weights, "args": argparse.Namespace(lr=0.1)}, tmp_path / "last.pth.tar")
-    found = load_tensors(tmp_path / "last.pth.tar")
-    assert torch.equal(found["state_dict"]["fc.weight"], weights["fc.weight"])
-
-
-class Bomb:
-    """Unpickling it makes a folder: what an attacker's file would do is worse."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return os.mkdir, (str(self.target),)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_malicious_file_is_refused_and_does_nothing(tmp_path, zipped):
-    proof = tmp_path / "proof"
-    pickle.loads(pickle.dumps(Bomb(proof)))
-    assert proof.is_dir()  # the bomb is live
-    target, file = tmp_path / "target", tmp_path / "model.pth"
-    state = {"backbone_state_dict": {"fc.weight": torch.ones(1), "x": Bomb(target)}, "gater_state_dict": {}}
-    torch.save(state, file, _use_new_zipfile_serialization=zipped)
-    for load in (load_official_checkpoint, load_tensors):
-        with pytest.raises(ValueError, match="holds Python objects, which are refused because they could run code"):
-            load(file)
-    assert not target.exists()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"<!DOCTYPE html><html>Not found</html>",
-        b"\x89PNG\r\n\x1a\n" + bytes(64),
-        b"hello world",
-    ],
-)
-def test_a_file_of_another_kind_is_refused_with_its_path(tmp_path, content):
-    path = tmp_path / "model.pth"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.pth is (damaged|truncated)"):
-        load_tensors(path)
 
 
 class OwnStem(nn.Module):

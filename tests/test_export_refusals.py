@@ -126,14 +126,23 @@ def test_a_program_whose_gates_became_constants(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_network_that_is_exported_wrongly_for_other_sizes(tmp_path, capfd):
-    """The exporter makes adaptive pooling a pooling of the size that it saw."""
-
-    def body(net: Block, x: Tensor) -> Tensor:
-        return net.fc(F.adaptive_avg_pool2d(net.conv0(x), 2).flatten(1))
-
-    network = Block(body, conv0=conv(3, 4), fc=nn.Linear(16, 4)).eval()
-    with pytest.raises(ExportError, match=r"\(16, 3, 16, 16\).*: leave dynamic_size out"):
+@pytest.mark.parametrize(
+    "decide",
+    [
+        lambda x: F.adaptive_avg_pool2d(x, 2),  # the exporter makes it a pooling of the size that it saw
+        lambda x: x[:, :, 1:] if x.shape[2] % 2 else x,
+        lambda x: F.avg_pool2d(x, 2) if x.shape[2] > 10 else x,
+        lambda x: F.avg_pool2d(x, 2) if x.shape[2] < 6 else x,
+    ],
+)
+def test_a_network_that_is_exported_wrongly_for_other_sizes(tmp_path, capfd, decide):
+    network = Block(
+        lambda net, x: net.fc(net.conv1(decide(net.conv0(x))).relu().mean((2, 3))),
+        conv0=conv(3, 4),
+        conv1=conv(4, 8),
+        fc=nn.Linear(8, 4),
+    ).eval()
+    with pytest.raises(ExportError, match="leave dynamic_size out"):
         export_onnx(network, IMAGES, tmp_path / "model.onnx", dynamic_size=True)
     assert not list(tmp_path.iterdir())
     assert not capfd.readouterr().err
@@ -190,7 +199,12 @@ def test_metadata_that_somebody_changed(tmp_path):
     proto, good = onnx.load(path), ExportedModel(path).metadata
     for message, text in {
         "has damaged metadata": "{",
+        "damaged metadata": "[" * 99999,
         "has metadata that gaternet does not write": "[1]",
+        "metadata that gaternet does not write": json.dumps(good | {"classes": 3}),
+        "that gaternet does not write": json.dumps(good | {"classes": {"0": "a", "1": "b", "2": "c", "3": "d"}}),
+        "gaternet does not write": json.dumps(good | {"input": "images"}),
+        "does not write": json.dumps(good | {"preprocessing": good["preprocessing"] | {"height": 10**9}}),
         "does not name as many classes": json.dumps(good | {"classes": ["a"]}),
         "does not say how images become its input": json.dumps(good | {"preprocessing": 5}),
         "exported without its classes": json.dumps({k: v for k, v in good.items() if k != "classes"}),

@@ -196,6 +196,8 @@ def test_every_figure_is_drawn_and_nothing_overflows(pages, browser, options):
     shown = Shown(browser, pages / "index.html", **options)
     assert shown.figures() == EVERY | FORCED
     assert shown.said == []
+    unnamed = shown.page.locator(".figure:not([role=img][aria-label])")
+    assert unnamed.count() == 0
     width = shown.page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     assert width[0] <= width[1]
     assert shown.page.inner_text("h1") == "Gates of <x>"

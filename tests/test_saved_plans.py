@@ -214,7 +214,7 @@ def test_a_gater_of_another_backbone_is_refused(tmp_path):
         Skipper.load(tmp_path / "one")
 
 
-@pytest.mark.parametrize("kept", [5, [5], [["a"]], [[10**9]]])
+@pytest.mark.parametrize("kept", [5, [5], [["a"]], [[10**9]], [[True]], [[1.0]]])
 def test_subnetworks_of_gates_that_there_are_not_are_refused(kept, tmp_path):
     gaternet.skip(gated(chain_of(["residual"])), IMAGES, "slice").save(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"engine": "specialise", "hard": True, "kept": kept}))

@@ -6,9 +6,13 @@ import pytest
 import torch
 from random_networks import Attention, LayerNorm2d, attend, in_windows
 from site_checks import check_promises, listed, reasons
-from small_networks import Block, Net, conv, norm, squeeze_excite, with_stem
+from small_networks import IMAGES, Block, Net, conv, norm, squeeze_excite, with_stem
 from torch import nn
 from torch.nn import functional as F
+
+from gaternet.cost import CostModel
+from gaternet.graph import read_graph
+from gaternet.sites import examine
 
 
 def shared_weights() -> Net:
@@ -166,3 +170,20 @@ def test_pooled_features_stay_pooled_where_ways_part_and_join():
         two=conv(8, 8, 1),
     )
     assert reasons(with_stem(unit)) == {"unit.one": POOLED, "unit.two": POOLED}
+
+
+class Blurred(nn.Conv2d):
+    """Convolves twice, first with a filter that it does not learn."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (its name in Conv2d)
+        return super().forward(F.conv2d(input, torch.ones(6, 1, 3, 3) / 9, padding=1, groups=6))
+
+
+@pytest.mark.parametrize("filters", [6, 9])
+def test_the_first_of_its_convolutions_costs_the_same_whatever_its_gates(filters):
+    two = Blurred(6, filters, 3, padding=1)
+    net = Net(lambda net, x: net.end(net.two(net.one(x))), one=conv(3, 6), two=two, end=conv(filters, 8))
+    graph = read_graph(net, IMAGES[:1])
+    cost, gates = CostModel(graph, examine(graph, "all").sites), torch.ones(1, 6 + filters + 8)
+    gates[:, 6 : 6 + filters] = 0
+    assert cost(gates).item() == cost.dense - (filters * 6 + 8 * filters) * 9 * 64

@@ -11,6 +11,7 @@ from small_networks import Block, Net, conv, norm
 from torch import Tensor, nn
 
 import gaternet
+from gaternet.method import GaterNet, GateSite
 
 FEATURES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "concatenated": lambda net, x: torch.cat([net.one(x), net.two(x)], 1),
@@ -27,7 +28,7 @@ def features(body: Callable[[Any, Tensor], Tensor]) -> nn.Module:
         return nn.Sequential(conv(8, 8, groups=groups, bias=False), norm(8), nn.ReLU())
 
     stem = nn.Sequential(conv(3, 8), norm(8), nn.ReLU())
-    return Block(whole, stem=stem, one=unit(), two=unit(), depthwise=unit(8))
+    return Block(whole, stem=stem, one=unit(), two=unit(), depthwise=unit(8), end=conv(16, 4))
 
 
 @pytest.mark.parametrize("name", FEATURES)
@@ -156,3 +157,47 @@ def test_what_is_no_gaternet_or_no_image_is_refused(unchecked_types):
     for call in (gaternet.skip, gaternet.count_macs):
         with pytest.raises(ValueError, match=r"the example must have images, but is \(0, 3, 8, 8\): pass one"):
             call(model, THREE[:0])
+
+
+# --- What a plan cannot follow
+
+
+PRODUCTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "shuffled": lambda net, x: torch.roll(net.two(x), 1, 1) * net.one(x),
+    "shuffled behind": lambda net, x: net.one(x) * torch.roll(net.two(x), 1, 1),
+    "pooled": lambda net, x: net.two(x).mean((2, 3))[:, :, None, None] * net.one(x),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_of_channels_with_gates_of_their_own_are_concatenated_exactly(name):
+    model = gated(
+        features(lambda net, x: net.end(torch.cat([PRODUCTS[name](net, x), net.depthwise(x)], 1)).mean((2, 3)))
+    )
+    gates = random_gates(model, 0.5)
+    assert_skips_exactly(model, THREE, gates)
+    special = gaternet.skip(model, THREE, "specialise", calibration=gates, subnetworks=2)
+    torch.testing.assert_close(special.forward_gated(THREE, gates), model.forward_gated(THREE, gates))
+
+
+@pytest.mark.parametrize(
+    "site",
+    [
+        GateSite("act", "conv", 0, 8),
+        GateSite("conv", "conv", 0, 8),
+        GateSite("bn", "act", 0, 8),
+    ],
+    ids=["identity", "before the norm", "no convolution's"],
+)
+def test_gates_that_a_plan_does_not_follow_are_refused(site):
+    net = Net(
+        lambda net, x: net.end(net.act(net.bn(net.conv(x)))),
+        conv=conv(3, 8),
+        bn=norm(8),
+        act=nn.Identity(),
+        end=conv(8, 8),
+    ).eval()
+    gater = gated(Net(lambda net, x: net.end(x), end=conv(3, 8))).gater
+    model = GaterNet(net, gater, [site]).eval()
+    with pytest.raises(ValueError, match=f"the gates at {site.name} cannot be followed: gate what gaternet.find_sites"):
+        gaternet.skip(model, THREE)

@@ -68,8 +68,8 @@ class GateAnalysis:
         backbone_macs, gater_macs: of one image, all gates open.
         samples: images drawn at random, without repetition.
         cheapest, dearest: the images with the fewest and with the most MACs.
-        surest: the images with the highest logit of each gate, and with the lowest, (2, E, C), as places in the data
-            set, or -1; None for a gater that has no logits.
+        surest: the images that open each gate with the highest logit, and those that close it with the lowest,
+            (2, E, C), as places in the data set; -1 where there are no more. None for a gater that has no logits.
         thumbnails: place in the data set -> uint8 image (h, w, 1 or 3), of all images named above.
         facts: place -> label (or -1), prediction, number of open gates and MACs of these images.
     """
@@ -267,7 +267,7 @@ class _Pass:
         shape = (extremes, gates)
         self.scores = [torch.full(shape, -math.inf, device=self.device) for _ in range(2)]
         self.places = [torch.full(shape, -1, dtype=torch.int64, device=self.device) for _ in range(2)]
-        self.has_logits = isinstance(model.gater, Gater)
+        self.has_logits = type(model.gater) is Gater
         self.kept = {name: _Kept() for name in ("samples", "cheapest", "dearest")}
         self.thumbnails: dict[int, NDArray[np.uint8]] = {}
         self.facts: dict[int, tuple[int, int, int, int]] = {}
@@ -280,7 +280,7 @@ class _Pass:
         """Count one batch."""
         inputs = self._inputs(images)
         gater = self.model.gater
-        if isinstance(gater, Gater):
+        if type(gater) is Gater:  # a subclass may decide by something else
             scores = gater.logits(inputs)
             gates = gater.sample(scores)
         else:
@@ -298,11 +298,11 @@ class _Pass:
         self.histogram += torch.bincount(opened.sum(1), minlength=len(self.histogram))
         places = torch.arange(self.seen, self.seen + len(images), device=self.device)
         if scores is not None and self.extremes:
-            for side, sign in enumerate((1, -1)):
-                both = torch.cat([self.scores[side], sign * scores.float()])
-                self.scores[side], chosen = both.topk(self.extremes, 0)
+            for side, (sign, others) in enumerate(((1, ~opened), (-1, opened))):
+                own = (sign * scores.float()).masked_fill(others, -math.inf)
+                self.scores[side], chosen = torch.cat([self.scores[side], own]).topk(self.extremes, 0)
                 every = torch.cat([self.places[side], places[:, None].expand(-1, gates.shape[1])])
-                self.places[side] = every.gather(0, chosen)
+                self.places[side] = every.gather(0, chosen).masked_fill(self.scores[side].isinf(), -1)
         rows = [torch.full_like(predictions, -1) if labels is None else labels, predictions, opened, macs]
         batch = Samples(places.cpu().numpy(), *(row.cpu().numpy() for row in rows))
         self.kept["samples"].add(batch, self.generator.random(len(images)), self.num_samples)

@@ -87,13 +87,29 @@ def _read_metadata(session: Any, path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} was not exported by gaternet: make one with gaternet export")
     try:
         metadata = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} has damaged metadata ({error}): export it again") from error
-    if not isinstance(metadata, dict) or not {"form", "input", "num_gates"} <= metadata.keys():
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has damaged metadata ({first_line(error)}): export it again") from error
+    takes = session.get_inputs()[0]
+    if not isinstance(metadata, dict) or not _is_ours(metadata, "uint8" in takes.type, takes.shape[2:]):
         raise ValueError(f"{path} has metadata that gaternet does not write: export it again")
     if "classes" in metadata and len(metadata["classes"]) != session.get_outputs()[0].shape[1]:
         raise ValueError(f"{path} does not name as many classes as it has logits: export it again")
     return metadata
+
+
+def _is_ours(metadata: dict[str, Any], pixels: bool, size: list[int | str]) -> bool:
+    """Whether metadata are as `export_onnx` writes them, for a file that takes such images."""
+    classes, made = metadata.get("classes", []), metadata.get("preprocessing")
+    made = made if isinstance(made, dict) else {}  # what is wrong with it is said where it is needed
+    fixed = pixels and all(isinstance(side, int) for side in size)
+    return (
+        metadata.get("form") in ("masked", "skipping")
+        and metadata.get("input") == ("pixels" if pixels else "images")
+        and isinstance(metadata.get("num_gates"), int)
+        and isinstance(classes, list)
+        and all(isinstance(name, str | int) for name in classes)
+        and all(made.get(name) in (None, side) for name, side in zip(("height", "width"), size, strict=False) if fixed)
+    )
 
 
 def start_session(model: Path | bytes) -> Any:

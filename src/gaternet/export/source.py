@@ -21,6 +21,7 @@ from gaternet.method import GaterNet
 
 Form = Literal["masked", "skipping"]
 _HELD_OUT = 16
+_OF_OTHER_SIZES = 4
 
 
 class Source:
@@ -136,11 +137,27 @@ class Source:
             parity = compare(self.model, self.inputs, images, run, run_gated)
             if self.dynamic_size:
                 mend = "leave dynamic_size out"
-                larger = [side + min(32, side & -side) for side in images.shape[2:]]
-                compare(self.model, self.inputs, F.interpolate(images, larger), run, run_gated)
+                for other in self._of_other_sizes(images[:_OF_OTHER_SIZES]):
+                    compare(self.model, self.inputs, other, run, run_gated)
         except ExportError as error:
             raise ExportError(f"{error}: {mend}") from error
         return parity
+
+    def _of_other_sizes(self, images: Tensor) -> Iterator[Tensor]:
+        """The images larger and smaller, with even and odd sides, as far as the model takes such.
+
+        What a network decides by the size of an image, a file has decided for good: it is wrong at some of them.
+        """
+        height, width = images.shape[2:]
+        sizes = [tuple(side + min(32, side & -side) for side in (height, width))]  # of a network that halves, too
+        sizes += [(height + 1, width + 1), (2 * height, 2 * width + 1), (height // 2 + 1, max(1, width // 2))]
+        for size in sizes:
+            other = F.interpolate(images, size)
+            try:
+                self.model(self.inputs(other))
+            except Exception:  # its own code may raise anything
+                continue
+            yield other
 
     @contextmanager
     def tracing(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from gaternet import checkpoint
 from gaternet.analysis import GateAnalysis
 from gaternet.report import figures
-from gaternet.report.page import page
+from gaternet.report.page import figure_place, page
 
 
 def write_comparison(runs: Mapping[str, GateAnalysis], directory: Path, links: Sequence[str]) -> Path:
@@ -40,7 +40,7 @@ def write_comparison(runs: Mapping[str, GateAnalysis], directory: Path, links: S
         "image, on average, and their share of what it takes with all gates open."
     )
     body = [f'<div class="scroll">{_table(runs, links)}</div><p class="soft">{explained}</p>']
-    body += [f'<section><h2>{headings[name]}</h2><div class="figure" id="{name}"></div></section>\n' for name in drawn]
+    body += [f"<section><h2>{headings[name]}</h2>{figure_place(name, headings[name])}</section>\n" for name in drawn]
     data = {"figures": {name: figure.to_plotly_json() for name, figure in drawn.items()}, "strips": {}}
     text = page("Gates compared", ", ".join(runs), body, data, "")
     checkpoint.write_atomically(directory / "index.html", lambda path: path.write_text(text, encoding="utf-8"))

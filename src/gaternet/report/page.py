@@ -26,6 +26,16 @@ GATES_SHOWN = 60  # whose images are on the page
 
 Section = tuple[str, str, str]  # heading, text, HTML
 
+_LABELS = {  # of figures that share a heading
+    "class-costs": "MACs of each class",
+    "class-densities": "Share of the gates that each class opens",
+    "costs": "MACs of single images",
+    "forced-sites": "Accuracy with all gates of a layer forced",
+    "forced-site-classes": "What each class loses where a layer is shut",
+    "forced-classes": "Accuracy with the gates of a class forced",
+    "exchanged-gates": "Predictions under the gates of other images",
+}
+
 
 def write_report(
     analysis: GateAnalysis, directory: Path, *, forced: Forced | None = None, title: str = "Gates", subtitle: str = ""
@@ -126,6 +136,11 @@ def page(title: str, subtitle: str, body: Sequence[str], data: Mapping[str, Any]
 """
 
 
+def figure_place(name: str, label: str) -> str:
+    """Where the script draws a figure; the label is for those who do not see it, as gates.json is for its numbers."""
+    return f'<div class="figure" id="{name}" role="img" aria-label="{html.escape(label)}"></div>'
+
+
 def _tiles(analysis: GateAnalysis, tested: Probe | None) -> str:
     lows = np.flatnonzero(analysis.histogram)
     mean = analysis.open_counts.sum() / analysis.images
@@ -171,7 +186,7 @@ def _sections(
     forced: Forced | None,
 ) -> list[Section]:
     def place(name: str) -> str:
-        return f'<div class="figure" id="{name}"></div>'
+        return figure_place(name, labels[name])
 
     said = ""
     if tested is not None:
@@ -220,6 +235,7 @@ def _sections(
             ),
         ),
     ]
+    labels = _LABELS | {name: head for name, (head, *_) in found}
     sections = [(head, text, place(name)) for name, (head, text, _) in found if name in drawn]
     if gates:
         sections.append(_gate_section(gates))
@@ -265,7 +281,7 @@ def _gate_section(gates: Sequence[Mapping[str, Any]]) -> Section:
         f'{controls}<p id="gate-facts"></p><p id="gate-forced"></p>'
         '<h3>Images that open it most surely</h3><div class="strip" id="gate-surest"></div>'
         '<h3>Images that close it most surely</h3><div class="strip" id="gate-least"></div>'
-        '<h3>How often each class opens it</h3><div class="figure" id="gate-classes"></div>'
+        f"<h3>How often each class opens it</h3>{figure_place('gate-classes', 'How often each class opens the gate')}"
     )
     return ("Gate by gate", f"The {len(gates)} gates that tell most about the class.", inside)
 

@@ -83,6 +83,11 @@ class _Planner:
                 self._add_conv(graph.convs[node], self._owners.get(graph.convs[node].name))
             else:
                 self._add(node)
+        if self._places:
+            name = next(iter(self._places.values())).name
+            raise ValueError(
+                f"the gates at {name} cannot be followed: gate what gaternet.find_sites finds, to skip filters"
+            )
         assert graph.result is not None
         output = self._values[graph.result]
         steps = finish(self.steps, output)
@@ -149,7 +154,7 @@ class _Planner:
     def _add(self, node: Node) -> None:
         self._flow.run(node)
         step = self._step(node)
-        site = self._places.get(node)
+        site = self._places.pop(node, None)
         if site is not None:  # a site that no convolution could take along
             self._flow.set_gates(node, site.columns)
             step.kind, step.pattern, step.mask = "aten", DENSE, site.columns.tolist()
@@ -205,7 +210,9 @@ class _Planner:
             if shape(sources[0]) != shape(node) or (held[0] == DENSE and shape(sources[1]) == shape(node)):
                 sources, held = sources[::-1], held[::-1]  # a factor of 1 x 1 pixels may stand on either side
             factor = shape(sources[0]) == shape(node) and shape(sources[1])[1] == shape(node)[1]
-            if factor and held[1] in (DENSE, held[0]):
+            # Of two that have gates the flow follows the first: the product's channels must be those that are held.
+            known = held[0] == DENSE or torch.equal(self.patterns[held[0]], self._flow.of(node))
+            if factor and known and held[1] in (DENSE, held[0]):
                 kind, step.pattern = "scale", held[0]
         elif name == "cat" and (*node.args, 0)[1] in (1, -3) and list(_first(node)) == sources:
             # A part that is held dense must have no gates, else the open channels of the whole are not those held.

@@ -141,7 +141,8 @@ class Skipper(nn.Module):
         if "kept" in config:
             numbers = config["kept"]
             known = isinstance(numbers, list) and all(isinstance(gates, list) for gates in numbers)
-            if not known or not all(gate in range(plan.num_gates) for gates in numbers for gate in gates):
+            every = [gate for gates in numbers for gate in gates] if known else [-1]
+            if not all(type(gate) is int and 0 <= gate < plan.num_gates for gate in every):
                 raise ValueError(f"{root} keeps gates that there are not: save it anew with skip(...).save")
             kept = [torch.isin(torch.arange(plan.num_gates), torch.tensor(gates)) for gates in numbers]
             backbone = Specialised(plan, kept, kernels)
