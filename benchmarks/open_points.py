@@ -129,10 +129,12 @@ def main() -> None:
     measured = {_key(line["recipe"], line["options"], line["seed"]) for line in read_ledger(LEDGER)}
     jobs = make_jobs(recipes, range(args.seeds), args.out)
     missing = [job for job in jobs if _key(job.recipe.name, changed_options(job.recipe), job.seed) not in measured]
-    plain = {study.names[0] for study in STUDIES.values()}  # others may start from their weights
-    starts = [job for job in jobs if job not in missing and job.recipe.name in plain]
+    recipes = [job.recipe for job in missing]
+    needed = {r.gating.extractor_from for r in recipes} | {r.gating.backbone_from for r in recipes}
+    needed |= {r.distillation.teacher for r in recipes}
+    starts = [job for job in jobs if job not in missing and str(job.path) in needed]
     try:
-        if missing:
+        if starts:
             sweep(starts, args.out / "ledger.jsonl", Runtime(), args.jobs, args.minutes)
         sweep(missing, LEDGER, Runtime(), args.jobs, args.minutes)
     except Stopped as stopped:
