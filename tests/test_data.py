@@ -1,3 +1,5 @@
+"""Data sets: what is read, what is refused, and how pixels become inputs."""
+
 import shutil
 import subprocess
 import sys
@@ -82,6 +84,8 @@ BAD_ARRAYS = {
     "no images": ({"x_train": np.zeros((0, 6, 8, 3), np.uint8), "y_train": np.zeros(0, int)}, "must be uint8 images"),
     "too few labels": ({"y_train": np.arange(19)}, "y_train .* must be 20 integers"),
     "float labels": ({"y_train": np.zeros(20)}, "y_train .* must be 20 integers"),
+    "labels that are no numbers of classes": ({"y_train": np.arange(20) * 10**8}, "go up to 1900000000, of 20 images"),
+    "one class": ({"y_train": np.zeros(20, int), "y_test": np.zeros(8, int)}, "number two classes or more from 0 on"),
     "negative label": ({"y_train": np.arange(20) - 1}, r"from -1 to 18, but must lie in \[0, 19\)"),
     "label beyond the classes": ({"y_test": np.array([0, 1, 2, 3, 4])}, r"from 0 to 4, but must lie in \[0, 4\)"),
     "missing array": ({"y_test": None}, "has no array y_test"),
@@ -342,3 +346,19 @@ def test_real_cifar10_unpacks_into_what_load_data_reads(tmp_path, shared):
     assert (len(data.train), len(data.test), len(data.classes)) == (50000, 10000, 10)
     np.testing.assert_allclose(data.preprocessing.mean, (0.4914, 0.4822, 0.4465), atol=1e-4)  # as published
     np.testing.assert_allclose(data.preprocessing.std, (0.2470, 0.2435, 0.2616), atol=1e-4)
+
+
+def test_torchvisions_arrays_keep_rows_columns_and_parts(tmp_path, monkeypatch):
+    class Known:
+        classes = ("cat", "dog")
+
+        def __init__(self, root: Path, train: bool) -> None:
+            self.data = np.random.default_rng(int(train)).integers(0, 256, (4 if train else 2, 6, 8, 3), np.uint8)
+            self.targets = [i % 2 for i in range(len(self.data))]
+
+    monkeypatch.setitem(TORCHVISION, "cifar10", Known)
+    data = load_data("cifar10", root=tmp_path)
+    for images, train in ((data.train, True), (data.test, False)):
+        pixels = np.stack([images[i][0].permute(1, 2, 0).numpy() for i in range(len(images))])
+        assert np.array_equal(pixels, Known(tmp_path, train).data)
+        assert [images[i][1] for i in range(len(images))] == Known(tmp_path, train).targets

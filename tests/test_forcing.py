@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from analyzed_model import IMAGES, LABELS, MODEL, PIXELS, batches, recount
+from analyzed_model import IMAGES, LABELS, MODEL, PIXELS, batches, make_model, recount
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -162,3 +162,35 @@ def test_forcing_needs_labels_and_images(analysis):
         force_gates(MODEL, batches(labels=False), analysis, preprocessing=PIXELS)
     with pytest.raises(ValueError, match="the loader is empty"):
         force_gates(MODEL, [], analysis)
+
+
+def test_a_model_in_training_mode_is_asked_as_in_evaluation_mode(analysis):
+    options: dict[str, Any] = {"preprocessing": PIXELS, "images": 20}
+    few: dict[str, Any] = {"draws": 1, "gates": 1, "classes": 1}
+    found = analyze(make_model().train(), batches(), preprocessing=PIXELS, samples=40, extremes=0)
+    assert np.array_equal(found.class_open, analysis.class_open)
+    assert exchange_gates(make_model().train(), batches(), **options) == exchange_gates(MODEL, batches(), **options)
+    found, expected = (
+        force_gates(model, batches(), analysis, **options, **few) for model in (make_model().train(), MODEL)
+    )
+    assert np.array_equal(found.before, expected.before, equal_nan=True)
+    assert np.array_equal(found.sites.forced, expected.sites.forced, equal_nan=True)
+    assert found.exchanged == expected.exchanged
+
+
+def test_as_many_gates_images_and_draws_are_taken_as_was_asked_for(analysis):
+    options: dict[str, Any] = {"preprocessing": PIXELS, "gates": 3, "classes": 2, "draws": 1}
+    few = force_gates(MODEL, batches(), analysis, **options, images=20)
+    assert (few.images, len(few.gates), len(few.classes)) == (20, 3, 2)
+    assert few.taken == round(0.05 * analysis.dependent.sum())
+    found = force_gates(MODEL, batches(), analysis, **options)
+    others: list[dict[str, Any]] = [{"seed": 1}, {"draws": 4}]
+    for changes in others:
+        changed = force_gates(MODEL, batches(), analysis, **options | changes)
+        assert np.array_equal(changed.sites.forced, found.sites.forced, equal_nan=True)
+        assert not np.array_equal(changed.sites.by_chance, found.sites.by_chance, equal_nan=True)
+
+
+def test_chance_is_drawn_from_its_seed(analysis):
+    first, other = (dataclasses.replace(analysis).information_by_chance(draws=2, seed=seed) for seed in (0, 1))
+    assert not np.array_equal(first, other)

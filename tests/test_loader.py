@@ -1,3 +1,5 @@
+"""Batches: from memory and from files, augmented, in an order that seed and epoch decide."""
+
 import multiprocessing
 import os
 import signal
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from gaternet.augment import DRAWS, GREY, augment_batch
+from gaternet.augment import DRAWS, GREY, augment_batch, file_transform
 from gaternet.data import ImageSet, load_data
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
@@ -214,3 +216,40 @@ def test_files_are_mirrored_without_crops_too(folder):
         mirrored.append(torch.equal(pixels, straight.flip(2)))
         assert mirrored[-1] or torch.equal(pixels, straight)
     assert 0 < sum(mirrored) < len(mirrored)
+
+
+@pytest.mark.parametrize(
+    ("policy", "of_batches", "of_files"),
+    [
+        ("autoaugment", v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10), v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET)),
+        ("randaugment", v2.RandAugment(), v2.RandAugment()),
+        ("trivialaugment", v2.TrivialAugmentWide(), v2.TrivialAugmentWide()),
+    ],
+)
+def test_policies_are_torchvisions(policy, of_batches, of_files):
+    options = Augmentation(crop=False, flip=False, policy=policy)
+    images, draws = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8), torch.rand(16, DRAWS)
+    of_file = file_transform(options, 16)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        expected = torch.cat([of_batches(part) for part in images.split(8)])  # eight neighbours are treated alike
+        assert torch.equal(augment_batch(images, options, draws, seed), expected)
+        torch.manual_seed(seed)
+        expected = of_files(images[0])
+        torch.manual_seed(seed)
+        assert torch.equal(of_file(images[0]), expected)
+
+
+def test_an_image_is_treated_differently_by_each_seed(accelerator):
+    images = ImageSet(torch.randint(0, 256, (1, 3, 16, 8), dtype=torch.uint8), [0], Augmentation())
+    batches = [make_batches(images, 1, CPU, accelerator, seed=seed) for seed in range(20)]
+    assert len({next(iter(each.epoch()))[0].numpy().tobytes() for each in batches}) > 10
+
+
+def test_a_policy_does_something_else_in_each_epoch_and_step(accelerator):
+    pixels = torch.randint(0, 256, (1, 3, 16, 8), dtype=torch.uint8).repeat(10, 1, 1, 1)
+    images = ImageSet(pixels, [0] * 10, Augmentation(crop=False, flip=False, policy="trivialaugment"))
+    batches = make_batches(images, 1, CPU, accelerator, seed=0)
+    seen = [[batch.numpy().tobytes() for batch, _ in batches.epoch(epoch)] for epoch in range(10)]
+    assert len(set(seen[0])) > 5
+    assert len({steps[0] for steps in seen}) > 5

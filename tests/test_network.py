@@ -11,6 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from training_runs import small
 
 from gaternet.checkpoint import load_model, save_model
 from gaternet.cost import CostModel, count_macs
@@ -325,3 +326,15 @@ def test_finetuning_resumes_to_the_same_weights(tmp_path: Path, monkeypatch):
     train(recipe, tmp_path / "cut", CPU, resume=True)
     whole, cut = (load_model(tmp_path / name / "last")[0].state_dict() for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_recipes_options_reach_the_gater_of_a_published_model():
+    options: dict[str, Any] = {"bottleneck": 5, "batch_norm": False, "initial_bias": 2.0, "shrink": 2}
+    options |= {"noise_std": 0.5, "hard_probability": 0.25}
+    network = build_network(small("resnet8_gated", extractor="resnet8", **options), load_data("digits"), seed=0)
+    gater = network.get_submodule("gater")
+    assert isinstance(gater, Gater)
+    assert (gater.noise_std, gater.hard_probability, gater.fc1.out_features) == (0.5, 0.25, 5)
+    assert isinstance(gater.norm, nn.Identity)
+    assert gater.fc2.bias.eq(2).all()
+    assert isinstance(gater.extractor, nn.Sequential)  # with what shrinks the images in front

@@ -7,8 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gaternet.objective import distillation_loss, gate_penalty, learning_rate, noise_scale, penalty_ramp
-from gaternet.recipe import Gating, Optimizer
+from gaternet.objective import (
+    distillation_loss,
+    gate_penalty,
+    learning_rate,
+    noise_scale,
+    penalty_ramp,
+    schedule,
+    unreached,
+)
+from gaternet.recipe import Gating, Optimizer, Recipe, override
 from gaternet.recipes import find_recipe
 
 
@@ -121,3 +129,33 @@ def test_distillation_loss_in_other_words():
         expected = temperature**2 * (p * (p / q).log()).sum(1).mean()
         torch.testing.assert_close(distillation_loss(ours, theirs, temperature), expected)
     assert distillation_loss(ours, ours, 4.0).abs() < 1e-6
+
+
+def test_what_epochs_are_too_few_for_is_said():
+    gated = find_recipe("digits_resnet20_gated")
+    assert unreached(gated) == unreached(find_recipe("cifar10_resnet20_gated")) == []
+    assert unreached(override(gated, {"epochs": 6})) == []
+    for epochs, share in ((3, 25), (2, 0)):
+        (said, *_) = unreached(override(gated, {"epochs": epochs}))
+        assert said.startswith(f"in {epochs} epochs the penalty on open gates comes to {share} % of its weight: see")
+    assert unreached(override(find_recipe("digits_resnet20"), {"epochs": 2})) == [
+        "in 2 epochs the learning rate still rises: see --warmup-epochs"
+    ]
+
+
+def test_penalty_of_several_densities_is_the_mean_of_theirs():
+    densities = torch.tensor([0.1, 0.7])
+    assert gate_penalty(densities, Gating(target_density=0.4, density_weight=5.0)).item() == pytest.approx(5 * 0.3**2)
+    assert gate_penalty(densities, Gating(sparsity=0.2)).item() == pytest.approx(0.2 * 0.4)
+
+
+def test_schedule_of_a_step_counts_shares_of_epochs():
+    gating = Gating(sparsity_start=1.0, sparsity_ramp=2.0, anneal_noise=True, final_slope=5.0)
+    recipe = Recipe("own", epochs=4, optimizer=Optimizer(lr=0.2, schedule="cosine"), gating=gating)
+    steps = (0, 15, 26, 39)
+    found = [schedule(recipe, step, 10) for step in steps]
+    assert [now.ramp for now in found] == pytest.approx([0.0, 0.25, 0.8, 1.0])
+    assert [now.noise for now in found] == pytest.approx([1.0, 0.625, 0.35, 0.025])
+    assert [now.slope for now in found] == pytest.approx([1.0, 2.5, 3.6, 4.9])
+    rates = [0.1 * (1 + math.cos(math.pi * step / 40)) for step in steps]
+    assert [now.rate for now in found] == pytest.approx(rates)

@@ -1,17 +1,20 @@
 """What a network gives out when filters are skipped, what its images do to each other, what becomes of the model."""
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from random_networks import chain_of
 from skipped_networks import KERNELS, THREE, assert_skips_exactly, gated, plan_of, random_gates
-from small_networks import Block, Net, conv, norm
+from small_networks import IMAGES, Block, Net, conv, norm
 from torch import Tensor, nn
 
 import gaternet
-from gaternet.method import GaterNet, GateSite
+from gaternet.method import Gater, GaterNet, GateSite
+from gaternet.skipping.specialise import Specialised
 
 FEATURES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "concatenated": lambda net, x: torch.cat([net.one(x), net.two(x)], 1),
@@ -201,3 +204,46 @@ def test_gates_that_a_plan_does_not_follow_are_refused(site):
     model = GaterNet(net, gater, [site]).eval()
     with pytest.raises(ValueError, match=f"the gates at {site.name} cannot be followed: gate what gaternet.find_sites"):
         gaternet.skip(model, THREE)
+
+
+class SoftGater(Gater):
+    """A gater that was changed: its gates are between 0 and 1 in evaluation, too."""
+
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return self.logits(images).sigmoid()
+
+
+def test_a_changed_gater_with_soft_gates_is_refused():
+    model = gated(chain_of(["residual"]))
+    assert isinstance(model.gater, Gater)
+    own = SoftGater(model.gater.extractor, model.gater.fc1.in_features, model.num_gates)
+    soft = gaternet.GaterNet(model.ungate(), own, model.sites).eval()
+    with pytest.raises(ValueError, match="gates must be 0 or 1 for filters to be skipped"):
+        gaternet.skip(soft, IMAGES, "slice")(IMAGES)
+
+
+@pytest.mark.parametrize("fastest", ["slice", "mask", "specialise"])
+def test_auto_chooses_of_all_engines_and_holds_a_copy(fastest, monkeypatch):
+    module = sys.modules[gaternet.skip.__module__]  # the package has a function of its name
+    monkeypatch.setattr(
+        module, "time_engines", lambda engines, *rest: {name: float(name != fastest) for name in engines}
+    )
+    model = gated(chain_of(["residual"]))
+    gates = random_gates(model, 0.5, batch=2)
+    fast = gaternet.skip(model, IMAGES, calibration=gates)
+    assert fast.engine == fastest
+    assert fast.timings.keys() == {"slice", "mask", "specialise"}
+    assert isinstance(fast.program, Specialised) == (fastest == "specialise")
+    with torch.no_grad():
+        expected = model.forward_gated(IMAGES, gates)
+        torch.testing.assert_close(fast.forward_gated(IMAGES, gates), expected)
+        for parameter in model.backbone.parameters():  # it goes on learning
+            parameter.add_(1)
+    torch.testing.assert_close(fast.forward_gated(IMAGES, gates), expected)
+
+
+@pytest.mark.parametrize("engine", ["slice", "mask"])
+def test_no_gradients_under_given_gates(engine):
+    model = gated(chain_of(["residual"]))
+    fast = gaternet.skip(model, IMAGES, engine)
+    assert not fast.forward_gated(IMAGES, random_gates(model, 0.5, batch=2)).requires_grad

@@ -11,15 +11,20 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accelerate import Accelerator
-from small_networks import Net
-from torch import nn
-from training_runs import records, small, weights
+from small_networks import Net, seeded
+from torch import Tensor, nn
+from torch.nn import functional as F
+from training_runs import CPU, records, small, weights
 
 import gaternet
 import gaternet.step
 import gaternet.train
-from gaternet.recipe import Recipe, Runtime
-from gaternet.step import RecordedStep, StepGraph, Sums, can_be_recorded
+from gaternet.data import Preprocessing
+from gaternet.evaluate import ToInput
+from gaternet.machine import make_accelerator
+from gaternet.objective import Schedule
+from gaternet.recipe import Distillation, Gating, Optimizer, Recipe, Runtime
+from gaternet.step import RecordedStep, StepGraph, Sums, TrainingStep, can_be_recorded
 from gaternet.train import Stopped, train
 
 GPU = torch.cuda.is_available()
@@ -153,3 +158,43 @@ def test_a_network_that_waits_for_the_gpu_cannot_be_recorded(tmp_path: Path):
     network.fc = nn.Linear(8, 10)
     with pytest.raises(ValueError, match=r"this training step cannot be a CUDA graph \(.*\): run it with --no-cuda"):
         train(recipe, tmp_path / "run", RUNTIME, network=network)
+
+
+class Given(nn.Module):
+    """Gives its parameters, whatever the images: logits, gates and the logits of a classifier beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs = nn.ParameterList(torch.rand(6, size, generator=seeded(size)) for size in (4, 5, 4))
+
+    def forward(self, images: Tensor, return_gates: bool = False) -> tuple[Tensor, ...]:
+        return tuple(self.outputs)
+
+
+def test_a_step_descends_the_loss_by_hand():
+    recipe = Recipe(
+        "own",
+        optimizer=Optimizer(label_smoothing=0.3),
+        gating=Gating(sparsity=0.5, auxiliary_weight=0.25),
+        distillation=Distillation(teacher_weight=0.3, temperature=2.0),
+    )
+    model, labels, targets = Given(), torch.arange(6) % 4, torch.rand(6, 4, generator=seeded(1))
+    logits, gates, guess = (output.detach().clone().requires_grad_() for output in model.outputs)
+    told, guessed = (F.cross_entropy(values, labels, label_smoothing=0.3) for values in (logits, guess))
+    p, q = (targets / 2).softmax(1), (logits / 2).softmax(1)
+    loss, penalty = 0.7 * told + 0.3 * 4 * (p * (p / q).log()).sum(1).mean(), 0.5 * 0.125 * gates.mean()
+    gradients = torch.autograd.grad(loss + penalty + 0.25 * guessed, (logits, gates, guess))
+
+    accelerator = make_accelerator(CPU)
+    optimizer = accelerator.prepare(torch.optim.SGD([{"params": list(model.parameters()), "scale": 2.0}], 1.0))
+    to_input = ToInput(Preprocessing(8, 8, (0.5,) * 3, (0.5,) * 3))
+    options: dict[str, Any] = {"density_of": lambda gates: gates.mean()[None], "teacher": lambda images: targets}
+    step = TrainingStep(model, optimizer, recipe, accelerator, to_input, **options)
+    sums = step(
+        torch.zeros(6, 3, 8, 8, dtype=torch.uint8), labels, Schedule(rate=0.1, noise=1.0, ramp=0.125, slope=1.0)
+    )
+    for before, gradient, after in zip((logits, gates, guess), gradients, model.outputs, strict=True):
+        torch.testing.assert_close(after.detach(), before - 0.2 * gradient)
+    expected = {"loss": loss, "penalty": penalty, "auxiliary_loss": guessed, "density": gates.mean()}
+    for name, value in expected.items():
+        torch.testing.assert_close(sums[name], 6 * value.detach())

@@ -6,12 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import gaternet.run
+from gaternet import cli
 from gaternet.evaluate import evaluate_saved
 from gaternet.ledger import add_run, changed_options, describe_run, find_line, read_ledger, train_flags
 from gaternet.recipe import Recipe, Runtime, override
@@ -51,7 +55,9 @@ def test_options_are_those_that_differ_from_the_recipe():
     finetune = find_recipe("finetune")  # has a target density, which lambda takes the place of
     assert changed_options(override(finetune, {"sparsity": 0.1})) == {"sparsity": 0.1}
     assert override(finetune, {"sparsity": 0.1}).gating.target_density is None
-    for target in (None, 0.0, 0.3):
+    assert override(finetune, {"sparsity": 0.0}) == override(finetune, {"target_density": None}) != finetune
+    assert changed_options(override(finetune, {"sparsity": 0.0})) == {"sparsity": 0.0}
+    for target in (0.0, 0.3):
         assert changed_options(override(finetune, {"target_density": target})) == {"target_density": target}
     assert changed_options(override(override(GATED, {"sparsity": 0.1}), {"target_density": 0.5})) == {
         "target_density": 0.5
@@ -291,3 +297,49 @@ def test_training_writes_its_own_line(tmp_path, gaternet_command):
     assert line["options"] == {"epochs": 1}
     train(override(PLAIN, {"epochs": 1}), tmp_path / "again", CPU)
     assert describe_run(tmp_path / "again").keys() == line.keys()
+
+
+def test_a_line_is_of_all_epochs_and_of_the_last_model(tmp_path, monkeypatch):
+    measured = {"parameters": 1, "backbone_macs": 2}
+
+    def evaluated(path: Path, which: str = "last", **options: Any) -> Mapping[str, Any]:
+        assert which == "last"
+        return measured
+
+    monkeypatch.setattr("gaternet.ledger.evaluate_saved", evaluated)
+    for name, recipe in (("row", find_recipe("cifar10_resnet20")), ("other", find_recipe("digits_resnet20"))):
+        run = RunDirectory(tmp_path / name)
+        run.start(
+            {
+                "recipe": asdict(override(recipe, {"epochs": recipe.epochs})),
+                "seed": 3,
+                "processes": 1,
+                "precision": "bf16",
+            }
+        )
+        for epoch, right in ((1, 0.75), (recipe.epochs, 0.5)):  # the first is the best
+            tested = {"test_accuracy": right, "test_top5_accuracy": right + 0.125, "test_loss": 2.0 * epoch}
+            run.log(
+                {"kind": "epoch", "step": epoch, "epoch": epoch, **tested, "train_loss": 1.0 * epoch, "seconds": 10.0}
+            )
+        run.close()
+        line = describe_run(tmp_path / name, CPU)
+        assert line["as_published"] == (name == "row")
+        assert (line["model"], line["seed"], line["precision"], line["seconds"]) == ("resnet20", 3, "bf16", 20.0)
+        assert (line["test_error"], line["test_top5_error"]) == (50.0, 37.5)
+        assert (line["train_loss"], line["test_loss"]) == (recipe.epochs, 2 * recipe.epochs)
+        (tmp_path / "ledger.jsonl").write_text(json.dumps(line) + "\n")
+        assert find_line(tmp_path / "ledger.jsonl", tmp_path / name) == line
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        for other in ({"seed": 4}, {"started": "2020-01-01T00:00:00+00:00"}):  # another run with the same options
+            (tmp_path / name / "config.json").write_text(json.dumps(config | other))
+            assert find_line(tmp_path / "ledger.jsonl", tmp_path / name) is None
+
+
+def test_values_to_vary_may_be_given_in_several_options(tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr("gaternet.sweep.sweep", lambda jobs, *rest: planned.extend(jobs) or [])
+    options = ["--vary", "noise-std=0,0.5", "--vary", "lr=0.2", "--vary", "noise-std=2", "--seeds", "1"]
+    CliRunner().invoke(cli.app, ["sweep", GATED.name, "--out", str(tmp_path), *options], catch_exceptions=False)
+    changes = [changed_options(job.recipe) for job in planned]
+    assert changes == [{}, {"noise_std": 0.0}, {"noise_std": 0.5}, {"noise_std": 2.0}, {"lr": 0.2}]

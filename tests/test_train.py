@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,20 +18,20 @@ from torch import nn
 from training_runs import CPU, assert_same_weights, exit_codes, free_port, records, small, weights
 
 import gaternet.step
-from gaternet.checkpoint import load_model
+from gaternet.checkpoint import load_model, save_model
 from gaternet.cost import count_macs
-from gaternet.data import Preprocessing, load_data
-from gaternet.evaluate import ToInput, evaluate, evaluate_saved
+from gaternet.data import DataError, Preprocessing, load_data
+from gaternet.evaluate import ToInput, evaluate, evaluate_saved, gate_metrics
 from gaternet.gating import gate
 from gaternet.ledger import describe_run
 from gaternet.loader import make_batches
 from gaternet.machine import collect_signals, make_accelerator
 from gaternet.method import GaterNet
 from gaternet.models import create_model
-from gaternet.network import load_teacher
+from gaternet.network import build_network, load_teacher
 from gaternet.recipe import Runtime
 from gaternet.run import RunDirectory, find_model
-from gaternet.train import build_network, train
+from gaternet.train import train
 
 
 def test_run_directory_holds_everything(finished):
@@ -152,8 +153,8 @@ def test_numbers_stand_for_the_names_of_classes(finished, tmp_path, monkeypatch)
     config = json.loads((named / "config.json").read_text())
     config["metadata"]["classes"] = names
     (named / "config.json").write_text(json.dumps(config))
-    metrics = evaluate_saved(finished, runtime=Runtime(cpu=True))
-    assert evaluate_saved(named, runtime=Runtime(cpu=True)) == metrics  # on digits, whose classes are numbers
+    metrics = evaluate_saved(finished, runtime=CPU)
+    assert evaluate_saved(named, runtime=CPU) == metrics  # on digits, whose classes are numbers
     train(small("resnet20", teacher=str(named), epochs=1), tmp_path / "taught", CPU)
     data = load_data("digits")
     monkeypatch.setattr("gaternet.evaluate.load_data", lambda *_, **__: replace(data, classes=tuple(names)))
@@ -306,3 +307,64 @@ def test_precision_is_bf16_only_where_that_is_faster(processor, avx512_bf16, amx
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert make_accelerator(Runtime(cpu=True)).mixed_precision == precision
+
+
+def test_shares_of_gates_that_never_change_by_hand():
+    network = create_model("resnet8_gated", 10, 1, extractor="resnet8")
+    assert isinstance(network, GaterNet)
+    rates = torch.zeros(network.num_gates, dtype=torch.float64)
+    rates[:3], rates[3] = 1, 0.5
+    found = gate_metrics(network, rates)
+    shares = [found[name] * network.num_gates for name in ("always_on", "always_off", "dependent", "entropy")]
+    assert shares == pytest.approx([3, network.num_gates - 4, 1, 1])
+
+
+def test_the_best_model_is_evaluated_where_that_is_asked_for(tmp_path):
+    data = load_data("digits")
+    for which in ("last", "best"):
+        network: Any = create_model("resnet8", 10, 1)
+        save_model(network, tmp_path / which, {"backbone": network.gaternet_source, **data.metadata()})
+    alone = {which: evaluate_saved(tmp_path / which, data="digits", runtime=CPU) for which in ("last", "best")}
+    assert alone["last"]["loss"] != alone["best"]["loss"]
+    for which in ("last", "best"):
+        assert evaluate_saved(tmp_path, which, data="digits", runtime=CPU) == alone[which]  # pyright: ignore[reportArgumentType]
+
+
+def test_a_run_is_evaluated_in_the_precision_that_it_was_trained_in(tmp_path):
+    saved = tmp_path / "run"
+    train(small("resnet8", epochs=1), saved, replace(CPU, precision="no"))
+    for precision, other in (("no", "bf16"), ("bf16", "no")):
+        config = json.loads((saved / "config.json").read_text())
+        (saved / "config.json").write_text(json.dumps(config | {"precision": precision}))
+        auto, same, unlike = (
+            evaluate_saved(saved, runtime=replace(CPU, precision=chosen)) for chosen in ("auto", precision, other)
+        )
+        assert auto == same
+        assert auto["loss"] != unlike["loss"]
+    (saved / "config.json").write_text(json.dumps(config | {"precision": "fp16"}))  # which no CPU has
+    assert evaluate_saved(saved, runtime=replace(CPU, precision="auto"))["images"] == 360
+
+
+@pytest.mark.parametrize(
+    ("network", "given"), [(create_model("resnet8", 5, 1), r"\(1, 5\)"), (nn.Identity(), r"\(1, 1, 8, 8\)")]
+)
+def test_a_network_of_other_classes_is_refused_before_anything_is_written(tmp_path, network, given):
+    with pytest.raises(ValueError, match=f"the network gives {given} for an image, but must give logits of 10 classes"):
+        train(small("resnet8"), tmp_path / "run", CPU, network=network)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_image_a_step_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="one image a step is too few for BatchNorm in the gater: raise batch_size"):
+        train(small("resnet8_gated", batch_size=1), tmp_path / "run", CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_names_of_its_classes_says_so(tmp_path):
+    model: Any = create_model("resnet8", 10, 1)
+    metadata = load_data("digits").metadata()
+    save_model(model, tmp_path, {"backbone": model.gaternet_source, "preprocessing": metadata["preprocessing"]})
+    with pytest.raises(DataError, match=r"does not name its classes: set model\.metadata\['classes'\]"):
+        evaluate_saved(tmp_path, data="digits", runtime=CPU)
+    with pytest.raises(DataError, match="does not name its classes"):
+        train(small("resnet8", teacher=str(tmp_path)), tmp_path / "run", CPU)

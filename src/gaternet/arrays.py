@@ -105,6 +105,11 @@ def read_npz(path: Path) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
         if not np.issubdtype(y.dtype, np.integer) or y.size != len(x):
             raise DataError(f"y_{part} in {path} must be {len(x)} integers, one an image, but is {y.dtype} {y.shape}")
         num_classes = num_classes or int(y.max()) + 1
+        if not 1 < num_classes <= len(arrays["y_train"]):
+            raise DataError(
+                f"labels y_train in {path} go up to {num_classes - 1}, of {len(arrays['y_train'])} images: number two "
+                "classes or more from 0 on"
+            )
         if y.min() < 0 or y.max() >= num_classes:
             raise DataError(
                 f"labels y_{part} in {path} go from {y.min()} to {y.max()}, but must lie in [0, {num_classes}), "

@@ -96,6 +96,16 @@ class Preprocessing:
             ) from error
 
 
+def classes_of(metadata: Mapping[str, Any]) -> list[str]:
+    """The names of the classes that a saved model's metadata hold; DataError if there are none."""
+    classes = metadata.get("classes")
+    if not isinstance(classes, list | tuple):
+        raise DataError(
+            "the model's metadata does not name its classes: set model.metadata['classes'], a list, and save it again"
+        )
+    return list(map(str, classes))
+
+
 class ImageSet(Dataset[tuple[Tensor, int]]):
     """Images, held as one uint8 tensor (N, C, H, W) or read from files when needed, with labels in [0, K).
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gaternet.cost import CostModel, count_dense_macs
-from gaternet.data import DataError, ImageSet, Preprocessing, load_data, same_classes
+from gaternet.data import DataError, ImageSet, Preprocessing, classes_of, load_data, same_classes
 from gaternet.graph import evaluation_mode, read_graph
 from gaternet.loader import Batches, make_batches
 from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
 from gaternet.recipe import Runtime
-from gaternet.run import data_of, load_trained
+from gaternet.run import as_trained, data_of, load_trained
 
 BATCH = 500  # images a step, over all processes together
 
@@ -115,6 +115,8 @@ def evaluate_saved(
 ) -> dict[str, Any]:
     """Evaluate a run's model, or a saved one, on the test images of `data` or of the set it was trained on.
 
+    A run is evaluated in the precision that it was trained in, if `runtime` does not name another.
+
     Returns:
         What `evaluate` gives, the number of parameters, and MACs of one image: backbone_macs, and for a GaterNet
         gater_macs and gated_macs.
@@ -124,7 +126,7 @@ def evaluate_saved(
     """
     network, metadata = load_trained(path, which)
     source = data_of(path, metadata, data)
-    runtime = runtime or Runtime()
+    runtime = as_trained(path, runtime or Runtime())
     accelerator = make_accelerator(runtime)
     images = load_test_set(source, metadata, runtime.data_root)
     batches = make_batches(images, BATCH, runtime, accelerator)
@@ -154,7 +156,7 @@ def load_sets(source: str, metadata: dict[str, Any], data_root: str | None = Non
     Raises:
         DataError: there are none, or they do not go with the model.
     """
-    preprocessing, known = Preprocessing.from_metadata(metadata), metadata["classes"]
+    preprocessing, known = Preprocessing.from_metadata(metadata), classes_of(metadata)
     square = preprocessing.height == preprocessing.width
     data = load_data(source, image_size=preprocessing.height if square else None, root=data_root)
     if data.preprocessing.channels != preprocessing.channels:

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from numpy.typing import NDArray
 
 from gaternet.cost import CostModel
-from gaternet.data import DataError, ImageSet, Preprocessing, read_image
+from gaternet.data import DataError, ImageSet, Preprocessing, classes_of, read_image
 from gaternet.evaluate import load_sets
 from gaternet.graph import read_graph
 from gaternet.method import GaterNet
@@ -98,7 +98,7 @@ class Explorer:
         order = random.Random(0).sample(range(len(train)), min(images, len(train)))
         rows = [train[place] for place in order]
         known = torch.stack([preprocessing.fit(row[0]) for row in rows])
-        names = class_names(source, metadata["classes"])
+        names = class_names(source, classes_of(metadata))
         return cls(network, preprocessing, names, test, known, [row[1] for row in rows])
 
     def open(self, path: str | Path) -> Pixels:

@@ -39,7 +39,11 @@ def changed_options(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
         elif named["gating"].get("target_density") is not None:
             ignored.add("sparsity")
     before = _flat(base)
-    return {name: value for name, value in _flat(named).items() if name not in ignored and value != before.get(name)}
+    found = {name: value for name, value in _flat(named).items() if name not in ignored and value != before.get(name)}
+    if "target_density" in found and found["target_density"] is None:  # as `override` does where sparsity is given
+        del found["target_density"]
+        found["sparsity"] = 0.0
+    return found
 
 
 def train_flags(options: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gaternet import checkpoint
 from gaternet.cost import CostModel
-from gaternet.data import ImageData, Preprocessing, same_classes
+from gaternet.data import ImageData, Preprocessing, classes_of, same_classes
 from gaternet.evaluate import ToInput
 from gaternet.gating import gate
 from gaternet.graph import read_graph
@@ -116,7 +116,7 @@ def load_teacher(recipe: Recipe, data: ImageData, accelerator: Accelerator) -> C
     preprocessing, ours = Preprocessing.from_metadata(metadata), data.preprocessing
     to_input = ToInput(preprocessing)
     sizes = [(p.channels, p.height, p.width) for p in (preprocessing, ours)]
-    if not same_classes(metadata["classes"], data.classes) or sizes[0] != sizes[1]:
+    if not same_classes(classes_of(metadata), data.classes) or sizes[0] != sizes[1]:
         raise ValueError(f"the teacher {source} was trained on other classes or images of another size: name another")
 
     def ask(images: Tensor) -> Tensor:

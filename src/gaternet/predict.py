@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gaternet.data import Preprocessing
+from gaternet.data import Preprocessing, classes_of
 from gaternet.export.exported import ExportedModel
 from gaternet.method import GaterNet
 from gaternet.run import load_trained
@@ -48,9 +48,8 @@ def load(path: Path, which: Literal["last", "best"] = "last") -> tuple[nn.Module
         )
     if not path.is_file() and path.suffix != ".onnx":
         model, metadata = load_trained(path, which)
-        if "classes" not in metadata:
-            raise ValueError(f"{path} was saved without its classes: save it with them in its metadata")
-        Preprocessing.from_metadata(metadata)  # says what is wrong with it
+        classes_of(metadata)  # says what is wrong with it
+        Preprocessing.from_metadata(metadata)
         return model, metadata
     exported = ExportedModel(path)
     if missing := {"classes", "preprocessing"} - exported.metadata.keys():
@@ -76,7 +75,7 @@ def predict(
     """
     if top < 1:
         raise ValueError(f"top must be at least 1, but is {top}")
-    preprocessing, classes = Preprocessing.from_metadata(metadata), metadata["classes"]
+    preprocessing, classes = Preprocessing.from_metadata(metadata), classes_of(metadata)
     batch = 1 if isinstance(network, ExportedModel) and network.takes_one else _BATCH
     predictions = []
     for start in range(0, len(images), batch):

@@ -255,7 +255,7 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         if changes.get(given):
             changes.setdefault(other, None)
     for given, other, none in (("sparsity", "target_density", None), ("target_density", "sparsity", 0.0)):
-        if changes.get(given):
+        if changes.get(given) is not None:
             changes.setdefault(other, none)
     groups = {}
     for group in GROUPS:

@@ -27,7 +27,7 @@ from torch import nn
 from gaternet import checkpoint
 from gaternet.locks import lock_folder
 from gaternet.method import GaterNet
-from gaternet.recipe import Recipe, data_name
+from gaternet.recipe import Recipe, Runtime, data_name
 
 CONFIG, METRICS, STATE = "config.json", "metrics.jsonl", "training.pt"
 _PACKAGES = ("gaternet", "torchvision", "accelerate", "numpy")
@@ -216,6 +216,14 @@ def data_of(path: Path, metadata: Mapping[str, Any], other: str | None = None) -
     if source is None:
         raise ValueError(f"{path} does not say what it was trained on: name the data with --data")
     return source
+
+
+def as_trained(path: Path, runtime: Runtime) -> Runtime:
+    """`runtime`, with the precision of the run in `path` where it is "auto", and the run's can be had here."""
+    config: Any = checkpoint.read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    precision = config.get("precision")
+    possible = precision in ("no", "bf16") or (precision == "fp16" and torch.cuda.is_available() and not runtime.cpu)
+    return dataclasses.replace(runtime, precision=precision) if runtime.precision == "auto" and possible else runtime
 
 
 def describe_machine() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gaternet import checkpoint
@@ -45,7 +45,7 @@ from gaternet.network import (
     prepared_for,
     set_training_mode,
 )
-from gaternet.objective import schedule
+from gaternet.objective import schedule, unreached
 from gaternet.progress import TrainingDisplay
 from gaternet.recipe import Recipe, Runtime
 from gaternet.run import STATE, RunDirectory
@@ -106,7 +106,9 @@ def train(
     data = prepared_for(data, network, built_from)
     to_input = ToInput(data.preprocessing, runtime.channels_last)
     example = to_input(data.test[0][0][None].to(accelerator.device))
-    run_once(network, example, "the network")
+    _check_outputs(run_once(network, example, "the network"), data)
+    if recipe.batch_size == accelerator.num_processes and any(isinstance(m, nn.BatchNorm1d) for m in network.modules()):
+        raise ValueError("one image a step is too few for BatchNorm in the gater: raise batch_size")
     set_training_mode(network, recipe)
     if runtime.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -154,7 +156,8 @@ def train(
                 run.note_place(progress.epoch + 1, progress.step, _way(accelerator))
         if progress.epoch == recipe.epochs:
             return run.epochs()[-1]
-        display.line(_title(recipe, network, data, accelerator))
+        for line in (_title(recipe, network, data, accelerator), *unreached(recipe)):
+            display.line(line)
         for epoch in range(progress.epoch, recipe.epochs):
             set_training_mode(network, recipe)
             clock = _Clock(recipe.batch_size, progress.step, progress.seconds)
@@ -256,6 +259,13 @@ def _open_run(
         elif accelerator.is_main_process:
             run.start({**config, "runtime": asdict(runtime), **_way(accelerator)})
     return run, state
+
+
+def _check_outputs(logits: Any, data: ImageData) -> None:
+    """That a network gives one logit for each class of the data."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] != len(data.classes):
+        given = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise ValueError(f"the network gives {given} for an image, but must give logits of {len(data.classes)} classes")
 
 
 def _way(accelerator: Accelerator) -> dict[str, Any]:

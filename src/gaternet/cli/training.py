@@ -31,7 +31,7 @@ _PANELS = {
 def _train(
     recipe: Annotated[str, typer.Argument(help="name of a recipe; [bold]gaternet recipes[/] lists them")],
     out: Annotated[Path | None, typer.Option(help="run directory  [dim]\\[default: runs/RECIPE][/]")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of weights, order, augmentation and noise")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of weights, order, augmentation and noise")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in the run directory")] = False,
     ledger: Annotated[Path | None, typer.Option(help="file to append a line to when the run is finished")] = None,
     as_json: JsonOption = False,
@@ -57,6 +57,7 @@ def _train(
     if without_effect and not changed.gated:
         flag = "--" + min(without_effect).replace("_", "-")
         raise ValueError(f"{changed.model} has no gater that {flag} could act on: leave it out, or name a gated recipe")
+    _refuse_idle(changes, changed)
     from gaternet.ledger import add_run, read_ledger
     from gaternet.machine import end_with_parent
     from gaternet.train import train
@@ -76,6 +77,22 @@ def _train(
             console.print(escaped(done), highlight=False)
     if as_json and PartialState().is_main_process:
         print(json.dumps(record))
+
+
+def _refuse_idle(changes: dict[str, Any], recipe: Recipe) -> None:
+    """ValueError for an option that was given, and acts only beside another that was not."""
+    gating = recipe.gating
+    penalty = gating.sparsity > 0 or gating.target_density is not None
+    needs = {
+        "--teacher": (recipe.distillation.teacher, ("teacher_weight", "temperature")),
+        "--target-density": (gating.target_density is not None, ("density_weight",)),
+        "--target-density or --sparsity": (penalty, ("penalty", "sparsity_start", "sparsity_ramp")),
+        "--schedule step": (recipe.optimizer.schedule == "step", ("milestones", "gamma")),
+    }
+    for needed, (given, names) in needs.items():
+        if idle := [name for name in names if name in changes and not given]:
+            flag = "--" + idle[0].replace("_", "-")
+            raise ValueError(f"{flag} acts beside {needed} alone: add that, or leave it out")
 
 
 def _sweep(
@@ -108,7 +125,9 @@ def _sweep(
     """
     changes, runtime = _changes_and_runtime(options)
     chosen = [override(find_recipe(name), changes) for name in recipes]
-    varied = dict(_varied(text) for text in vary or [])
+    varied: dict[str, list[Any]] = {}
+    for name, values in map(_varied, vary or []):
+        varied.setdefault(name, []).extend(values)
     from gaternet.sweep import make_jobs
     from gaternet.sweep import sweep as run_sweep
 

@@ -19,6 +19,9 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="another set than it was trained on, see train --data")] = None,
     data_root: Annotated[str | None, typer.Option(help="where torchvision's data sets lie")] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="run on the CPU even if there is a GPU")] = False,
+    precision: Annotated[
+        Literal["auto", "no", "bf16", "fp16"], typer.Option(help="no, bf16, fp16, or auto: the run's")
+    ] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy on the test images, and what the gates do there.
@@ -33,7 +36,7 @@ def evaluate(
     """
     from gaternet.evaluate import evaluate_saved
 
-    metrics = evaluate_saved(run, which, data, Runtime(cpu=cpu, data_root=data_root))
+    metrics = evaluate_saved(run, which, data, Runtime(cpu=cpu, precision=precision, data_root=data_root))
     if as_json:
         print(json.dumps(metrics))
         return

@@ -11,7 +11,7 @@ from torchvision import datasets
 
 from gaternet import checkpoint
 from gaternet.analysis import GateAnalysis, analyze
-from gaternet.data import ImageSet, Preprocessing
+from gaternet.data import ImageSet, Preprocessing, classes_of
 from gaternet.evaluate import BATCH, load_test_set
 from gaternet.forcing import force_gates
 from gaternet.loader import make_batches
@@ -88,7 +88,7 @@ def _report_run(
     images = load_test_set(source, metadata, runtime.data_root)
     options: dict[str, Any] = {"preprocessing": Preprocessing.from_metadata(metadata)}
     batches = make_batches(images, BATCH, runtime, accelerator)
-    classes = class_names(source, metadata["classes"])
+    classes = class_names(source, classes_of(metadata))
     checkpoint.make_folder(directory)  # an error now, not after the work
     analysis = analyze(network, batches.epoch(), classes=classes, samples=samples, **options)
     tried = force_gates(network, _shuffled(images, forced), analysis, images=forced, **options) if forced else None
