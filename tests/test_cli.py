@@ -241,7 +241,6 @@ def test_user_errors_are_one_sentence_and_an_exit_code(run, tmp_path, capsys, mo
             "--out",
             tmp_path / "a",
         ): "--target-density or --",
-        ("train", "digits_resnet20", "--seed", str(2**63), "--out", tmp_path / "a"): "not in the range",
         ("train", "digits_resnet20_gated", "--sites", "all", "--out", tmp_path / "a"): "name backbone resnet20 in its",
         ("sweep", "digits_resnet20_gated", "--vary", "open=maybe", "--out", tmp_path / "a"): "open takes true or false",
         ("sweep", "digits_resnet20", "--vary", "epochs=1.5", "--out", tmp_path / "a"): "epochs takes a whole number",
@@ -269,6 +268,9 @@ def test_user_errors_are_one_sentence_and_an_exit_code(run, tmp_path, capsys, mo
     code, text = fail(capsys, monkeypatch, "train", "digits_resnet20", "--batchsize", "3")
     assert code == 2
     assert "No such option" in text
+    code, text = fail(capsys, monkeypatch, "train", "digits_resnet20", "--seed", str(2**63))
+    assert code == 2
+    assert "Invalid value for '--seed'" in text
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, gaternet_command):
