@@ -129,9 +129,9 @@ def main() -> None:
     measured = {_key(line["recipe"], line["options"], line["seed"]) for line in read_ledger(LEDGER)}
     jobs = make_jobs(recipes, range(args.seeds), args.out)
     missing = [job for job in jobs if _key(job.recipe.name, changed_options(job.recipe), job.seed) not in measured]
-    recipes = [job.recipe for job in missing]
-    needed = {r.gating.extractor_from for r in recipes} | {r.gating.backbone_from for r in recipes}
-    needed |= {r.distillation.teacher for r in recipes}
+    gatings = [job.recipe.gating for job in missing]
+    needed = {source for gating in gatings for source in (gating.extractor_from, gating.backbone_from)}
+    needed |= {job.recipe.distillation.teacher for job in missing}
     starts = [job for job in jobs if job not in missing and str(job.path) in needed]
     try:
         if starts:

@@ -52,6 +52,24 @@ def finished(tmp_path_factory) -> Path:
     return run
 
 
+@pytest.fixture(scope="session")
+def analysis() -> Any:
+    """What the gates of `analyzed_model` do on its images."""
+    from analyzed_model import MODEL, PIXELS, batches
+
+    from gaternet import analyze
+
+    return analyze(MODEL, batches(), preprocessing=PIXELS, samples=40, extremes=3)
+
+
+@pytest.fixture(scope="session")
+def truth() -> Any:
+    """The same, image by image."""
+    from analyzed_model import recount
+
+    return recount()
+
+
 @pytest.fixture
 def unchecked_types() -> Iterator[None]:
     """Switches the run-time check of annotations off: torch.compile cannot trace through it."""

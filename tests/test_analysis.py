@@ -7,23 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from analyzed_model import IMAGES, LABELS, MODEL, PIXELS, batches, make_model, recount
+from analyzed_model import IMAGES, LABELS, MODEL, PIXELS, batches, make_model
 from sklearn.metrics import mutual_info_score
 from torch import Tensor, nn
 
-from gaternet import GateAnalysis, Gater, analyze, count_macs, create_model, gate
+from gaternet import Gater, analyze, count_macs, create_model, gate
 from gaternet.analysis import THUMBNAIL, mutual_information, thumbnail
 from gaternet.forcing import force_gates
-
-
-@pytest.fixture(scope="module")
-def analysis() -> GateAnalysis:
-    return analyze(MODEL, batches(), preprocessing=PIXELS, samples=40, extremes=3)
-
-
-@pytest.fixture(scope="module")
-def truth() -> dict[str, np.ndarray]:
-    return recount()
 
 
 def test_counts_are_those_of_a_recount(analysis, truth):

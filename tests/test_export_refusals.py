@@ -184,6 +184,13 @@ def test_held_out_images_of_another_precision(tmp_path):
     assert export_pt2(residual().double(), IMAGES.double(), tmp_path / "model", held_out=IMAGES.double()).images == 2
 
 
+def test_a_network_for_images_of_one_size_is_compared_at_no_other():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4)).eval()
+    source = Source(network, IMAGES, dynamic_size=True)
+    with pytest.raises(ExportError, match=r"no other size than \(8, 8\): leave dynamic_size out"):
+        source.compare(IMAGES, lambda images: (network(images), None), None)
+
+
 def test_an_operation_that_onnx_lacks_is_named(tmp_path):
     def body(net: Net, x: Tensor) -> Tensor:
         return torch.special.bessel_j0(net.conv0(x))

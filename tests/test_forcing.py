@@ -9,23 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from analyzed_model import IMAGES, LABELS, MODEL, PIXELS, batches, make_model, recount
+from analyzed_model import IMAGES, LABELS, MODEL, PIXELS, batches, make_model
 from torch import Tensor, nn
 from torch.nn import functional
 
 import gaternet.forcing
-from gaternet import GateAnalysis, GaterNet, GateSite, analyze
+from gaternet import GaterNet, GateSite, analyze
 from gaternet.forcing import class_gates, exchange_gates, force_gates
-
-
-@pytest.fixture(scope="module")
-def analysis() -> GateAnalysis:
-    return analyze(MODEL, batches(), preprocessing=PIXELS, samples=40, extremes=3)
-
-
-@pytest.fixture(scope="module")
-def truth() -> dict[str, np.ndarray]:
-    return recount()
 
 
 def test_forced_gates_by_hand(analysis, truth):

@@ -355,7 +355,8 @@ def test_a_network_of_other_classes_is_refused_before_anything_is_written(tmp_pa
 
 
 def test_one_image_a_step_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="one image a step is too few for BatchNorm in the gater: raise batch_size"):
+    said = "one image a step, in a process, is too few for BatchNorm1d: raise batch_size"
+    with pytest.raises(ValueError, match=said):
         train(small("resnet8_gated", batch_size=1), tmp_path / "run", CPU)
     assert not (tmp_path / "run").exists()
 

@@ -28,19 +28,17 @@ def read_what_was_written(nodes: list[Node]) -> set[Node]:
     for node, way in ways.items():
         by_base[way[0]].append(node)
     rewritten = set[Node]()
-
-    def read_later(node: Node, written: Node) -> bool:
-        return any(order.get(user, len(order)) > order[written] for user in node.users)
-
     for node in nodes:
+
+        def later(user: Node, now: int = order[node]) -> bool:
+            return order.get(user, len(order)) > now
+
         for target in _written(node):
             if in_place(node) and target is node.args[0]:
-                target.replace_all_uses_with(
-                    node, delete_user_cb=lambda user, n=node: order.get(user, len(order)) > order[n]
-                )
+                target.replace_all_uses_with(node, delete_user_cb=later)
             way = ways.get(target, [target])
             shared = [other for other in by_base[way[0]] if order[other] < order[node] and _overlap(ways[other], way)]
-            rewritten.update(other for other in {way[0], *shared} if read_later(other, node))
+            rewritten.update(other for other in {way[0], *shared} if any(map(later, other.users)))
     return rewritten
 
 

@@ -108,7 +108,7 @@ def train(
     example = to_input(data.test[0][0][None].to(accelerator.device))
     _check_outputs(run_once(network, example, "the network"), data)
     if recipe.batch_size == accelerator.num_processes and any(isinstance(m, nn.BatchNorm1d) for m in network.modules()):
-        raise ValueError("one image a step is too few for BatchNorm in the gater: raise batch_size")
+        raise ValueError("one image a step, in a process, is too few for BatchNorm1d: raise batch_size")
     set_training_mode(network, recipe)
     if runtime.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

@@ -53,10 +53,6 @@ def _train(
     """
     changes, runtime = _changes_and_runtime(options)
     changed = override(find_recipe(recipe), changes)
-    without_effect = changes.keys() & {field.name for field in dataclasses.fields(Gating)} - ACTS_ON_PLAIN
-    if without_effect and not changed.gated:
-        flag = "--" + min(without_effect).replace("_", "-")
-        raise ValueError(f"{changed.model} has no gater that {flag} could act on: leave it out, or name a gated recipe")
     _refuse_idle(changes, changed)
     from gaternet.ledger import add_run, read_ledger
     from gaternet.machine import end_with_parent
@@ -80,7 +76,11 @@ def _train(
 
 
 def _refuse_idle(changes: dict[str, Any], recipe: Recipe) -> None:
-    """ValueError for an option that was given, and acts only beside another that was not."""
+    """ValueError for an option that was given, and has nothing to act on."""
+    of_gater = changes.keys() & {field.name for field in dataclasses.fields(Gating)} - ACTS_ON_PLAIN
+    if of_gater and not recipe.gated:
+        flag = "--" + min(of_gater).replace("_", "-")
+        raise ValueError(f"{recipe.model} has no gater that {flag} could act on: leave it out, or name a gated recipe")
     gating = recipe.gating
     penalty = gating.sparsity > 0 or gating.target_density is not None
     needs = {

@@ -137,7 +137,10 @@ class Source:
             parity = compare(self.model, self.inputs, images, run, run_gated)
             if self.dynamic_size:
                 mend = "leave dynamic_size out"
-                for other in self._of_other_sizes(images[:_OF_OTHER_SIZES]):
+                others = list(self._of_other_sizes(images[:_OF_OTHER_SIZES]))
+                if not others:
+                    raise ExportError(f"the model takes images of no other size than {tuple(images.shape[2:])}")
+                for other in others:
                     compare(self.model, self.inputs, other, run, run_gated)
         except ExportError as error:
             raise ExportError(f"{error}: {mend}") from error
