@@ -12,7 +12,8 @@ from sklearn.metrics import mutual_info_score
 from torch import Tensor, nn
 
 from gaternet import Gater, analyze, count_macs, create_model, gate
-from gaternet.analysis import THUMBNAIL, mutual_information, thumbnail
+from gaternet.analysis import mutual_information
+from gaternet.data import THUMBNAIL, thumbnail
 from gaternet.forcing import force_gates
 
 
@@ -204,13 +205,40 @@ class Round(nn.Module):
         ([(IMAGES[:4], torch.tensor([0, 1, 2, 7]))], r"labels must lie in \[0, 7\)"),
         ([(IMAGES[:4], torch.tensor([0, 1, 2]))], r"labels must be integers, one an image: 4, not \(3,\)"),
         ([(IMAGES[:4], torch.rand(4))], r"labels must be integers, .* torch.float32"),
-        ([{"image": IMAGES[:4], "label": LABELS[:4]}], "batches must be images or .* not dict"),
+        ([{"image": IMAGES[:4], "label": LABELS[:4]}], "batches must be tensors .*, but hold dict: wrap"),
+        ([(IMAGES[:4].numpy(), LABELS[:4])], "batches must be tensors .*, but hold ndarray: wrap"),
+        ([(IMAGES[0], 3)], r"images must be \(B, channels, H, W\), but are \(3, 16, 16\): pass a DataLoader"),
+        (
+            [IMAGES[:4], IMAGES[:4, :, :8]],
+            r"images are \(3, 16, 16\) and \(3, 8, 16\), and costs .* one",
+        ),
         ([(IMAGES[:4], LABELS[:4]), IMAGES[:4]], "some batches have labels and others have not"),
     ],
 )
 def test_bad_data_is_refused(loader, message):
     with pytest.raises(ValueError, match=message):
         analyze(MODEL, loader, preprocessing=PIXELS)
+
+
+def test_a_backbone_that_gives_other_than_logits_is_refused(unchecked_types):
+    class Pair(nn.Sequential):
+        def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # noqa: A002 (as in Sequential)
+            logits = super().forward(input)
+            return logits, logits
+
+    backbone = Pair(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    model = gate(backbone, torch.rand(1, 3, 16, 16), gater="resnet8")
+    with pytest.raises(ValueError, match=r"the backbone must give logits \(B, K\), but gives a tuple: wrap it"):
+        analyze(model, [torch.rand(2, 3, 16, 16)])
+
+
+def test_it_says_in_a_line_what_it_found(analysis):
+    assert repr(analysis) == (
+        f"GateAnalysis(90 images, 336 gates at 9 sites: {analysis.rates.mean():.1%} open, "
+        f"{analysis.dependent.mean():.1%} dependent)"
+    )
 
 
 def test_samples_are_at_least_one():

@@ -244,6 +244,10 @@ def test_user_errors_are_one_sentence_and_an_exit_code(run, tmp_path, capsys, mo
         ("train", "digits_resnet20_gated", "--sites", "all", "--out", tmp_path / "a"): "name backbone resnet20 in its",
         ("sweep", "digits_resnet20_gated", "--vary", "open=maybe", "--out", tmp_path / "a"): "open takes true or false",
         ("sweep", "digits_resnet20", "--vary", "epochs=1.5", "--out", tmp_path / "a"): "epochs takes a whole number",
+        ("sweep", "digits_resnet20", "--vary", "noise-std=0,1", "--out", tmp_path / "a"): "no gater that --noise-std",
+        ("sweep", "digits_resnet20", "--gater-lr", "0.1", "--out", tmp_path / "a"): "no gater that --gater-lr",
+        ("train", "digits_resnet20", "--lr", "inf", "--out", tmp_path / "a"): "lr must be finite",
+        ("predict", run, tmp_path): "is a folder: name the images in it",
         (
             "sweep",
             "digits_resnet20",

@@ -86,6 +86,7 @@ BAD_ARRAYS = {
     "float labels": ({"y_train": np.zeros(20)}, "y_train .* must be 20 integers"),
     "labels that are no numbers of classes": ({"y_train": np.arange(20) * 10**8}, "go up to 1900000000, of 20 images"),
     "one class": ({"y_train": np.zeros(20, int), "y_test": np.zeros(8, int)}, "number two classes or more from 0 on"),
+    "labels that begin with 1": ({"y_train": np.arange(20) % 4 + 1}, "begin with 1: number the classes from 0 on"),
     "negative label": ({"y_train": np.arange(20) - 1}, r"from -1 to 18, but must lie in \[0, 19\)"),
     "label beyond the classes": ({"y_test": np.array([0, 1, 2, 3, 4])}, r"from 0 to 4, but must lie in \[0, 4\)"),
     "missing array": ({"y_test": None}, "has no array y_test"),
@@ -146,6 +147,31 @@ def test_parts_of_a_folder_are_not_taken_for_classes(tmp_path):
     for name in ("car", "train"):  # a class of that name
         (tmp_path / "a" / "train" / ("cat" if name == "car" else "dog")).rename(tmp_path / "b" / name)
     assert load_data(str(tmp_path / "b")).classes == ("car", "train")
+
+
+def test_what_editors_and_archives_leave_in_a_folder_is_no_class_and_no_image(tmp_path):
+    folder = Path(write_folder(tmp_path / "a", per_class=10))
+    images = len(load_data(str(folder)).train)
+    for left in (".ipynb_checkpoints", "__MACOSX", ".git", "cat/.ipynb_checkpoints"):
+        shutil.copytree(folder / "dog", folder / left)
+    shutil.copy(folder / "dog" / "0.png", folder / "dog" / "._0.png")
+    data = load_data(str(folder))
+    assert data.classes == ("cat", "dog")
+    assert len(data.train) == images
+    for name in ("cat", "dog"):
+        shutil.rmtree(folder / name)
+    with pytest.raises(DataError, match="no folder of images"):
+        load_data(str(folder))
+
+
+def test_photographs_that_bear_a_rarer_ending_are_images_too(tmp_path):
+    folder = Path(write_folder(tmp_path / "a", per_class=10))
+    images = len(load_data(str(folder)).train)
+    with Image.open(folder / "cat" / "0.png") as image:
+        image.save(folder / "cat" / "z.GIF")
+        image.save(folder / "dog" / "z.jfif", "jpeg")
+    (folder / "dog" / "notes.txt").write_text("no image")
+    assert len(load_data(str(folder)).train) == images + 2
 
 
 def test_folder_problems_are_named(tmp_path):

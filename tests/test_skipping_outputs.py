@@ -110,6 +110,21 @@ def test_a_factor_for_each_channel_may_stand_on_either_side(act):
     assert_skips_exactly(model, THREE, random_gates(model, 0.5))
 
 
+def test_a_factor_within_a_sum_counts():
+    body: Callable[[Any, Tensor], Tensor] = lambda net, x: torch.add(net.one(x), net.two(x), alpha=2)  # noqa: E731
+    model = gated(Net(body, one=conv(3, 8), two=conv(3, 8)))
+    assert_skips_exactly(model, THREE, random_gates(model, 0.5))
+
+
+def test_the_last_site_need_not_have_the_last_gates():
+    """A depthwise convolution that shares those of the first."""
+    parts = {"first": conv(3, 8), "second": conv(8, 8), "depthwise": conv(8, 8, groups=8)}
+    model = gated(Net(lambda net, x: net.second(y := net.first(x)) + net.depthwise(y), **parts))
+    assert (model.sites[-1].stop, model.num_gates, plan_of(model).num_gates) == (8, 16, 16)
+    assert_skips_exactly(model, THREE, random_gates(model, 0.5))
+    assert gaternet.count_macs(model, THREE).gated.shape == (3,)
+
+
 def test_the_model_is_left_in_its_mode():
     model = gated(Net(lambda net, x: net.one(x), one=conv(3, 8))).train()
     model.backbone.eval()  # frozen
@@ -138,6 +153,24 @@ def test_what_is_saved_can_be_read_by_whom_the_umask_allows(tmp_path):
     gaternet.skip(model, THREE, "slice").save(tmp_path)
     (tmp_path / "other").touch()
     assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "other").stat().st_mode}
+
+
+@pytest.mark.parametrize("engine", ["slice", "mask", "auto"])
+def test_it_is_made_under_autocast_as_it_is_without(engine):
+    model = gated(chain_of(["grouped", "residual"]))
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = gaternet.skip(model, IMAGES, engine)
+    torch.testing.assert_close(fast(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
+
+
+def test_it_may_be_sent_to_where_it_is_and_nowhere_else():
+    model = gated(chain_of(["residual"]))
+    fast = gaternet.skip(model, IMAGES, "slice")
+    whole = nn.Sequential(nn.Identity(), fast).to("cpu").float()
+    assert torch.equal(whole(IMAGES), fast(IMAGES))
+    for moved in (lambda: whole.double(), lambda: whole.to("meta")):
+        with pytest.raises(RuntimeError, match="a Skipper stays where it was made: move the model"):
+            moved()
 
 
 def test_the_engine_mask_keeps_its_precision_under_autocast_too():

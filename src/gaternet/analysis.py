@@ -16,10 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tv
 
 from gaternet.cost import CostModel, count_dense_macs
-from gaternet.data import Preprocessing
+from gaternet.data import Preprocessing, thumbnail
 from gaternet.graph import evaluation_mode, read_graph
 from gaternet.measures import mutual_information, selectivity
 from gaternet.method import Gater, GaterNet, require_gated
@@ -27,7 +26,6 @@ from gaternet.method import Gater, GaterNet, require_gated
 if TYPE_CHECKING:
     from gaternet.forcing import Forced
 
-THUMBNAIL = 48  # longest side of the images that are kept, in pixels
 _DRAWN = 10_000_000  # numbers that are drawn at once, to find what chance would show
 
 
@@ -49,7 +47,7 @@ class Samples:
     macs: Float[NDArray[np.float64], " m"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GateAnalysis:
     """What `analyze` found in N images with C gates and K classes.
 
@@ -88,9 +86,16 @@ class GateAnalysis:
     cheapest: Samples
     dearest: Samples
     surest: Int[NDArray[np.int64], "2 extremes gates"] | None
-    thumbnails: dict[int, NDArray[np.uint8]] = field(repr=False)
-    facts: dict[int, tuple[int, int, int, int]] = field(repr=False)
-    _chance: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # drawn already
+    thumbnails: dict[int, NDArray[np.uint8]]
+    facts: dict[int, tuple[int, int, int, int]]
+    _chance: dict[Any, Any] = field(default_factory=dict, init=False, compare=False)  # drawn already
+
+    def __repr__(self) -> str:
+        opened, dependent = self.rates.mean(), self.dependent.mean()
+        return (
+            f"GateAnalysis({self.images:,} images, {self.num_gates:,} gates at {len(self.sites)} sites: "
+            f"{opened:.1%} open, {dependent:.1%} dependent)"
+        )
 
     @property
     def images(self) -> int:
@@ -230,7 +235,12 @@ def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:
     parts = list(batch) if isinstance(batch, list | tuple) else [batch]
     images, labels = (*parts, None)[:2]
     if not isinstance(images, Tensor):
-        raise ValueError(f"batches must be images or (images, labels), not {type(batch).__name__}: wrap the loader")
+        kind = type(images).__name__
+        raise ValueError(f"batches must be tensors of images, or (images, labels), but hold {kind}: wrap the loader")
+    if images.ndim != 4:
+        raise ValueError(
+            f"images must be (B, channels, H, W), but are {tuple(images.shape)}: pass a DataLoader of the data set"
+        )
     labels = None if labels is None else torch.as_tensor(labels)
     if labels is not None and (labels.shape != images.shape[:1] or labels.is_floating_point()):
         raise ValueError(
@@ -256,6 +266,7 @@ class _Pass:
         self.model, self.preprocessing, self.num_samples, self.extremes = model, preprocessing, samples, extremes
         self.classes = classes
         self.device = next(model.parameters()).device
+        self.shape = images.shape[1:]
         example = self._inputs(images[:1])
         self.cost = CostModel(read_graph(model.backbone, example), model.sites)
         self.gater_macs = count_dense_macs(model.gater, example)
@@ -278,6 +289,9 @@ class _Pass:
 
     def add(self, images: Tensor, labels: Tensor | None) -> None:
         """Count one batch."""
+        if images.shape[1:] != self.shape:
+            sizes = " and ".join(str(tuple(shape)) for shape in (self.shape, images.shape[1:]))
+            raise ValueError(f"images are {sizes}, and costs are counted for one size: bring them to one")
         inputs = self._inputs(images)
         gater = self.model.gater
         if type(gater) is Gater:  # a subclass may decide by something else
@@ -285,7 +299,9 @@ class _Pass:
             gates = gater.sample(scores)
         else:
             scores, gates = None, self.model.gates(inputs)
-        logits = self.model.forward_gated(inputs, gates)
+        logits: Any = self.model.forward_gated(inputs, gates)
+        if not isinstance(logits, Tensor):
+            raise ValueError(f"the backbone must give logits (B, K), but gives a {type(logits).__name__}: wrap it")
         predictions, opened = logits.argmax(1), gates > 0.5
         if (labels is None) == self.labeled:
             raise ValueError("some batches have labels and others have not: give all or none of them")
@@ -380,18 +396,3 @@ class _Kept:
         self.keys = self.keys[order]
         fields = ("index", "label", "prediction", "gates", "macs")
         self.samples = Samples(*(np.concatenate([getattr(part, name) for part in both])[order] for name in fields))
-
-
-def thumbnail(image: Tensor) -> NDArray[np.uint8]:
-    """A small picture (h, w, 1 or 3) of pixels, or of a model's input, which is stretched to 0 to 255."""
-    if image.dtype != torch.uint8:
-        image = image.float()
-        low, high = image.min(), image.max()
-        image = ((image - low) * (255 / (high - low).clamp(min=1e-12))).to(torch.uint8)
-    if image.shape[0] not in (1, 3):
-        image = image[:1]
-    longest = max(image.shape[1:])
-    if longest > THUMBNAIL:
-        size = [max(1, round(side * THUMBNAIL / longest)) for side in image.shape[1:]]
-        image = tv.resize(image, size)
-    return image.permute(1, 2, 0).cpu().numpy()

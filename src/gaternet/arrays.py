@@ -110,6 +110,8 @@ def read_npz(path: Path) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
                 f"labels y_train in {path} go up to {num_classes - 1}, of {len(arrays['y_train'])} images: number two "
                 "classes or more from 0 on"
             )
+        if not parts and y.min() > 0:
+            raise DataError(f"labels y_train in {path} begin with {y.min()}: number the classes from 0 on")
         if y.min() < 0 or y.max() >= num_classes:
             raise DataError(
                 f"labels y_{part} in {path} go from {y.min()} to {y.max()}, but must lie in [0, {num_classes}), "

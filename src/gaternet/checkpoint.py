@@ -69,6 +69,8 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
+    except FileExistsError as error:
+        raise OSError(f"{path} is a file, not a folder: name another") from error
     except OSError as error:
         raise OSError(f"cannot write into {path} ({error.strerror}): mend its permissions, or name another") from error
 

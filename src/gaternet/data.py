@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
@@ -23,6 +25,8 @@ from gaternet.arrays import EMBEDDED, TORCHVISION, DataError, digits, read_npz, 
 from gaternet.augment import file_transform
 from gaternet.recipe import Augmentation
 
+_ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif")
+THUMBNAIL = 48  # longest side of a small picture, in pixels
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 _KNOWN_STATISTICS = {  # mean and deviation of the training pixels, per channel, in [0, 1]; CIFAR-10's are the paper's
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -186,7 +190,8 @@ def load_data(
         source: "digits" (embedded in scikit-learn), "cifar10", "cifar100" or "fashion_mnist" (torchvision's, found
             under `root` or downloaded there), a .npz file in Keras' layout (x_train, y_train, x_test, y_test; uint8,
             NHWC or NHW), or a folder: train/CLASS/* with test/CLASS/* (or val, valid, validation), or CLASS/*, of which
-            every tenth image, and one of each class at least, is then held out as the test set.
+            every tenth image, and one of each class at least, is then held out as the test set. Names that begin with
+            a dot, and __MACOSX, are passed over.
         augmentation: of the training images.
         image_size: side in pixels to bring images to; default: as stored, folders 224.
         root: where torchvision's sets lie; default: $GATERNET_DATA, or ~/.cache/gaternet.
@@ -236,6 +241,8 @@ def read_image(path: str | Path, channels: int) -> UInt8[Tensor, "chans h w"]:
                 return tv.pil_to_tensor(pixels.convert("L" if channels == 1 else "RGB"))
     except FileNotFoundError as error:
         raise DataError(f"no image {path}: check the path") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder: name the images in it, say {path}/*") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read image {path} ({error}): repair or remove the file") from error
     raise DataError(f"image {path} holds signed, 32-bit or float pixels: convert it to 8 bits")
@@ -245,6 +252,21 @@ def same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
     """Whether these may be the same classes: a .npz file does not name them, so "0", "1", ... stand for any others."""
     numbers = [str(label) for label in range(len(names))]
     return list(names) == list(others) or (len(names) == len(others) and numbers in (list(names), list(others)))
+
+
+def thumbnail(image: Tensor) -> NDArray[np.uint8]:
+    """A small picture (h, w, 1 or 3) of pixels, or of a model's input, which is stretched to 0 to 255."""
+    if image.dtype != torch.uint8:
+        image = image.float()
+        low, high = image.min(), image.max()
+        image = ((image - low) * (255 / (high - low).clamp(min=1e-12))).to(torch.uint8)
+    if image.shape[0] not in (1, 3):
+        image = image[:1]
+    longest = max(image.shape[1:])
+    if longest > THUMBNAIL:
+        size = [max(1, round(side * THUMBNAIL / longest)) for side in image.shape[1:]]
+        image = tv.resize(image, size)
+    return image.permute(1, 2, 0).cpu().numpy()
 
 
 def mix_seed(*numbers: int) -> int:
@@ -331,9 +353,29 @@ def _held_out(samples: Sequence[tuple[str, int]]) -> tuple[list[tuple[str, int]]
     return parts
 
 
+class _Images(datasets.ImageFolder):
+    """Without the folders that editors, archives and version control leave behind, which are no classes."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """The visible folders."""
+        names = [name for name in super().find_classes(directory)[0] if not _is_left_behind(name)]
+        if not names:
+            raise FileNotFoundError(f"no folder of a class in {directory}")
+        return names, {name: number for number, name in enumerate(names)}
+
+
+def _is_left_behind(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _is_image(path: str) -> bool:
+    """By the names of the file and of the folders that it lies in, below the data's own."""
+    return path.lower().endswith(_ENDINGS) and not any(map(_is_left_behind, path.split(os.sep)))
+
+
 def _list_images(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
     try:
-        found = datasets.ImageFolder(folder)
+        found = _Images(folder, is_valid_file=lambda path: _is_image(path.removeprefix(str(folder))))
     except FileNotFoundError as error:
         raise DataError(
             f"{folder} is no folder of images, one folder a class ({error}): add the missing images"

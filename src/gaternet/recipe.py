@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,11 @@ def option(default: T, text: str) -> T:
 def _check(options: object, name: str, condition: bool, rule: str) -> None:
     if not condition:
         raise ValueError(f"{name} must be {rule}, but is {getattr(options, name)!r}")
+
+
+def _check_finite(options: Any) -> None:
+    for name, value in vars(options).items():
+        _check(options, name, not isinstance(value, float) or math.isfinite(value), "finite")
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Optimizer:
     ema_decay: float = option(0.0, "decay per step of the exponential moving average of the weights; 0 for none")
 
     def __post_init__(self) -> None:
+        _check_finite(self)
         _check(self, "lr", self.lr > 0, "above 0")
         _check(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
         _check(self, "nesterov", self.momentum > 0 or not self.nesterov, "off where momentum is 0")
@@ -88,6 +95,7 @@ class Gating:
     extractor_from: str | None = option(None, "run, saved model or state_dict file that the gater's E starts from")
 
     def __post_init__(self) -> None:
+        _check_finite(self)
         _check(self, "shrink", self.shrink is None or self.shrink >= 1, "at least 1")
         _check(self, "bottleneck", self.bottleneck >= 1, "at least 1")
         _check(self, "noise_std", self.noise_std >= 0, "at least 0")
@@ -136,6 +144,7 @@ class Distillation:
     temperature: float = option(4.0, "both outputs are divided by this before they are compared")
 
     def __post_init__(self) -> None:
+        _check_finite(self)
         _check(self, "teacher_weight", 0 <= self.teacher_weight <= 1, "in [0, 1]")
         _check(self, "temperature", self.temperature > 0, "above 0")
 

@@ -7,6 +7,7 @@ import shlex
 import sys
 import types
 import typing
+from collections.abc import Sequence, Set
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,7 +54,7 @@ def _train(
     """
     changes, runtime = _changes_and_runtime(options)
     changed = override(find_recipe(recipe), changes)
-    _refuse_idle(changes, changed)
+    _refuse_idle(changes.keys(), changed)
     from gaternet.ledger import add_run, read_ledger
     from gaternet.machine import end_with_parent
     from gaternet.train import train
@@ -69,15 +70,16 @@ def _train(
         from accelerate import PartialState
 
         if PartialState().is_main_process:
-            done = f"{record['epoch']} epochs are done: gaternet evaluate {shlex.quote(str(path))}"
+            epochs = "1 epoch is" if record["epoch"] == 1 else f"{record['epoch']} epochs are"
+            done = f"{epochs} done: gaternet evaluate {shlex.quote(str(path))}"
             console.print(escaped(done), highlight=False)
     if as_json and PartialState().is_main_process:
         print(json.dumps(record))
 
 
-def _refuse_idle(changes: dict[str, Any], recipe: Recipe) -> None:
+def _refuse_idle(given: Set[str], recipe: Recipe) -> None:
     """ValueError for an option that was given, and has nothing to act on."""
-    of_gater = changes.keys() & {field.name for field in dataclasses.fields(Gating)} - ACTS_ON_PLAIN
+    of_gater = given & {field.name for field in dataclasses.fields(Gating)} - ACTS_ON_PLAIN
     if of_gater and not recipe.gated:
         flag = "--" + min(of_gater).replace("_", "-")
         raise ValueError(f"{recipe.model} has no gater that {flag} could act on: leave it out, or name a gated recipe")
@@ -89,10 +91,22 @@ def _refuse_idle(changes: dict[str, Any], recipe: Recipe) -> None:
         "--target-density or --sparsity": (penalty, ("penalty", "sparsity_start", "sparsity_ramp")),
         "--schedule step": (recipe.optimizer.schedule == "step", ("milestones", "gamma")),
     }
-    for needed, (given, names) in needs.items():
-        if idle := [name for name in names if name in changes and not given]:
+    for needed, (there, names) in needs.items():
+        if idle := [name for name in names if name in given and not there]:
             flag = "--" + idle[0].replace("_", "-")
             raise ValueError(f"{flag} acts beside {needed} alone: add that, or leave it out")
+
+
+def _refuse_idle_in_all(option: str, recipes: Sequence[Recipe]) -> None:
+    """ValueError for an option that acts in none of these."""
+    refusals = []
+    for recipe in recipes:
+        try:
+            _refuse_idle({option}, recipe)
+        except ValueError as error:
+            refusals.append(error)
+    if len(refusals) == len(recipes):
+        raise refusals[0]
 
 
 def _sweep(
@@ -128,6 +142,10 @@ def _sweep(
     varied: dict[str, list[Any]] = {}
     for name, values in map(_varied, vary or []):
         varied.setdefault(name, []).extend(values)
+    for name in changes:
+        _refuse_idle_in_all(name, chosen)
+    for name, values in varied.items():
+        _refuse_idle_in_all(name, [override(recipe, {name: value}) for recipe in chosen for value in values])
     from gaternet.sweep import make_jobs
     from gaternet.sweep import sweep as run_sweep
 

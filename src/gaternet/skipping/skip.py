@@ -165,6 +165,10 @@ class Skipper(nn.Module):
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Skipper":
+        here = torch.empty(0, dtype=self.plan.dtype, device=self.plan.device)
+        moved = fn(here)
+        if (moved.dtype, moved.device) == (here.dtype, here.device):  # Accelerate, say, moves all to where they are
+            return self
         raise RuntimeError("a Skipper stays where it was made: move the model, and call skip again")
 
 
@@ -207,7 +211,7 @@ def skip(
         )
     if subnetworks < 1:
         raise ValueError(f"subnetworks must be at least 1, not {subnetworks}")
-    with evaluation_mode(model):
+    with _without_autocast(example_input.device.type), evaluation_mode(model):  # as it will run
         plan = make_plan(read_graph(model.backbone, example_input[:1]), model.sites)
         hard = type(model.gater) is Gater  # a subclass may give other gates
         if engine == "mask":
@@ -229,7 +233,7 @@ def skip(
             engines |= {"slice": specialised.fallback, "specialise": specialised}
         else:
             engines["slice"] = make_program(plan, kernels)
-        with torch.no_grad(), _without_autocast(example_input.device.type):  # as they will run
+        with torch.no_grad():
             timings = time_engines(engines, example_input, gater(example_input))
         best = min(timings, key=timings.__getitem__)
         if best == "mask":
