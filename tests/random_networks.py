@@ -79,6 +79,7 @@ LINKS: dict[str, Callable[[], nn.Module]] = {  # from 8 channels to 8 channels
     ),
     "depthwise": lambda: conv(8, 8, groups=8, bias=False),
     "depthwise, two filters a channel": lambda: layers(conv(8, 16, groups=8), nn.ReLU(), conv(16, 8, 1)),
+    "depthwise, two channels a filter": lambda: layers(conv(8, 16, 1), conv(16, 8, groups=8), nn.ReLU()),
     "grouped": lambda: layers(conv(8, 12, groups=4), norm(12), nn.LeakyReLU(), conv(12, 8, groups=2)),
     "branches": lambda: Block(
         lambda u, x: torch.cat([u.one(x), u.two(x)], 1), one=layers(conv(8, 3), norm(3)), two=conv(8, 5, 1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gaternet.channels import ALIVE, contiguous, gate_columns
+from gaternet.cost import CostModel
 from gaternet.graph import op, read_graph
 from gaternet.method import Gater, GaterNet, GateSite
 
@@ -80,6 +81,8 @@ EXACT: dict[str, tuple[Net, list[int]]] = {
     "average pooling": (reader(lambda net, a, b: F.avg_pool2d(a, 2)), A),
     "global pooling": (reader(lambda net, a, b: F.adaptive_avg_pool2d(a, 1)), A),
     "mean": (reader(lambda net, a, b: a.mean((2, 3), keepdim=True)), A),
+    "mean of the last two": (reader(lambda net, a, b: a.mean((-2, -1), keepdim=True)), A),
+    "mean over as many channels as rows": (reader(lambda net, a, b: F.avg_pool2d(a, 2).mean(1).unsqueeze(3)), NONE),
     "mean over channels": (reader(lambda net, a, b: a.mean(1, keepdim=True).expand(-1, 4, -1, -1)), NONE),
     "upsampling": (reader(lambda net, a, b: F.interpolate(F.interpolate(a, scale_factor=2.0), (5, 5))), A),
     "bilinear": (reader(lambda net, a, b: F.interpolate(a, (5, 5), mode="bilinear")), A),
@@ -95,6 +98,7 @@ EXACT: dict[str, tuple[Net, list[int]]] = {
     ),
     "cat of pixels": (reader(lambda net, a, b: torch.cat([a, a], 2)), A),
     "cat of pixels of different gates": (reader(lambda net, a, b: torch.cat([a, b], 3)), NONE),
+    "activated pixels of different gates": (reader(lambda net, a, b: torch.cat([a, b], 3).tanh()), NONE),
     "stacked as a larger batch": (reader(lambda net, a, b: torch.cat([a, b]).relu().chunk(2)[1]), B),
     "slice": (reader(lambda net, a, b: a[:, 1:3], 2), [1, 2]),
     "split": (reader(lambda net, a, b: torch.cat(a.split([1, 3], 1)[::-1], 1)), [1, 2, 3, 0]),
@@ -111,6 +115,10 @@ EXACT: dict[str, tuple[Net, list[int]]] = {
     "permuted and back": (reader(lambda net, a, b: a.permute(0, 2, 3, 1).permute(0, 3, 1, 2)), A),
     "swapped with rows": (reader(lambda net, a, b: a.transpose(1, 2), 8), [ALIVE] * 8),
     "scaled": (reader(lambda net, a, b: a * 3 / net.by, by=torch.full((4, 1, 1), 2.0)), A),
+    "what it divides": (reader(lambda net, a, b: net.by / a, by=torch.full((4, 1, 1), 2.0)), NONE),
+    "to the power of 2": (reader(lambda net, a, b: a.pow(2.0)), A),
+    "to the power of 0": (reader(lambda net, a, b: a.pow(0)), NONE),
+    "to the power of -2": (reader(lambda net, a, b: a.pow(-2)), NONE),
     "shifted": (reader(lambda net, a, b: a + 1), NONE),
     "SE": (reader(lambda net, a, b: net.se(a.relu()), se=squeeze_excite(4)), A),
     "mask": (reader(lambda net, a, b: net.mask(b).sigmoid() * a, mask=conv(4, 1)), A),
@@ -137,6 +145,7 @@ CAUTIOUS: dict[str, tuple[Net, list[int]]] = {  # zeros that are not claimed
     "images behind each other": (reader(lambda net, a, b: a.flatten(0, 1).unflatten(0, (4, 2))[:, [0, 1, 0, 1]]), NONE),
     "product of different gates": (reader(lambda net, a, b: a * b), A),
     "padding of channels": (reader(lambda net, a, b: F.pad(a, (0, 0, 0, 0, 1, 1)), 6), [ALIVE] * 6),
+    "padding that moves channels": (reader(lambda net, a, b: F.pad(a, (0, 0, 0, 0, 1, -1))), NONE),
     "stack": (reader(lambda net, a, b: torch.stack(a.unbind(1), 1)), NONE),
     "flip": (reader(lambda net, a, b: a.flip(1)), NONE),
     "picked by index": (reader(lambda net, a, b: a[:, [0, 2]], 2), [ALIVE] * 2),
@@ -190,6 +199,8 @@ def test_sites_may_share_columns():
     sites = [GateSite("a", "a", 0, 4), GateSite("bn", "b", 0, 4)]
     assert columns_read(net, "b", sites) == A
     assert columns_read(net, "end", sites) == A
+    cost = CostModel(read_graph(net, IMAGES[:1]), sites)
+    assert cost(torch.tensor([[1.0, 0.0, 1.0, 0.0]])).item() == (3 * 2 + 2 * 2 + 2 * 8) * 9 * 64 + 32
 
 
 @pytest.mark.parametrize(
@@ -234,6 +245,11 @@ def in_place_on_a_part(net: Any, a: Tensor, b: Tensor) -> Tensor:
     return a
 
 
+def in_place_on_filters(net: Any, a: Tensor, b: Tensor) -> Tensor:
+    a.detach().add_(1)
+    return a
+
+
 def written_behind_a_view(net: Any, a: Tensor, b: Tensor) -> Tensor:
     a = a * 1
     view = a[:, :2]
@@ -253,7 +269,10 @@ def written_in_a_list(net: Any, a: Tensor, b: Tensor) -> Tensor:
     return a
 
 
-@pytest.mark.parametrize("body", [in_place_on_a_part, written_behind_a_view, written_through_detach, written_in_a_list])
+WRITTEN = [in_place_on_a_part, in_place_on_filters, written_behind_a_view, written_through_detach, written_in_a_list]
+
+
+@pytest.mark.parametrize("body", WRITTEN)
 def test_a_tensor_that_is_changed_through_another_is_alive(body):
     net = reader(body)
     assert columns_read(net) == [ALIVE] * 4

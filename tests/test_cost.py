@@ -91,6 +91,13 @@ def test_counting_changes_neither_modes_nor_statistics(training):
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
+def test_groups_of_a_function_that_convolves_are_counted():
+    options = ([1, 1], [1, 1], [1, 1], False, [0, 0], 2)
+    net = Net(lambda net, x: torch.convolution(net.stem(x), net.grouped.weight, None, *options), stem=conv(3, 8))
+    net.grouped = conv(8, 8, groups=2)
+    assert sum(found.macs for found in read_graph(net, IMAGES).convs.values()) + 32 == count_dense_macs(net, IMAGES)
+
+
 # --- Under gates, against convolutions that lack their closed filters
 
 

@@ -257,6 +257,23 @@ def test_a_depthwise_convolution_has_gates_of_its_own_where_its_input_has_none()
     assert listed(of_the_image, "all")[0] == ("depthwise", "depthwise", 0, 3, "inner")
 
 
+def late_depthwise() -> Net:
+    """Its depthwise convolution runs behind another than the one whose filters it reads."""
+    return Net(
+        lambda net, x: net.third(net.second(y := net.first(x)) + net.depthwise(y)),
+        first=conv(3, 6),
+        second=conv(6, 6),
+        depthwise=conv(6, 6, groups=6),
+        third=conv(6, 8),
+    )
+
+
+def test_columns_go_on_behind_a_depthwise_convolution_that_runs_late():
+    sites = [("first", "first", 0, 6), ("second", "second", 6, 12), ("depthwise", "depthwise", 0, 6)]
+    assert [site[:4] for site in listed(late_depthwise(), "all")] == [*sites, ("third", "third", 12, 20)]
+    check_promises(late_depthwise(), "all")
+
+
 def test_a_predicate_picks_by_name_and_module():
     net = UNITS["bottleneck with fused norms"][0]
     asked: dict[str, nn.Module] = {}

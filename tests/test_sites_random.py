@@ -98,6 +98,30 @@ def test_the_last_convolutions_of_three_branches_are_all_residual():
     assert [name for name, *_ in listed(with_stem(unit))] == ["unit.one.1", "unit.two.1", "unit.three.1"]
 
 
+def body_of_two(**parts: nn.Module) -> dict[str, nn.Module]:
+    return {"layers": layers(conv(8, 4), nn.ReLU(), conv(4, 8)), **parts}
+
+
+RESIDUAL: dict[str, tuple[nn.Module, list[str]]] = {  # of each unit, its last convolutions
+    "the input added twice": (Block(lambda u, x: x + (x + u.layers(x)), **body_of_two()), ["unit.layers.2"]),
+    "a unit for a shortcut": (
+        Block(lambda u, x: u.layers(x) + (x + u.short(x)), **body_of_two(short=conv(8, 8, 1))),
+        ["unit.short", "unit.layers.2"],
+    ),
+    "weights of the same shape": (
+        Block(lambda u, x: x + u.layers(x) * u.mask(x).sigmoid(), **body_of_two(mask=conv(8, 8))),
+        ["unit.layers.2"],
+    ),
+    "a mean of the image": (Block(lambda u, x: u.layers(x) + x.mean((2, 3), keepdim=True), **body_of_two()), []),
+}
+
+
+@pytest.mark.parametrize("unit", RESIDUAL)
+def test_residual_convolutions_are_the_last_of_a_units_own(unit):
+    net, expected = with_stem(RESIDUAL[unit][0]), RESIDUAL[unit][1]
+    assert sorted(name for name, *_, role in listed(net, "all") if role == "residual") == sorted(expected)
+
+
 class TwoNames(nn.Module):
     """Its layers have two names each, and run by the second, as in networks whose head was cut off."""
 

@@ -230,6 +230,7 @@ MIXED: dict[str, Callable[[Any, Tensor], Tensor]] = {  # with more than one prec
     "double in between": lambda net, x: net.last(net.conv(x).double().relu().float()),
     "double convolution": lambda net, x: net.last(F.conv2d(net.conv(x).double(), net.weight, padding=1).float()),
     "one stride": lambda net, x: F.conv2d(net.conv(x), net.last.weight, None, (2,), 1),
+    "sides of their own": lambda net, x: F.conv2d(net.conv(x), net.last.weight, None, (1, 2), (0, 1), (2, 1)),
     "one dilation": lambda net, x: F.conv2d(net.conv(x), net.last.weight, None, 1, (2,), (2,)),
 }
 

@@ -73,6 +73,17 @@ def test_a_norm_whose_scales_the_image_makes_stays_by_itself():
     assert_skips_exactly(model, IMAGES[:1], random_gates(model, 0.5, batch=1))
 
 
+def test_a_norm_of_rows_stays_behind_its_linear_layer():
+    """It has a scale for each filter, and the layer a row of weights for each feature: as many."""
+    norm = nn.BatchNorm1d(8)
+    for tensor in (norm.weight, norm.bias, norm.running_mean):
+        assert tensor is not None
+        nn.init.normal_(tensor)
+    parts = {"conv": conv(3, 8), "linear": nn.Linear(64, 8), "norm": norm}
+    model = gated(Net(lambda net, x: net.norm(net.linear(net.conv(x).flatten(2)))[..., None], **parts))
+    assert_skips_exactly(model, THREE, random_gates(model, 0.5))
+
+
 IN_PLACE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a sum": lambda net, x: net.low(net.conv(x).bfloat16().add_(net.other(x))).float(),
     "a sum of constants": lambda net, x: net.low(
