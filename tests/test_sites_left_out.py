@@ -153,6 +153,10 @@ LEFT_OUT: dict[str, tuple[nn.Module, dict[str, str]]] = {
         ),
         {"head": "its filters are the network's outputs"},
     ),
+    "outputs, as probabilities": (
+        Block(lambda net, x: net.head(net.stem(x).relu()).mean((2, 3)).softmax(1), stem=conv(3, 8), head=conv(8, 4, 1)),
+        {"head": "its filters are the network's outputs"},
+    ),
     "outputs, pooled first": (
         Block(
             lambda net, x: net.head(F.adaptive_avg_pool2d(net.stem(x), 1)).flatten(1).log_softmax(1),

@@ -122,6 +122,19 @@ def test_residual_convolutions_are_the_last_of_a_units_own(unit):
     assert sorted(name for name, *_, role in listed(net, "all") if role == "residual") == sorted(expected)
 
 
+def test_what_lies_before_a_unit_is_no_shortcut_of_it():
+    unit = Block(lambda u, x: u.layers(x) + (x + u.short(x)), **body_of_two(short=conv(8, 8, 1)))
+    long = Block(lambda u, x: u.layers(x) + u.short(x), **body_of_two(short=conv(8, 8, 1)))
+    roles = [{name: role for name, *_, role in listed(with_stem(body), "all")} for body in (unit, long)]
+    assert roles[0] == {
+        "stem": "inner",
+        "unit.layers.0": "inner",
+        "unit.layers.2": "residual",
+        "unit.short": "residual",
+    }
+    assert roles[1] == roles[0] | {"unit.short": "shortcut"}
+
+
 class TwoNames(nn.Module):
     """Its layers have two names each, and run by the second, as in networks whose head was cut off."""
 

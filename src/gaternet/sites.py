@@ -172,10 +172,10 @@ def _misuse(graph: Graph, node: Node) -> str | None:
     """Why closing a channel of this tensor would not be what it says; None where all is well."""
     if reason := _mixing_norm(graph, node):
         return reason
-    if _leads_into_attention(graph, node):
-        return "it leads into attention"
     if _reaches_output(graph, node):
         return "its filters are the network's outputs"
+    if _leads_into_attention(graph, node):
+        return "it leads into attention"
     return None
 
 
@@ -249,16 +249,14 @@ def _roles(graph: Graph) -> dict[Node, str]:
         if op(node) == "add" and len(sources) == 2 and len(shape(node)) == 4 and shape(sources[0]) == shape(sources[1]):
             a, b = sources
             own_a, own_b = upstream[a] & ~upstream[b], upstream[b] & ~upstream[a]
-            longer, shorter = (a, b) if own_a.bit_count() >= own_b.bit_count() else (b, a)
             few, many = sorted((own_a.bit_count(), own_b.bit_count()))
             if many and (few <= 1 or few == many):
                 for branch, own in ((a, own_a), (b, own_b)):
-                    if few == many or branch is longer:
-                        lasts = [last for last in _last_convs(graph, branch) if bits[last] & own]
+                    lasts = [last for last in _last_convs(graph, branch) if bits[last] & own]
+                    if own.bit_count() == many:
                         roles |= dict.fromkeys(lasts, "residual")
-                if few == 1 and few != many:
-                    for last in _last_convs(graph, shorter):
-                        roles.setdefault(last, "shortcut")
+                    else:
+                        roles = dict.fromkeys(lasts, "shortcut") | roles
         elif op(node) == "cat" and len(sources) > 1 and len(shape(node)) == 4:
             for source in sources:
                 others = [other for other in sources if other is not source]
