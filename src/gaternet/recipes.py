@@ -101,8 +101,8 @@ def _table_3() -> list[Recipe]:
 # (docs/results.md): the extractor learns the classes by itself too, gates start rather open, and their noise falls.
 GUIDED: Any = {"auxiliary_weight": 1.0, "initial_bias": 1.0, "anneal_noise": True}
 
-# For long trainings with an extractor as large as the backbone: it gets to know the training images, and the backbone
-# would come to read their classes from the gates; samples with all gates open keep it looking (docs/method.md).
+# For an extractor as large as the backbone: it gets to know the training images, and the backbone would come to read
+# their classes from the gates; samples with all gates open keep it looking (docs/method.md).
 OPEN_SAMPLES: Any = {**GUIDED, "open_probability": 0.5}
 
 
@@ -128,7 +128,7 @@ def _short() -> list[Recipe]:
         common: Any = {"epochs": 8, "image_size": size, "optimizer": optimizer, "gating": gating}
         models = (backbone, f"{backbone}_wider", f"{backbone}_gated")
         recipes += [Recipe(f"short_{model}", model, **common) for model in models]
-        guided = common | {"gating": Gating(extractor=backbone, **GUIDED)}
+        guided = common | {"gating": Gating(extractor=backbone, **OPEN_SAMPLES)}
         recipes.append(Recipe(f"short_{backbone}_guided", f"{backbone}_gated", **guided))
     common = {"epochs": 8, "optimizer": optimizer}
     recipes.append(Recipe("short_resnet20_half", None, "resnet20", gating=_to_half(0.42, 3.0, 3.0), **common))
