@@ -1,30 +1,32 @@
-"""Keep the ledger of finished runs, and write docs/results.md and README.md's figures from it.
+"""Keep the ledger of finished runs, and write docs/results.md and the figures of README.md and docs/method.md from it.
 
 python benchmarks/results.py add RUN...    # a line in docs/results/runs.jsonl for each finished run, then the page
 gaternet sweep RECIPE... --ledger docs/results/runs.jsonl    # or trained so from the start
-python benchmarks/results.py               # the page, and README.md's figures
+python benchmarks/results.py               # the page, and the others' figures
 
-Every figure of docs/results.md and of README.md's tables comes from docs/results/*: nothing is typed by hand. A row of
-the paper counts as measured only by runs of its recipe with no option changed; all others are listed under the recipe
-and options that made them.
+Every figure of docs/results.md and of marked tables in the others comes from docs/results/*: nothing is typed by hand.
+A row of the paper counts as measured only by runs of its recipe with no option changed; all others are listed under the
+recipe and options that made them.
 """
 
 import argparse
 import json
 import shlex
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from open_points import DATA, EACH_OPTION, GAP, STUDIES, Study
-from summary import README, with_summary
+from summary import METHOD, README, with_short, with_summary
 from tables import (
     DOCS,
+    TITLES,
+    as_code,
     as_named,
     by_options,
     chosen,
     error_of,
+    figures,
     machine_of,
     machines_of,
     marked_error,
@@ -82,11 +84,6 @@ def places(ledger: list[dict[str, Any]]) -> str:
     return text + "".join(found).replace("no precision", "full precision") if found else ""
 
 
-def as_code(*words: str) -> str:
-    """The words, but for empty ones, as Markdown's code."""
-    return f"`{' '.join(filter(None, words))}`"
-
-
 # Recipes past the paper, and what they are to reach
 AIMS = {
     f"{data}_resnet20_{kind}": f"below `{data}_resnet20_wider`"
@@ -112,24 +109,7 @@ def past_the_paper(ledger: list[dict[str, Any]]) -> str:
     return table(titles, rows) + chosen([row[2] for row in rows])
 
 
-TITLES = ["size", "MACs", "test error %", "train loss", "open", "dependent", "minutes"]
 _ERROR = TITLES.index("test error %") + 1
-
-
-def figures(lines: list[dict[str, Any]]) -> list[str]:
-    """What `TITLES` names, in the mean over runs."""
-
-    def mean(get: Callable[[dict[str, Any]], float]) -> float:
-        return statistics.mean(map(get, lines))
-
-    opened = dependent = "-"
-    if lines[0]["gates"]:
-        opened = f"{100 * mean(lambda line: line['gates']['density']):.1f} %"
-        dependent = f"{100 * mean(lambda line: line['gates']['dependent']):.1f} %"
-    size = f"{mean(lambda line: line['parameters']) / 1e6:.2f}M"
-    train_loss = f"{mean(lambda line: line['train_loss']):.3f}"
-    minutes = f"{mean(lambda line: line['seconds']) / 60:.0f}"
-    return [size, f"{mean_macs(lines) / 1e6:.1f}M", error_of(lines), train_loss, opened, dependent, minutes]
 
 
 def is_full_length(line: dict[str, Any]) -> bool:
@@ -268,9 +248,9 @@ def generalisation() -> str:
             return statistics.mean(found)
 
         corrupted = [mean(kind) for kind in kinds]
-        figures = [mean("train"), mean("test"), mean("test") - mean("train"), *corrupted, statistics.mean(corrupted)]
+        shares = [mean("train"), mean("test"), mean("test") - mean("train"), *corrupted, statistics.mean(corrupted)]
         size = f"{lines[0]['parameters'] / 1e6:.2f}M"
-        rows.append([as_code(recipe, options), size, str(len(lines)), *(f"{figure:.1f}" for figure in figures)])
+        rows.append([as_code(recipe, options), size, str(len(lines)), *(f"{share:.1f}" for share in shares)])
     text = "`python benchmarks/generalisation.py`: errors in %, of each corruption the mean of three strengths "
     text += f"({machines_of(recorded)}).\n\n"
     titles = ["recipe", "size", "n", "train", "test", "gap", *kinds, "corrupted"]
@@ -371,7 +351,9 @@ def main() -> None:
         for run in args.runs:
             add_run(LEDGER, run)
     (DOCS / "results.md").write_text(page())
-    README.write_text(with_summary(README.read_text(), read_ledger(LEDGER)))
+    ledger = read_ledger(LEDGER)
+    README.write_text(with_summary(README.read_text(), ledger))
+    METHOD.write_text(with_short(METHOD.read_text(), ledger))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,29 @@
-"""The figures in README.md: a few of those of docs/results.md."""
+"""The figures in README.md and docs/method.md: a few of those of docs/results.md."""
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from tables import DOCS, chosen, machine_of, machines_of, marked_error, mean_macs, table, trains_like
+from tables import (
+    DOCS,
+    TITLES,
+    as_code,
+    chosen,
+    figures,
+    machine_of,
+    machines_of,
+    marked_error,
+    mean_macs,
+    table,
+    trains_like,
+)
 
 from gaternet.checkpoint import read_json
+from gaternet.ledger import train_flags
+from gaternet.recipe import override
 from gaternet.recipes import find_recipe
 
-README = DOCS.parent / "README.md"
+README, METHOD = DOCS.parent / "README.md", DOCS / "method.md"
 _BEGIN, _END = "<!-- benchmarks/results.py writes this -->\n", "<!-- to here -->\n"
 _NETWORKS = {
     "cifar10_resnet20": "plain",
@@ -16,6 +31,19 @@ _NETWORKS = {
     "cifar10_resnet20_gated": "gated, by what is known of the paper's training",
     "cifar10_resnet20_guided": "gated, trained our way",
 }
+_LATE = {"sparsity_start": 6.0, "sparsity_ramp": 6.0}
+_TAUGHT = {"teacher": "runs/short_resnet20,epochs=16/seed0"}
+_SHORT: list[tuple[str, str, dict[str, Any]]] = [
+    ("plain", "short_resnet20", {}),
+    ("Wider", "short_resnet20_wider", {}),
+    ("gated", "short_resnet20_gated", {}),
+    ("gated, guided", "short_resnet20_guided", {"open_probability": 0.0}),
+    ("gated, guided, open samples", "short_resnet20_guided", {}),
+    ("narrow", "short_resnet20_narrow", {}),
+    ("gated to half of the MACs", "short_resnet20_half", _LATE),
+    ("narrow, with a teacher", "short_resnet20_narrow", _TAUGHT),
+    ("gated to half of the MACs, with a teacher", "short_resnet20_half", {**_LATE, **_TAUGHT}),
+]
 
 
 def accuracy(ledger: list[dict[str, Any]]) -> str:
@@ -34,6 +62,19 @@ def accuracy(ledger: list[dict[str, Any]]) -> str:
     text = f"ResNet-20 on CIFAR-10, 160 epochs ({machines_of(measured) or 'not measured'}):\n\n"
     titles = ["network", "recipe", "parameters", "MACs", "paper's error %", "ours"]
     return text + table(titles, rows) + chosen([row[-1] for row in rows])
+
+
+def in_sixteen_epochs(ledger: list[dict[str, Any]]) -> str:
+    """What a CPU can find out about ResNet-20 on CIFAR-10."""
+    rows, measured = [], []
+    for what, name, options in _SHORT:
+        recipe = override(find_recipe(name), {"epochs": 16, **options})
+        runs = [line for line in ledger if trains_like(line, recipe)]
+        measured += runs
+        command = as_code("gaternet train", name, shlex.join(train_flags(options)))
+        rows.append([what, *(figures(runs)[1:-1] if runs else ["", "not measured", "", "", ""]), command])
+    text = f"ResNet-20 on CIFAR-10, 16 epochs ({machines_of(measured) or 'not measured'}); all with `--epochs 16`:\n\n"
+    return text + table(["network", *TITLES[1:-1], "command"], rows)
 
 
 def speed() -> str:
@@ -71,6 +112,14 @@ def _cells(name: str, of_batches: Sequence[dict[str, Any]]) -> list[str]:
 
 def with_summary(text: str, ledger: list[dict[str, Any]]) -> str:
     """README.md's text with the figures as they are now recorded."""
+    return _with_part(text, f"{accuracy(ledger)}\n{speed()}")
+
+
+def with_short(text: str, ledger: list[dict[str, Any]]) -> str:
+    """The same of docs/method.md."""
+    return _with_part(text, in_sixteen_epochs(ledger))
+
+
+def _with_part(text: str, part: str) -> str:
     before, rest = text.split(_BEGIN)
-    after = rest.split(_END)[1]
-    return f"{before}{_BEGIN}{accuracy(ledger)}\n{speed()}{_END}{after}"
+    return f"{before}{_BEGIN}{part}{_END}{rest.split(_END)[1]}"

@@ -113,6 +113,30 @@ def machines_of(lines: list[dict[str, Any]]) -> str:
     return "; ".join(sorted({machine_of(part) + reduced.get(part.get("precision", ""), "") for part in parts}))
 
 
+TITLES = ["size", "MACs", "test error %", "train loss", "open", "dependent", "minutes"]
+
+
+def figures(lines: list[dict[str, Any]]) -> list[str]:
+    """What `TITLES` names, in the mean over runs."""
+
+    def mean(get: Callable[[dict[str, Any]], float]) -> float:
+        return statistics.mean(map(get, lines))
+
+    opened = dependent = "-"
+    if lines[0]["gates"]:
+        opened = f"{100 * mean(lambda line: line['gates']['density']):.1f} %"
+        dependent = f"{100 * mean(lambda line: line['gates']['dependent']):.1f} %"
+    size = f"{mean(lambda line: line['parameters']) / 1e6:.2f}M"
+    train_loss = f"{mean(lambda line: line['train_loss']):.3f}"
+    minutes = f"{mean(lambda line: line['seconds']) / 60:.0f}"
+    return [size, f"{mean_macs(lines) / 1e6:.1f}M", error_of(lines), train_loss, opened, dependent, minutes]
+
+
+def as_code(*words: str) -> str:
+    """The words, but for empty ones, as Markdown's code."""
+    return f"`{' '.join(filter(None, words))}`"
+
+
 def read_finetuned() -> list[dict[str, Any]]:
     """What benchmarks/finetune.py has recorded, with errors under the name that the ledger has for them."""
     lines = json.loads((DOCS / "results" / "finetune.json").read_text())

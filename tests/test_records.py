@@ -30,6 +30,8 @@ def test_pages_are_those_of_the_recorded_figures():
     assert export_families.PAGE.read_text() == export_families.page()
     readme = summary.README.read_text()
     assert readme == summary.with_summary(readme, read_ledger(results.LEDGER))
+    method = summary.METHOD.read_text()
+    assert method == summary.with_short(method, read_ledger(results.LEDGER))
 
 
 def test_a_row_without_a_run_is_not_measured():
@@ -116,6 +118,18 @@ def test_runs_of_what_there_is_no_more_are_listed_by_their_names(recipe, options
     (row,) = results.other_runs(ledger).splitlines()[2:]
     assert row.startswith("| `" + " ".join(["gaternet train", recipe, *train_flags(options)]) + "` | ")
     assert results.past_the_paper(ledger) == results.past_the_paper([])
+
+
+def test_short_trainings_stand_beside_each_other_with_all_of_their_options():
+    assert all("| not measured |" in row for row in summary.in_sixteen_epochs([]).splitlines()[4:])
+    lines = [_line("short_resnet20_half", 0, 13.0, epochs=16, sparsity_start=6.0, sparsity_ramp=6.0)]
+    lines += [_line("short_resnet20_half", 1, 15.0, epochs=16, sparsity_start=6.0, sparsity_ramp=6.0)]
+    lines += [_line("short_resnet20_half", 0, 30.0, epochs=16), _line("short_resnet20_half", 0, 40.0)]
+    measured = [row for row in summary.in_sixteen_epochs(lines).splitlines()[4:] if "not measured" not in row]
+    assert measured == [
+        "| gated to half of the MACs | 3.0M | 14.00 ± 1.41 (n = 2) | 0.500 | 50.0 % | 25.0 % | "
+        "`gaternet train short_resnet20_half --sparsity-start 6.0 --sparsity-ramp 6.0` |"
+    ]
 
 
 def test_the_summary_has_the_figures_of_its_recipes_and_leaves_the_rest_of_the_text():
