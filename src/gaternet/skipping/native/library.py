@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -115,15 +116,23 @@ def _load() -> Any:
     with tempfile.TemporaryDirectory(prefix="gaternet-") as folder:
         built = Path(folder) / name
         _compile(compiler, built)
-        with suppress(OSError):
+        try:
             write_atomically(path, lambda temporary: shutil.copy(built, temporary))
             return _declared(ctypes.CDLL(str(path)))
+        except OSError as error:
+            not_kept = error
         try:
-            return _declared(ctypes.CDLL(str(built)))
+            library = _declared(ctypes.CDLL(str(built)))
         except OSError as error:
             raise NativeUnavailableError(
                 f"native code cannot be run from {path.parent} or {folder}: {error}"
             ) from error
+    warnings.warn(
+        f"native code cannot be kept in {path.parent} ({not_kept}), so that each process compiles it anew: set "
+        "XDG_CACHE_HOME to a folder that can be written and run from",
+        stacklevel=2,
+    )
+    return library
 
 
 def _compile(compiler: str, path: Path) -> None:
