@@ -56,6 +56,8 @@ class Skipper(nn.Module):
     ) -> Float[Tensor, "batch classes"] | tuple[Float[Tensor, "batch classes"], Float[Tensor, "batch gates"]]:
         """Logits (B, K), those of the model up to rounding, and with `return_gates` also the gates (B, C).
 
+        A gate whose logit is NaN is closed, so images that hold NaN may come to logits that look like any.
+
         Raises:
             ValueError: a gater of yours gives soft gates.
         """
