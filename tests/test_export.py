@@ -38,6 +38,18 @@ def test_an_onnx_file_equals_its_model(tmp_path, make, form):
     assert exported.metadata["sites"] == [dataclasses.asdict(site) for site in model.sites]
 
 
+@pytest.mark.parametrize("export", [export_onnx, export_pt2])
+def test_a_file_computes_in_full_precision_where_it_is_written_under_autocast(tmp_path, export):
+    model, images = gated(residual()), torch.randn(5, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        export(model, IMAGES, tmp_path / "model")
+    if export is export_pt2:
+        logits = torch.export.load(tmp_path / "model").module()(images)
+    else:
+        logits, _ = ExportedModel(tmp_path / "model").run(images)
+    torch.testing.assert_close(logits, model(images), rtol=1e-4, atol=1e-4)
+
+
 def test_the_skipping_form_computes_open_filters_only(tmp_path):
     """Broken on purpose: weights of a closed filter that are not numbers reach no logit, those of an open one do."""
     model = gated(residual())

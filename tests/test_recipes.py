@@ -1,6 +1,7 @@
 """Recipes are plain values that check themselves."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import gaternet
 from gaternet.data import load_data
 from gaternet.models import create_model, model_names
 from gaternet.network import build_network
-from gaternet.recipe import Augmentation, Gating, Optimizer, PaperRow, Recipe, Runtime, override
+from gaternet.recipe import Augmentation, Distillation, Gating, Optimizer, PaperRow, Recipe, Runtime, override
 from gaternet.recipes import RECIPES, find_recipe
 
 RECIPE = RECIPES["cifar10_resnet56_gated"]
@@ -183,6 +184,10 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any]]] = [
     (Gating, {"penalty": "flops"}),
     (Gating, {"freeze": "all"}),
     (Gating, {"initial_bias": 1.0, "open": True}),
+    (Optimizer, {"warmup_epochs": math.inf}),
+    (Gating, {"initial_bias": math.nan}),
+    (Gating, {"final_slope": math.inf}),
+    (Distillation, {"temperature": math.inf}),
     (Augmentation, {"cutout": -1}),
     (Augmentation, {"policy": "flip"}),
     (Recipe, {"image_size": 0}),

@@ -343,3 +343,11 @@ def test_values_to_vary_may_be_given_in_several_options(tmp_path, monkeypatch):
     CliRunner().invoke(cli.app, ["sweep", GATED.name, "--out", str(tmp_path), *options], catch_exceptions=False)
     changes = [changed_options(job.recipe) for job in planned]
     assert changes == [{}, {"noise_std": 0.0}, {"noise_std": 0.5}, {"noise_std": 2.0}, {"lr": 0.2}]
+
+
+def test_an_option_may_act_beside_what_is_varied(tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr("gaternet.sweep.sweep", lambda jobs, *rest: planned.extend(jobs) or [])
+    options = ["--penalty", "macs", "--vary", "target-density=0.5", "--seeds", "1", "--out", str(tmp_path)]
+    CliRunner().invoke(cli.app, ["sweep", "short_resnet8_gated", *options], catch_exceptions=False)
+    assert [changed_options(job.recipe) for job in planned][1:] == [{"target_density": 0.5, "penalty": "macs"}]

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -296,7 +296,7 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
     if not example_input.numel():
         raise ValueError(f"the example must have images, but is {tuple(example_input.shape)}: pass one at least")
     try:
-        with evaluation_mode(backbone), torch.no_grad(), quiet():
+        with without_autocast(example_input.device.type), evaluation_mode(backbone), torch.no_grad(), quiet():
             program = torch.export.export(backbone, (example_input,), strict=False)
     except Exception as error:  # tracing runs the network's own code, which may raise anything
         raise ValueError(
@@ -350,6 +350,11 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
             network.train()  # which may do more than set the mode, such as take weights apart that eval() had merged
         for module, was in training.items():
             module.training = was
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """In the precision of weights and images, whatever is around: what is read, skipped or exported stays in it."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def walk(node: Node) -> Iterator[Node]:

@@ -40,16 +40,15 @@ def schedule(recipe: Recipe, step: int, steps_per_epoch: int) -> Schedule:
 def unreached(recipe: Recipe) -> list[str]:
     """What a recipe's schedules would come to, had it more epochs; a sentence each."""
     gating, found = recipe.gating, list[str]()
-    epochs = f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''}"
     if recipe.gated and (gating.sparsity or gating.target_density is not None):
         ramp = penalty_ramp(gating, recipe.epochs - 1e-9)
         if ramp < 1 - 1e-6:
             found.append(
-                f"in {epochs} the penalty on open gates comes to {100 * ramp:.0f} % of its weight: "
+                f"in {recipe.duration} the penalty on open gates comes to {100 * ramp:.0f} % of its weight: "
                 "see --sparsity-start and --sparsity-ramp"
             )
     if recipe.optimizer.warmup_epochs >= recipe.epochs:
-        found.append(f"in {epochs} the learning rate still rises: see --warmup-epochs")
+        found.append(f"in {recipe.duration} the learning rate still rises: see --warmup-epochs")
     return found
 
 

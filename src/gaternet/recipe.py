@@ -201,6 +201,11 @@ class Recipe:
                 )
 
     @property
+    def duration(self) -> str:
+        """Its epochs in words."""
+        return "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
+
+    @property
     def gated(self) -> bool:
         """Whether the model is a GaterNet."""
         return self.model is None or self.model.endswith("_gated")

@@ -304,10 +304,9 @@ def _title(recipe: Recipe, network: nn.Module, data: ImageData, accelerator: Acc
     parameters = sum(p.numel() for p in network.parameters()) / 1e6
     gates = f", {network.num_gates:,} gates" if isinstance(network, GaterNet) else ""
     where = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.mixed_precision} precision"
-    epochs = "1 epoch" if recipe.epochs == 1 else f"{recipe.epochs} epochs"
     return (
         f"{recipe.name}: {recipe.model or recipe.backbone} ({parameters:.2f}M parameters{gates}) on {recipe.data}, "
-        f"{len(data.train):,} + {len(data.test):,} images, {epochs}, {where}"
+        f"{len(data.train):,} + {len(data.test):,} images, {recipe.duration}, {where}"
     ).replace("no precision", "full precision")
 
 

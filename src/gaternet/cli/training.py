@@ -70,8 +70,7 @@ def _train(
         from accelerate import PartialState
 
         if PartialState().is_main_process:
-            epochs = "1 epoch is" if record["epoch"] == 1 else f"{record['epoch']} epochs are"
-            done = f"{epochs} done: gaternet evaluate {shlex.quote(str(path))}"
+            done = f"trained for {changed.duration}: gaternet evaluate {shlex.quote(str(path))}"
             console.print(escaped(done), highlight=False)
     if as_json and PartialState().is_main_process:
         print(json.dumps(record))
@@ -142,10 +141,13 @@ def _sweep(
     varied: dict[str, list[Any]] = {}
     for name, values in map(_varied, vary or []):
         varied.setdefault(name, []).extend(values)
-    for name in changes:
-        _refuse_idle_in_all(name, chosen)
+    every = list(chosen)
     for name, values in varied.items():
-        _refuse_idle_in_all(name, [override(recipe, {name: value}) for recipe in chosen for value in values])
+        variants = [override(recipe, {name: value}) for recipe in chosen for value in values]
+        _refuse_idle_in_all(name, variants)
+        every += variants
+    for name in changes:  # which may act beside what is varied
+        _refuse_idle_in_all(name, every)
     from gaternet.sweep import make_jobs
     from gaternet.sweep import sweep as run_sweep
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from gaternet.data import Preprocessing
 from gaternet.export.gathered import OpenFilters
 from gaternet.export.parity import FAULT, ExportError, Parity, Run, RunGated, compare, make_images
-from gaternet.graph import first_line, quiet
+from gaternet.graph import first_line, quiet, without_autocast
 from gaternet.method import GaterNet
 
 Form = Literal["masked", "skipping"]
@@ -134,14 +134,15 @@ class Source:
         """Compare a file with the model, on images of another size too where it takes them; see `parity.compare`."""
         mend = FAULT
         try:
-            parity = compare(self.model, self.inputs, images, run, run_gated)
-            if self.dynamic_size:
-                mend = "leave dynamic_size out"
-                others = list(self._of_other_sizes(images[:_OF_OTHER_SIZES]))
-                if not others:
-                    raise ExportError(f"the model takes images of no other size than {tuple(images.shape[2:])}")
-                for other in others:
-                    compare(self.model, self.inputs, other, run, run_gated)
+            with without_autocast("cpu"):
+                parity = compare(self.model, self.inputs, images, run, run_gated)
+                if self.dynamic_size:
+                    mend = "leave dynamic_size out"
+                    others = list(self._of_other_sizes(images[:_OF_OTHER_SIZES]))
+                    if not others:
+                        raise ExportError(f"the model takes images of no other size than {tuple(images.shape[2:])}")
+                    for other in others:
+                        compare(self.model, self.inputs, other, run, run_gated)
         except ExportError as error:
             raise ExportError(f"{error}: {mend}") from error
         return parity
@@ -166,7 +167,7 @@ class Source:
     def tracing(self) -> Iterator[None]:
         """Quiet, without gradients; what a network's own code raises becomes one sentence."""
         try:
-            with torch.no_grad(), quiet():
+            with torch.no_grad(), without_autocast("cpu"), quiet():
                 yield
         except Exception as error:
             cause: BaseException = error

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gaternet.checkpoint import read_json, staged, write_json
-from gaternet.graph import evaluation_mode, read_graph
+from gaternet.graph import evaluation_mode, read_graph, without_autocast
 from gaternet.method import Gater, GaterNet, require_gated
 from gaternet.skipping.engines import Backbone, KernelName, make_program, time_engines
 from gaternet.skipping.native import NativeProgram
@@ -72,7 +71,7 @@ class Skipper(nn.Module):
         They are those of the model, but where a gate's logit lies within rounding (about 1e-6) of the threshold.
         """
         self._check_images(images)
-        with _without_autocast(images.device.type):
+        with without_autocast(images.device.type):
             return self._gater(images) if len(images) else images.new_zeros(0, self.plan.num_gates)
 
     @torch.no_grad()
@@ -97,7 +96,7 @@ class Skipper(nn.Module):
             raise ValueError(f"gates must be on {images.device}, as the images are, but are on {gates.device}")
         if not hard and not ((gates == 0) | (gates == 1)).all():
             raise ValueError("gates must be 0 or 1 for filters to be skipped: use the model itself for others")
-        with _without_autocast(images.device.type):
+        with without_autocast(images.device.type):
             if len(images) == 0:
                 return self.program(images.new_zeros(1, *self.plan.input_shape), gates.new_zeros(1, gates.shape[1]))[:0]
             return self.program(images, gates)
@@ -213,7 +212,7 @@ def skip(
         )
     if subnetworks < 1:
         raise ValueError(f"subnetworks must be at least 1, not {subnetworks}")
-    with _without_autocast(example_input.device.type), evaluation_mode(model):  # as it will run
+    with evaluation_mode(model):
         plan = make_plan(read_graph(model.backbone, example_input[:1]), model.sites)
         hard = type(model.gater) is Gater  # a subclass may give other gates
         if engine == "mask":
@@ -235,7 +234,7 @@ def skip(
             engines |= {"slice": specialised.fallback, "specialise": specialised}
         else:
             engines["slice"] = make_program(plan, kernels)
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(example_input.device.type):  # as they will run
             timings = time_engines(engines, example_input, gater(example_input))
         best = min(timings, key=timings.__getitem__)
         if best == "mask":
@@ -243,8 +242,3 @@ def skip(
         skipper = Skipper(getattr(engines["slice"], "plan", plan), gater, engines[best], best, hard)
         skipper.timings = timings
         return skipper
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """What is skipped computes in the precision of its weights, whatever engine runs it."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
