@@ -152,6 +152,16 @@ def test_forcing_needs_labels_and_images(analysis):
         force_gates(MODEL, batches(labels=False), analysis, preprocessing=PIXELS)
     with pytest.raises(ValueError, match="the loader is empty"):
         force_gates(MODEL, [], analysis)
+    with pytest.raises(ValueError, match=r"labels must be integers, one an image: 90, not \(5,\)"):
+        force_gates(MODEL, [(IMAGES, LABELS[:5])], analysis, preprocessing=PIXELS)
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 7\), but reach from 0 to 7"):
+        force_gates(MODEL, [(IMAGES, torch.where(LABELS == 1, 7, LABELS))], analysis, preprocessing=PIXELS)
+
+
+def test_batches_may_hold_more_than_images_and_labels(analysis):
+    few: dict[str, Any] = {"preprocessing": PIXELS, "images": 20}
+    numbered = [(images, labels, torch.arange(len(images))) for images, labels in batches()]
+    assert exchange_gates(MODEL, numbered, **few) == exchange_gates(MODEL, batches(), **few)
 
 
 def test_a_model_in_training_mode_is_asked_as_in_evaluation_mode(analysis):

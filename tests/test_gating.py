@@ -327,6 +327,13 @@ def test_a_gater_is_a_network_or_a_name(gater):
         gate(custom(), IMAGES, gater=gater)
 
 
+def test_a_whole_gater_is_not_taken_for_what_features_come_from():
+    model = gate(custom(), IMAGES)
+    for gater in (model.gater, model):
+        with pytest.raises(TypeError, match="pass the extractor of your Gater"):
+            gate(custom(), IMAGES, gater=gater)
+
+
 def test_a_bottleneck_of_0_is_refused():
     with pytest.raises(ValueError, match="bottleneck must be at least 1"):
         gate(custom(), IMAGES, bottleneck=0)

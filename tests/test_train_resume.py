@@ -17,6 +17,7 @@ from training_runs import CPU, assert_same_weights, exit_codes, free_port, recor
 
 import gaternet.step
 from gaternet.evaluate import evaluate_saved
+from gaternet.export.saved import export_saved
 from gaternet.ledger import describe_run
 from gaternet.run import RunDirectory
 from gaternet.step import TrainingStep, training_step
@@ -189,6 +190,7 @@ def test_a_run_goes_on_where_its_images_were_moved_and_is_found_there(tmp_path, 
         assert "resumed" not in json.loads((directory / "config.json").read_text())
         assert describe_run(directory)["data"] == "own"
         assert evaluate_saved(directory, which="best", runtime=CPU)["images"] == 64
+    assert export_saved(run)["on"] == "test images"
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ def analyze(
     pass_ = None
     with evaluation_mode(model):
         for batch in loader:
-            images, labels = _images_and_labels(batch)
+            images, labels = images_and_labels(batch)
             if not len(images):
                 continue
             pass_ = pass_ or _Pass(model, images, labels, preprocessing, classes, samples, extremes, seed)
@@ -230,7 +230,7 @@ def analyze(
     return pass_.result()
 
 
-def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:
+def images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:
     """Of a batch of images, (images,) or (images, labels, ...)."""
     parts = list(batch) if isinstance(batch, list | tuple) else [batch]
     images, labels = (*parts, None)[:2]

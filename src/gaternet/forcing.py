@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gaternet.analysis import GateAnalysis
+from gaternet.analysis import GateAnalysis, images_and_labels
 from gaternet.data import Preprocessing
 from gaternet.graph import evaluation_mode
 from gaternet.method import GaterNet
@@ -131,7 +131,10 @@ def force_gates(
     """
     with evaluation_mode(model):
         inputs, labels = _first(loader, images, preprocessing, next(model.parameters()).device)
-        own, count, named = _gates(model, inputs), len(analysis.classes), labels.cpu().numpy()
+        count, named = len(analysis.classes), labels.cpu().numpy()
+        if named.min() < 0 or named.max() >= count:
+            raise ValueError(f"labels must lie in [0, {count}), but reach from {named.min()} to {named.max()}")
+        own = _gates(model, inputs)
         counts = np.bincount(named, minlength=count)
         found = _right(model, inputs, own, labels)
 
@@ -272,11 +275,12 @@ def _first(
 ) -> tuple[Tensor, Tensor]:
     inputs, labels, found = [], [], 0
     for batch in loader:
-        if not isinstance(batch, list | tuple) or len(batch) != 2:
+        images, own = images_and_labels(batch)
+        if own is None:
             raise ValueError("forcing gates needs labels: give batches of (images, labels)")
-        images = batch[0].to(device)
+        images = images.to(device)
         inputs.append(preprocessing.normalize(images) if preprocessing else images)
-        labels.append(torch.as_tensor(batch[1]).to(device))
+        labels.append(own.to(device))
         found += len(images)
         if found >= number:
             break

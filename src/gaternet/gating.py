@@ -58,7 +58,7 @@ def gate(
     Raises:
         ValueError: no filter can be gated, the network cannot be exported, or the extractor gives no features (B, h);
             or there is an initial bias although `open` has its own.
-        TypeError: the backbone is no module, or the gater neither that nor a name.
+        TypeError: the backbone is no module; or the gater neither that nor a name, or a `Gater`.
     """
     if open and initial_bias:
         raise ValueError("initial_bias says how open the gates start: leave it out where open is set")
@@ -66,6 +66,8 @@ def gate(
         raise TypeError(f"the backbone must be a network, not {backbone!r}: make it first, say by timm.create_model")
     if gater is not None and not isinstance(gater, str | nn.Module):
         raise TypeError(f"gater must be a network or the name of one, not {gater!r}")
+    if isinstance(gater, Gater | GaterNet):
+        raise TypeError("gater is the network that features come from: pass the extractor of your Gater")
     refuse_gated(backbone)
     found = find_sites(backbone, example_input, sites, group_size)
     num_gates = max(site.stop for site in found)

@@ -6,7 +6,8 @@ predicts with the chosen filters only:
     images (B, 3, H, W) -> Gater -> gates (B, C) -> backbone, each site scaled by its gates -> logits (B, K)
 
 Shapes: B images in a batch, C gates, h features of the extractor, K classes. Equation numbers are those of
-docs/method.md. This file is the ground floor: it reads no files, knows no configuration and no other module.
+docs/method.md. This file is the ground floor: it knows no configuration and no other module of ours, but
+those that write and read files, which the last methods call.
 """
 
 import math

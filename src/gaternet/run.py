@@ -206,13 +206,15 @@ def load_gated(path: Path, which: str = "last") -> tuple[GaterNet, dict[str, Any
     return model, metadata
 
 
-def data_of(path: Path, metadata: Mapping[str, Any], other: str | None = None) -> str:
-    """The data that a model was trained on, or `other` in its place; ValueError if neither is known.
-
-    Of a run, where they lay when it went on last.
-    """
+def trained_on(path: Path, metadata: Mapping[str, Any]) -> str | None:
+    """The data that a model was trained on, if that is known; of a run, where they lay when it went on last."""
     config: Any = checkpoint.read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
-    source = other or (config.get("recipe") or metadata.get("trained") or {}).get("data")
+    return (config.get("recipe") or metadata.get("trained") or {}).get("data")
+
+
+def data_of(path: Path, metadata: Mapping[str, Any], other: str | None = None) -> str:
+    """The data that a model was trained on, or `other` in its place; ValueError if neither is known."""
+    source = other or trained_on(path, metadata)
     if source is None:
         raise ValueError(f"{path} does not say what it was trained on: name the data with --data")
     return source

@@ -14,7 +14,7 @@ from gaternet.evaluate import load_sets
 from gaternet.export import compare_int8, export_onnx, export_pt2, quantize_onnx
 from gaternet.export.source import Form
 from gaternet.method import GaterNet
-from gaternet.run import load_trained
+from gaternet.run import load_trained, trained_on
 
 FileFormat = Literal["onnx", "pt2"]
 Int8 = Literal["backbone", "all"]
@@ -63,7 +63,7 @@ def export_saved(
         raise ValueError("the skipping form is for ONNX files: leave the other format out")
     model, metadata = load_trained(path, which)
     gated = isinstance(model, GaterNet)
-    source = data or metadata.get("trained", {}).get("data")
+    source = data or trained_on(path, metadata)
     sets: tuple[ImageSet, ImageSet] | None = None
     try:
         sets = load_sets(source, metadata, data_root) if source else None
