@@ -41,12 +41,12 @@ def gate(
             name: one of the paper's CIFAR models ("resnet20") or of timm's ("resnet18"), with fresh weights. Default:
             cheap, a ResNet-20 on the shrunk image, which costs at most 5 % of the MACs of backbones above 0.5 GMAC,
             unless that would leave less than 8 pixels of the image's short side.
-        shrink: a gater given by name sees averages of so many pixels by so many. Default: 1, or what the default gater
-            needs to be cheap.
+        shrink: a gater given by name sees the image average-pooled by this factor. Default: 1, or what the default
+            gater needs to be cheap.
         sites: which filters, see `find_sites`: "residual" (the paper's), "all", or a predicate.
         group_size: number of neighbouring filters that share a gate, the paper's is 1. Larger groups make skipping
             faster and choice coarser.
-        bottleneck: width of the middle of the gater's D. Default: the paper's, 8 for images up to 64 pixels, else 256.
+        bottleneck: width of the middle of the gater's D. Default: 8 for images up to 64 pixels, else 256, see `Gater`.
         open: start with every gate open, so that the model begins as the plain backbone. Default: the paper's start,
             with about half of the gates open.
         batch_norm, initial_bias, noise_std, hard_probability: see `Gater`.

@@ -77,7 +77,7 @@ class Gater(nn.Module):
         extractor: E; maps images (B, channels, H, W) to features (B, h).
         num_features: h.
         num_gates: C.
-        bottleneck: width of D's middle; the paper's is 8 on CIFAR and 256 on ImageNet.
+        bottleneck: width of D's middle; the paper's is 8 on CIFAR-10, and its parameter counts give 256 on ImageNet.
         batch_norm: whether D has the BatchNorm.
         initial_bias: FC2's bias at the start. 0 is the paper's: about half of the gates start open. 2 starts "open".
         noise_std, hard_probability, threshold: see `improved_semhash`.
@@ -323,7 +323,7 @@ class GaterNet(
         return (logits, gates) if return_gates else logits
 
     def gates(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch gates"]:
-        """The gater alone: gates (B, C) in [0, 1], a column for each gated filter in execution order."""
+        """The gater alone: gates (B, C) in [0, 1], a column for each gate, in execution order."""
         return self.gater(images)
 
     def forward_gated(

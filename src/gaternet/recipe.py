@@ -1,6 +1,7 @@
 """What a recipe is: everything that decides a training run's result, as plain values; `gaternet.recipes` lists them.
 
-`override` changes single fields of one. `Runtime` is what depends on the machine and does not change the result.
+`override` changes single fields of one. `Runtime` is what depends on the machine; of a result it changes
+rounding, and which random numbers are drawn, alone.
 """
 
 import dataclasses
@@ -40,7 +41,9 @@ class Optimizer:
     schedule: Literal["step", "cosine", "constant"] = option(
         "step", "how the learning rate falls: step, cosine, constant"
     )
-    milestones: tuple[float, ...] = option((0.5, 0.75), "step: shares of the training at which the rate is cut")
+    milestones: tuple[float, ...] = option(
+        (0.5, 0.75), "step: share of the training at which the rate is cut, given once for each cut"
+    )
     gamma: float = option(0.1, "step: factor of each cut")
     warmup_epochs: float = option(0.0, "epochs over which the rate rises linearly from 0")
     ema_decay: float = option(0.0, "decay per step of the exponential moving average of the weights; 0 for none")
@@ -64,7 +67,7 @@ class Gating:
     """The gater and its losses; plain models take `ACTS_ON_PLAIN` of it alone."""
 
     extractor: str = option("resnet20", "the gater's E: a network of ours or timm's by name; with --backbone also auto")
-    shrink: int | None = option(None, "side in pixels of the squares that E sees as one; default: 1, auto chooses")
+    shrink: int | None = option(None, "factor by which E's images are average-pooled; default: 1, auto chooses")
     sites: Literal["residual", "all"] = option("residual", "filters of --backbone to gate: residual, all")
     group_size: int = option(1, "with --backbone: number of neighbouring filters that share a gate")
     open: bool = option(False, "with --backbone: start with every gate open, as the plain network")
@@ -81,12 +84,13 @@ class Gating:
     hard_probability: float = option(0.5, "chance that a training sample's gates are hard")
     open_probability: float = option(0.0, "chance that a training sample has all gates open, whatever the gater says")
     sparsity: float = option(0.0, "lambda: weight of the share of open gates in the loss")
-    target_density: float | None = option(None, "share of open gates to steer to, in place of lambda")
+    target_density: float | None = option(None, "density to steer to, in place of lambda: of what --penalty counts")
     density_weight: float = option(10.0, "weight of (density - target_density)^2 in the loss")
     sparsity_start: float = option(0.0, "epoch at which either weight begins to act")
     sparsity_ramp: float = option(0.0, "epochs over which it then rises linearly to its full value")
     penalty: Literal["gates", "sites", "each", "macs"] = option(
-        "gates", "density of: gates, all alike; sites or each gate, every one by itself; macs, the backbone's MACs"
+        "gates",
+        "density of: gates, all together; sites, each by itself; each gate by itself; macs, the backbone's MACs",
     )
     auxiliary_weight: float = option(0.0, "weight of the loss of a classifier on E's features, which only training has")
     freeze: Literal["none", "backbone", "gater"] = option("none", "part that does not learn: none, backbone, gater")
@@ -219,7 +223,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a run is carried out on a machine: changes its speed, and its result by rounding alone."""
+    """How a run is carried out on a machine: its speed, rounding, and the random numbers that are drawn."""
 
     cpu: bool = option(False, "run on the CPU even if there is a GPU")
     precision: Literal["auto", "no", "bf16", "fp16"] = option("auto", "no, bf16, fp16, or auto: bf16 where fast")

@@ -208,7 +208,7 @@ def _digits() -> list[Recipe]:
 
 
 def _finetune() -> Recipe:
-    """A network that was trained elsewhere is gated: all gates are open first, then steered to half of its MACs."""
+    """Gate a network that was trained elsewhere: all open first, then to half of its MACs, the gater's on top."""
     optimizer = Optimizer(lr=0.01, schedule="cosine", warmup_epochs=0.5)
     gating = Gating(
         extractor="auto",

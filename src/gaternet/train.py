@@ -81,8 +81,8 @@ def train(
         runtime: how to use this machine.
         seed: of the weights, the order of images, the augmentation and the gates' noise.
         resume: continue the run that is there.
-        network: train this one, a GaterNet say that `gate` made, in place of the recipe's own; its gater's settings
-            stay, and of the recipe's only what changes with time acts on it (`anneal_noise`, `final_slope`).
+        network: train this one, a GaterNet say that `gate` made, in place of the recipe's own; of the
+            recipe, options that build a network or start it from weights then have no effect.
 
     Returns:
         The metrics of the last epoch, as in metrics.jsonl; accuracies and densities lie in [0, 1].

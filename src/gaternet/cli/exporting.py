@@ -13,7 +13,7 @@ from gaternet.cli.common import JsonOption, RunArgument, WhichOption, app, conso
 def export(
     run: RunArgument,
     which: WhichOption = "last",
-    out: Annotated[Path | None, typer.Option(help="the file  [dim]\\[default: RUN/model.onnx][/]")] = None,
+    out: Annotated[Path | None, typer.Option(help="the file  [dim]\\[default: in RUN, say model.onnx][/]")] = None,
     file_format: Annotated[
         Literal["onnx", "pt2"] | None,
         typer.Option("--format", help="ONNX, or torch.export's  [dim]\\[default: as --out says, or onnx][/]"),

@@ -107,7 +107,9 @@ def report(
     which: WhichOption = "last",
     data: Annotated[str | None, typer.Option(help="another set than it was trained on, see train --data")] = None,
     data_root: Annotated[str | None, typer.Option(help="where torchvision's data sets lie")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder of the page  [dim]\\[default: RUN/report][/]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the page  [dim]\\[default: RUN/report; of several, report][/]")
+    ] = None,
     samples: Annotated[int, typer.Option(min=10, help="images on the map, drawn at random")] = 2000,
     forced: Annotated[int, typer.Option(min=0, help="images to force gates on; 0 leaves it out")] = 300,
     cpu: Annotated[bool, typer.Option("--cpu", help="run on the CPU even if there is a GPU")] = False,
@@ -167,7 +169,7 @@ def bench(
     batch_size: Annotated[list[int], typer.Option(min=1, help="images at once; may be repeated")] = [1, 16],  # noqa: B006
     density: Annotated[
         list[float] | None,
-        typer.Option(min=0, max=1, help="share of open gates, drawn at random; default: those of the run"),
+        typer.Option(min=0, max=1, help="share of gates drawn open; default: those of the run, else 0.75, 0.5, 0.25"),
     ] = None,
     engine: Annotated[
         list[str] | None, typer.Option(help="dense engine to compare with; default: all that are installed")

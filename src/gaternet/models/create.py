@@ -60,12 +60,13 @@ def create_model(
 
     Args:
         name: one of `model_names()`, for example "resnet56_gated", or "timm:resnet50", or "torchvision:vgg11".
-        num_classes: classes K.
+        num_classes: classes K; 1000 for a trained ImageNet classifier.
         in_chans: channels of the images.
         extractor: for gated models, the name of the plain network that serves as the gater's E, without its classifier;
             default: the paper's, "resnet20" for CIFAR's models and "resnet18" for ImageNet's.
-        shrink: for gated models, the extractor sees averages of so many pixels by so many; the paper's is 1.
-        bottleneck: for gated models, width of D's middle; default: the paper's, 8 for CIFAR's and 256 for ImageNet's.
+        shrink: for gated models, the extractor sees the image average-pooled by this factor; the paper's is 1.
+        bottleneck: for gated models, width of D's middle; default: 8 for CIFAR's models and 256 for ImageNet's, see
+            `Gater`. The paper's CIFAR-100 row of ResNet-20 needs 128.
         batch_norm, initial_bias, noise_std, hard_probability, threshold: for gated models, see `Gater`.
         pretrained: for timm's and torchvision's models, take their trained weights, which are downloaded; images are
             then to be normalised by the mean and std in the network's `pretrained_cfg`.

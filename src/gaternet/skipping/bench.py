@@ -28,7 +28,7 @@ class Timing:
         name: the engine.
         batch: images in the batch.
         density: share of open gates, in [0, 1]; None for plain networks and for the gater alone.
-        macs: multiply-accumulates of an image, in the mean over the batch.
+        macs: multiply-accumulates of an image, in the mean over the batch; as `count_macs` counts them.
         median, p10, p90: milliseconds for the batch.
         over_dense: the time over that of the fastest dense engine, within the same turn: the median of all turns; None
             where there is no dense engine.

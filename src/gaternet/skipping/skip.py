@@ -184,6 +184,8 @@ def skip(
 ) -> Skipper:
     """A module with the model's outputs that computes its open filters only.
 
+    Grouped convolutions are computed whole and masked; depthwise ones are not. `Skipper.plan` says what is computed.
+
     Args:
         model: a GaterNet, in any mode. The Skipper has a copy, in evaluation mode: after a change, call `skip` again.
         example_input: images (B, channels, H, W) of the size, and for "auto" such and as many, as it is to run with.
