@@ -157,6 +157,33 @@ def test_a_failing_run_is_reported_and_does_not_keep_the_others_from_finishing(t
     assert re.search(r"/seed0  failed  0/1  error: no file .*none.npz", capsys.readouterr().out)
 
 
+def test_a_run_that_cannot_begin_does_not_keep_the_others_from_finishing(tmp_path):
+    jobs = make_jobs([override(PLAIN, {"epochs": 1, "model": "resnet8"})], range(2), tmp_path)
+    jobs[0].path.mkdir(parents=True)
+    (jobs[0].path / "config.json").write_text('{"recipe"')
+    with pytest.raises(TrainingError, match=r"1 of 2 runs failed, .*seed0 with: .*config.json"):
+        sweep(jobs, tmp_path / "ledger.jsonl", CPU)
+    assert [job.state for job in jobs] == ["failed", "finished"]
+
+
+def test_a_ledger_that_cannot_be_written_is_named_before_any_run(tmp_path):
+    (tmp_path / "plain").write_text("")
+    for ledger, message in ((tmp_path, "is a folder: name a file"), (tmp_path / "plain" / "ledger.jsonl", "plain")):
+        jobs = make_jobs([PLAIN], [0], tmp_path / "out")
+        with pytest.raises((ValueError, OSError), match=message):
+            sweep(jobs, ledger, CPU)
+        assert jobs[0].state == "waiting"
+
+
+def test_a_line_is_not_glued_to_one_that_was_written_by_hand(swept, tmp_path):
+    out, lines = swept
+    ledger = tmp_path / "ledger.jsonl"
+    ledger.write_text(json.dumps(lines[0]))
+    other = next(path for path in out.glob("*/seed0") if find_line(ledger, path) is None)
+    add_run(ledger, other, CPU)
+    assert len(read_ledger(ledger)) == 2
+
+
 def test_runs_share_the_gpus_that_were_given(tmp_path, monkeypatch):
     found = []
 

@@ -25,7 +25,7 @@ from gaternet.evaluate import ToInput, evaluate, evaluate_saved, gate_metrics
 from gaternet.gating import gate
 from gaternet.ledger import describe_run
 from gaternet.loader import make_batches
-from gaternet.machine import collect_signals, make_accelerator
+from gaternet.machine import collect_signals, make_accelerator, tensorboard
 from gaternet.method import GaterNet
 from gaternet.models import create_model
 from gaternet.network import build_network, load_teacher
@@ -199,6 +199,16 @@ def assert_equal(part: nn.Module, expected: nn.Module | dict[str, torch.Tensor])
     state = expected.state_dict() if isinstance(expected, nn.Module) else expected
     assert part.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in part.state_dict().items())
+
+
+def test_tensorboard_keeps_the_last_epoch_of_a_run_that_goes_on(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for step, steps in ((0, (4, 8)), (8, (12,))):
+        with tensorboard(tmp_path, step) as board:
+            for each in steps:
+                board.add_scalar("loss", 1.0, each)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    assert [event.step for event in events.Reload().Scalars("loss")] == [4, 8, 12]
 
 
 @pytest.mark.usefixtures("unchecked_types")

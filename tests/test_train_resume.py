@@ -18,7 +18,7 @@ from training_runs import CPU, assert_same_weights, exit_codes, free_port, recor
 import gaternet.step
 from gaternet.evaluate import evaluate_saved
 from gaternet.export.saved import export_saved
-from gaternet.ledger import describe_run
+from gaternet.ledger import describe_run, read_ledger
 from gaternet.run import RunDirectory
 from gaternet.step import TrainingStep, training_step
 from gaternet.train import Stopped, TrainingError, train
@@ -303,6 +303,27 @@ def test_a_run_whose_training_state_was_removed_is_not_trained_over(finished, tm
     assert (run / "metrics.jsonl").read_text() == before
 
 
+def test_a_folder_is_free_again_where_a_resume_failed_or_copies_of_its_lock_live_on(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    whole = (run / "training.pt").read_bytes()
+    (run / "training.pt").write_bytes(whole[:100])
+    directory = RunDirectory(run)
+    with pytest.raises(ValueError, match=r"training\.pt"):
+        directory.resume(config, True)
+    (run / "training.pt").write_bytes(whole)
+    again = RunDirectory(run)
+    again.resume(config, True)
+    handle = again._lock
+    assert handle is not None
+    copy = os.dup(handle)  # as a forked process has it
+    again.close()
+    last = RunDirectory(run)
+    last.resume(config, True)
+    last.close()
+    os.close(copy)
+
+
 def test_processes_that_are_stopped_together_save_and_agree_on_the_averages(tmp_path):
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     script, run = Path(__file__).parent / "train_with_averages.py", tmp_path / "run"
@@ -317,6 +338,10 @@ def test_processes_that_are_stopped_together_save_and_agree_on_the_averages(tmp_
         ]
         assert exit_codes(running) == expected
         assert (run / "training.pt").exists()
+    (line,) = read_ledger(tmp_path / "ledger.jsonl")  # of the last model, though the main process was slow to save it
+    found = describe_run(run, CPU)
+    for name in ("test_error", "test_loss"):
+        assert line[name] == pytest.approx(found[name], rel=1e-5)
     assert len(records(run, "step")) == 5
     (epoch,) = records(run, "epoch")
     assert evaluate_saved(run, runtime=CPU)["loss"] == pytest.approx(epoch["test_loss"], rel=1e-6)

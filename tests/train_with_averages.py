@@ -11,14 +11,16 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from training_runs import CPU, small
 
 import gaternet.step
 import gaternet.train
 from gaternet import checkpoint
+from gaternet.ledger import add_run
 
 out, resume = Path(sys.argv[1]), (Path(sys.argv[1]) / "config.json").exists()
-step, save = gaternet.step.training_step, checkpoint.save_state
+step, save, save_model = gaternet.step.training_step, checkpoint.save_state, checkpoint.save_model
 steps = []
 
 
@@ -35,10 +37,17 @@ def slow_save(*args):
     save(*args)
 
 
-gaternet.step.training_step, checkpoint.save_state = stopping_step, slow_save
+def slow_save_model(*args):
+    time.sleep(1)
+    save_model(*args)
+
+
+gaternet.step.training_step, checkpoint.save_state, checkpoint.save_model = stopping_step, slow_save, slow_save_model
 torch.set_num_threads(1)
 try:
     gaternet.train.train(small("resnet20", ema_decay=0.9, epochs=1), out, CPU, resume=resume)
+    add_run(out.parent / "ledger.jsonl", out, CPU)
+    PartialState().destroy_process_group()
 except gaternet.train.Stopped as stopped:
     saved = (out / "training.pt").exists()  # whichever ends first
     sys.exit(128 + stopped.signum if saved else "ended before all was saved")

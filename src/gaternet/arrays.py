@@ -3,7 +3,6 @@
 Each is training images, their labels, test images and their labels: uint8 (N, C, H, W) and int64 (N,).
 """
 
-import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision import datasets
 
-from gaternet.locks import lock_folder
+from gaternet.locks import lock_folder, unlock_folder
 
 EMBEDDED = ("digits",)
 TORCHVISION = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion_mnist": datasets.FashionMNIST}
@@ -71,7 +70,7 @@ def _download(name: str, root: Path, train: bool) -> Any:
         return TORCHVISION[name](root, train=train, download=True)
     finally:
         if lock is not None:
-            os.close(lock)
+            unlock_folder(lock)
 
 
 def read_npz(path: Path) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:

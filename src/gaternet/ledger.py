@@ -140,6 +140,19 @@ def find_line(ledger: Path, path: Path) -> dict[str, Any] | None:
     return next((line for line in read_ledger(ledger) if run.items() <= line.items()), None)
 
 
+def check_ledger(ledger: Path) -> None:
+    """Find out before a training what would keep its line from the ledger afterwards.
+
+    Raises:
+        ValueError: the ledger is a folder, or damaged.
+        OSError: its folder cannot be made.
+    """
+    if ledger.is_dir():
+        raise ValueError(f"{ledger} is a folder: name a file for the ledger")
+    checkpoint.make_folder(ledger.parent)
+    read_ledger(ledger)
+
+
 def add_run(ledger: Path, path: Path, runtime: Runtime | None = None) -> dict[str, Any]:
     """Append a finished run's line, unless it is there; the line. See `describe_run`."""
     line = find_line(ledger, path)
@@ -147,8 +160,10 @@ def add_run(ledger: Path, path: Path, runtime: Runtime | None = None) -> dict[st
         line = describe_run(path, runtime)  # all processes take part
         if PartialState().is_main_process:
             ledger.parent.mkdir(parents=True, exist_ok=True)
+            before = ledger.read_bytes() if ledger.exists() else b""
+            torn = bool(before) and not before.endswith(b"\n")  # by hand: the line would be glued to the last
             with ledger.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write("\n" * torn + json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
     return line

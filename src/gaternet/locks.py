@@ -10,7 +10,7 @@ except ImportError:  # Windows
 
 
 def lock_folder(path: Path, wait: bool) -> int | None:
-    """A file descriptor that holds the lock until it is closed; None where the system or the disk has no locks.
+    """A file descriptor that holds the lock until `unlock_folder`; None where the system or the disk has no locks.
 
     Raises:
         BlockingIOError: another process holds it, and `wait` is not set.
@@ -27,3 +27,10 @@ def lock_folder(path: Path, wait: bool) -> int | None:
         os.close(handle)
         return None
     return handle
+
+
+def unlock_folder(handle: int) -> None:
+    """Let go of a lock, also where processes that were forked meanwhile have copies of its descriptor."""
+    if fcntl is not None:
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)

@@ -159,11 +159,11 @@ def should_stop(received: list[int], accelerator: Accelerator, sync: bool) -> bo
 
 @contextmanager
 def tensorboard(directory: Path | None, step: int) -> Iterator[Any]:
-    """A SummaryWriter into `directory`, continuing at `step`; None where there is no directory."""
+    """A SummaryWriter into `directory`, continuing after `step`; None where there is no directory."""
     if directory is None:
         yield None
         return
-    with import_tensorboard()(directory / "tensorboard", purge_step=step) as writer:
+    with import_tensorboard()(directory / "tensorboard", purge_step=step + 1) as writer:
         yield writer
 
 

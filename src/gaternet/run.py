@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from gaternet import checkpoint
-from gaternet.locks import lock_folder
+from gaternet.locks import lock_folder, unlock_folder
 from gaternet.method import GaterNet
 from gaternet.recipe import Recipe, Runtime, data_name
 
@@ -76,16 +76,22 @@ class RunDirectory:
             )
         if main:
             self._hold()
+        try:
+            return self._take_up(main)
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_up(self, main: bool) -> dict[str, Any] | None:
+        if main:
             self._remove_leftovers()
         state = checkpoint.load_tensors(self.path / STATE) if (self.path / STATE).exists() else None
         if state is not None and len(self.epochs()) < state.get("epoch", 0):  # a machine that died may lose lines
-            self.close()
             raise ValueError(
                 f"{self.path / METRICS} has {len(self.epochs())} of the {state['epoch']} epochs that were finished: "
                 "restore it from a copy, or name another --out"
             )
         if state is None and len(self.epochs()) > 1:
-            self.close()
             raise ValueError(f"{self.path / STATE} is missing, without which the run cannot go on: name another --out")
         if main:
             step = state["step"] if state else 0
@@ -120,7 +126,7 @@ class RunDirectory:
     def close(self) -> None:
         """Let other processes resume the run, which `start` and `resume` forbid; so does the end of this one."""
         if self._lock is not None:
-            os.close(self._lock)
+            unlock_folder(self._lock)
             self._lock = None
 
     def log(self, record: Mapping[str, Any]) -> None:

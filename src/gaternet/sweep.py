@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 
 from gaternet.checkpoint import make_folder
-from gaternet.ledger import changed_options, find_line, read_ledger, train_flags
+from gaternet.ledger import changed_options, check_ledger, find_line, train_flags
 from gaternet.machine import PARENT, collect_signals, shared_gpu
 from gaternet.progress import summary
 from gaternet.recipe import Recipe, Runtime, override
@@ -42,9 +42,19 @@ class Job:
         self.state = "waiting"
         self._process: subprocess.Popen[bytes] | None = None
         self._printed = 0  # bytes of log.txt from before
+        self._refusal = ""  # why it could not begin
 
     def start(self, runtime: Runtime, ledger: Path, environment: Mapping[str, str]) -> None:
-        """Begin or resume the run, unless it is in the ledger; what it prints goes to log.txt in its directory."""
+        """Begin or resume the run, unless it is in the ledger; what it prints goes to log.txt in its directory.
+
+        One that cannot begin has failed, and the others of the sweep go on.
+        """
+        try:
+            self._start(runtime, ledger, environment)
+        except (ValueError, OSError) as error:
+            self.state, self._refusal = "failed", str(error)
+
+    def _start(self, runtime: Runtime, ledger: Path, environment: Mapping[str, str]) -> None:
         if find_line(ledger, self.path):
             self.state = "finished"
             return
@@ -57,7 +67,7 @@ class Job:
         with (self.path / "log.txt").open("ab") as log:  # behind what the run printed before
             self._printed = log.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "gaternet", "train", self.recipe.name, *flags],
+                [sys.executable, "-P", "-m", "gaternet", "train", self.recipe.name, *flags],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -88,7 +98,9 @@ class Job:
             self.watch()
 
     def last_words(self) -> str:
-        """The last line that the process printed."""
+        """The last line that the process printed, or why there was none."""
+        if self._refusal:
+            return self._refusal
         lines = (self.path / "log.txt").read_bytes()[self._printed :].decode(errors="replace").splitlines()
         words = (line.strip(_FRAME) for line in reversed(lines))
         return next(filter(None, words), "it printed nothing")
@@ -149,7 +161,7 @@ def sweep(
     gpus = [] if runtime.cpu else _visible_gpus()
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
     waiting, running = deque(jobs), dict[int, Job]()
-    read_ledger(ledger)  # what is wrong with it is to be found before the first run
+    check_ledger(ledger)
     sharing = shared_gpu() if len(gpus) == 1 and at_once > 1 else nullcontext({})
     with sharing as shared, _Overview(jobs) as overview, collect_signals() as received, _ended(running):
         while waiting or running:

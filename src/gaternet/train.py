@@ -92,6 +92,8 @@ def train(
         OSError: nothing more can be written, say because the disk is full; what was saved stays whole.
         TrainingError: the loss is no number any more. `Stopped`: a signal came.
     """
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, not {seed}")
     runtime = runtime or Runtime()
     accelerator = make_accelerator(runtime)
     if recipe.batch_size % accelerator.num_processes:
@@ -216,6 +218,7 @@ def train(
             if epoch + 1 < recipe.epochs and should_stop(received, accelerator, True):
                 accelerator.wait_for_everyone()
                 raise _stopped(received, run, epoch, progress.step)
+    accelerator.wait_for_everyone()  # what follows may read what the main process has still to write
     return record
 
 

@@ -55,7 +55,7 @@ def _train(
     changes, runtime = _changes_and_runtime(options)
     changed = override(find_recipe(recipe), changes)
     _refuse_idle(changes.keys(), changed)
-    from gaternet.ledger import add_run, read_ledger
+    from gaternet.ledger import add_run, check_ledger
     from gaternet.machine import end_with_parent
     from gaternet.train import train
 
@@ -63,7 +63,7 @@ def _train(
     path = out or Path("runs") / recipe
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
         if ledger is not None:
-            read_ledger(ledger)  # what is wrong with it is to be found before the training
+            check_ledger(ledger)
         record = train(changed, path, runtime, seed, resume)
         if ledger is not None:
             add_run(ledger, path, runtime)
