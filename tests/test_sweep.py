@@ -157,13 +157,16 @@ def test_a_failing_run_is_reported_and_does_not_keep_the_others_from_finishing(t
     assert re.search(r"/seed0  failed  0/1  error: no file .*none.npz", capsys.readouterr().out)
 
 
-def test_a_run_that_cannot_begin_does_not_keep_the_others_from_finishing(tmp_path):
-    jobs = make_jobs([override(PLAIN, {"epochs": 1, "model": "resnet8"})], range(2), tmp_path)
+def test_a_run_that_cannot_begin_does_not_keep_the_others_from_finishing(tmp_path, monkeypatch):
+    jobs = make_jobs([override(PLAIN, {"epochs": 1, "model": "resnet8"})], range(3), tmp_path)
     jobs[0].path.mkdir(parents=True)
     (jobs[0].path / "config.json").write_text('{"recipe"')
-    with pytest.raises(TrainingError, match=r"1 of 2 runs failed, .*seed0 with: .*config.json"):
+    jobs[1].path.write_text("no folder")
+    (tmp_path / "random.py").write_text("raise ImportError('that is not Python's own')")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TrainingError, match=r"2 of 3 runs failed, .*seed0 with: .*config.json"):
         sweep(jobs, tmp_path / "ledger.jsonl", CPU)
-    assert [job.state for job in jobs] == ["failed", "finished"]
+    assert [job.state for job in jobs] == ["failed", "failed", "finished"]
 
 
 def test_a_ledger_that_cannot_be_written_is_named_before_any_run(tmp_path):

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from torch import nn
 from training_runs import CPU, assert_same_weights, exit_codes, free_port, records, small, weights
 
 import gaternet.step
+from gaternet import checkpoint
 from gaternet.checkpoint import load_model, save_model
 from gaternet.cost import count_macs
 from gaternet.data import DataError, Preprocessing, load_data
@@ -199,6 +201,22 @@ def assert_equal(part: nn.Module, expected: nn.Module | dict[str, torch.Tensor])
     state = expected.state_dict() if isinstance(expected, nn.Module) else expected
     assert part.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in part.state_dict().items())
+
+
+def test_a_folder_is_free_again_where_a_run_could_not_be_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "write_json", Mock(side_effect=OSError("no space left")))
+    refused = RunDirectory(tmp_path)
+    with pytest.raises(OSError, match="no space left"):
+        refused.start({})
+    monkeypatch.undo()
+    RunDirectory(tmp_path).start({})
+    refused.close()
+
+
+def test_a_seed_below_0_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="seed must be at least 0, not -1"):
+        train(small("resnet8"), tmp_path / "run", CPU, seed=-1)
+    assert not (tmp_path / "run").exists()
 
 
 def test_tensorboard_keeps_the_last_epoch_of_a_run_that_goes_on(tmp_path):

@@ -190,7 +190,7 @@ def test_a_run_goes_on_where_its_images_were_moved_and_is_found_there(tmp_path, 
         assert "resumed" not in json.loads((directory / "config.json").read_text())
         assert describe_run(directory)["data"] == "own"
         assert evaluate_saved(directory, which="best", runtime=CPU)["images"] == 64
-    assert export_saved(run)["on"] == "test images"
+    assert export_saved(whole)["on"] == "test images"  # whose model knows the old place alone
 
 
 @pytest.mark.parametrize(

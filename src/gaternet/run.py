@@ -14,8 +14,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -43,11 +43,10 @@ class RunDirectory:
     def start(self, config: Mapping[str, Any]) -> None:
         """Begin a new run here; ValueError if one is here already, so that nothing is overwritten."""
         checkpoint.make_folder(self.path)
-        self._hold()  # first of all: of two that start at the same time one is refused
-        if (self.path / CONFIG).exists():
-            self.close()
-            raise ValueError(f"{self.path} holds a run already: continue it with --resume, or name another --out")
-        checkpoint.write_json(self.path / CONFIG, {**config, "started": _now(), **describe_machine()})
+        with self._holding():  # first of all: of two that start at the same time one is refused
+            if (self.path / CONFIG).exists():
+                raise ValueError(f"{self.path} holds a run already: continue it with --resume, or name another --out")
+            checkpoint.write_json(self.path / CONFIG, {**config, "started": _now(), **describe_machine()})
 
     def resume(self, config: Mapping[str, Any], main: bool = True) -> dict[str, Any] | None:
         """The training state to continue from, None where none was saved yet.
@@ -74,31 +73,25 @@ class RunDirectory:
             raise ValueError(
                 f"{self.path} was started with other options ({changed}): resume with the same, or name another --out"
             )
-        if main:
-            self._hold()
-        try:
-            return self._take_up(main)
-        except BaseException:
-            self.close()
-            raise
-
-    def _take_up(self, main: bool) -> dict[str, Any] | None:
-        if main:
-            self._remove_leftovers()
-        state = checkpoint.load_tensors(self.path / STATE) if (self.path / STATE).exists() else None
-        if state is not None and len(self.epochs()) < state.get("epoch", 0):  # a machine that died may lose lines
-            raise ValueError(
-                f"{self.path / METRICS} has {len(self.epochs())} of the {state['epoch']} epochs that were finished: "
-                "restore it from a copy, or name another --out"
-            )
-        if state is None and len(self.epochs()) > 1:
-            raise ValueError(f"{self.path / STATE} is missing, without which the run cannot go on: name another --out")
-        if main:
-            step = state["step"] if state else 0
-            kept = [line for line in self._lines() if line["step"] <= step and state]
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            checkpoint.write_atomically(self.path / METRICS, lambda temporary: temporary.write_text(text))
-        return state
+        with self._holding() if main else nullcontext():
+            if main:
+                self._remove_leftovers()
+            state = checkpoint.load_tensors(self.path / STATE) if (self.path / STATE).exists() else None
+            if state is not None and len(self.epochs()) < state.get("epoch", 0):  # a machine that died may lose lines
+                raise ValueError(
+                    f"{self.path / METRICS} has {len(self.epochs())} of the {state['epoch']} epochs that were "
+                    "finished: restore it from a copy, or name another --out"
+                )
+            if state is None and len(self.epochs()) > 1:
+                raise ValueError(
+                    f"{self.path / STATE} is missing, without which the run cannot go on: name another --out"
+                )
+            if main:
+                step = state["step"] if state else 0
+                kept = [line for line in self._lines() if line["step"] <= step and state]
+                text = "".join(json.dumps(line) + "\n" for line in kept)
+                checkpoint.write_atomically(self.path / METRICS, lambda temporary: temporary.write_text(text))
+            return state
 
     def note_data(self, data: str) -> None:
         """Say in the config where the images lie now."""
@@ -150,11 +143,18 @@ class RunDirectory:
         if main:
             checkpoint.save_state(self.path / STATE, state)
 
-    def _hold(self) -> None:
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        """Keep other processes away, to the end of the run; where what is within fails they may come again."""
         try:
             self._lock = lock_folder(self.path, wait=False)
         except BlockingIOError as error:
             raise ValueError(f"another process is training in {self.path}: wait for it or stop it first") from error
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def _remove_leftovers(self) -> None:
         """What a killed run was about to write."""
