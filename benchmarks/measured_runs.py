@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gaternet.checkpoint import read_json
+from gaternet.files import read_json
 from gaternet.ledger import changed_options
 from gaternet.run import describe_machine
 

@@ -27,10 +27,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from pretrained_cifar_resnet import ResNet, load
 
 import gaternet
-from gaternet.checkpoint import load_model, read_json
+from gaternet.checkpoint import load_model
 from gaternet.cost import CostModel
 from gaternet.data import Preprocessing, load_data
 from gaternet.evaluate import load_test_set
+from gaternet.files import read_json
 from gaternet.graph import read_graph
 from gaternet.method import GaterNet
 from gaternet.recipe import data_name

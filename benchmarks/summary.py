@@ -18,7 +18,7 @@ from tables import (
     trains_like,
 )
 
-from gaternet.checkpoint import read_json
+from gaternet.files import read_json
 from gaternet.ledger import train_flags
 from gaternet.recipe import override
 from gaternet.recipes import find_recipe

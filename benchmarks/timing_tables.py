@@ -4,7 +4,7 @@ from typing import Any
 
 from tables import DOCS, error_of, machine_of, read_finetuned, table
 
-from gaternet.checkpoint import read_json
+from gaternet.files import read_json
 
 # Batch and density -> the target for the time over that of the best dense engine
 TARGETS = {(1, 1.0): 1.05, (1, 0.75): 0.95, (1, 0.5): 0.7, (1, 0.25): 0.45}

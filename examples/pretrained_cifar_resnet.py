@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gaternet
-from gaternet.checkpoint import load_tensors
+from gaternet.files import load_tensors
 
 
 class Unit(nn.Module):

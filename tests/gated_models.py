@@ -47,6 +47,11 @@ def gated_model(name: str = "resnet20_gated", num_classes: int = 5, **options: A
     return model.eval()
 
 
+def contents(directory: Path) -> dict[str, bytes]:
+    """All that is in a folder, hidden files too."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 

@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1]
 SOURCE = Path(gaternet.__file__).parent
 # Each may import those before it, and nothing after it.
 FLOORS = [
+    "errors",
+    "files",
     "locks",
     "recipe",
     "method",
@@ -30,6 +32,7 @@ FLOORS = [
     "gating",
     "card",
     "checkpoint",
+    "official",
     "skipping.plan",
     "skipping.checks",
     "skipping.saved",

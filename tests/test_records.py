@@ -18,8 +18,8 @@ from open_points import DATA, EACH_OPTION, GAP, STUDIES
 from tables import trains_like
 from torch import nn
 
-from gaternet.checkpoint import write_json
 from gaternet.data import ImageSet
+from gaternet.files import write_json
 from gaternet.ledger import changed_options, read_ledger, train_flags
 from gaternet.recipe import override
 from gaternet.recipes import find_recipe

@@ -16,11 +16,11 @@ from training_runs import CPU, small
 
 import gaternet.step
 import gaternet.train
-from gaternet import checkpoint
+from gaternet import checkpoint, files
 from gaternet.ledger import add_run
 
 out, resume = Path(sys.argv[1]), (Path(sys.argv[1]) / "config.json").exists()
-step, save, save_model = gaternet.step.training_step, checkpoint.save_state, checkpoint.save_model
+step, save, save_model = gaternet.step.training_step, files.save_state, checkpoint.save_model
 steps = []
 
 
@@ -42,7 +42,7 @@ def slow_save_model(*args):
     save_model(*args)
 
 
-gaternet.step.training_step, checkpoint.save_state, checkpoint.save_model = stopping_step, slow_save, slow_save_model
+gaternet.step.training_step, files.save_state, checkpoint.save_model = stopping_step, slow_save, slow_save_model
 torch.set_num_threads(1)
 try:
     gaternet.train.train(small("resnet20", ema_decay=0.9, epochs=1), out, CPU, resume=resume)

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gaternet.analysis import GateAnalysis, analyze
-    from gaternet.checkpoint import load_official_checkpoint, load_pretrained
+    from gaternet.checkpoint import load_pretrained
     from gaternet.cost import count_macs
     from gaternet.export import ExportedModel, export_onnx, export_pt2, quantize_onnx
     from gaternet.gating import gate
     from gaternet.method import Gater, GaterNet, GateSite, gate_sparsity, improved_semhash
     from gaternet.models import create_model, model_names
+    from gaternet.official import load_official_checkpoint
     from gaternet.sites import find_sites
     from gaternet.skipping import Skipper, skip
 
@@ -33,7 +34,7 @@ _HOMES = {
     "gate": "gaternet.gating",
     "gate_sparsity": "gaternet.method",
     "improved_semhash": "gaternet.method",
-    "load_official_checkpoint": "gaternet.checkpoint",
+    "load_official_checkpoint": "gaternet.official",
     "load_pretrained": "gaternet.checkpoint",
     "model_names": "gaternet.models",
     "quantize_onnx": "gaternet.export",

@@ -1,26 +1,16 @@
-"""What is saved, how it is loaded.
+"""Models as folders: what is saved, and how it is loaded.
 
-A saved model is a folder: `config.json` (plain data: how to rebuild the model, its gater's options, its sites, and what
-else `metadata` holds) and `model.safetensors`. Training state is one file beside it. Writes are atomic: a reader, or a
-machine that dies, sees the old file or the new one. No pickle is ever executed.
+A saved model is `config.json` (plain data: how to rebuild the model, its gater's options, its sites, and what else
+`metadata` holds) and `model.safetensors`. No pickle is ever executed.
 """
 
-import argparse
 import inspect
 import json
-import math
-import os
-import re
-import secrets
-import shutil
-import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -31,83 +21,13 @@ from safetensors.torch import load_file
 from safetensors.torch import save_model as save_safetensors
 from torch import nn
 
-from gaternet.graph import first_line
+from gaternet.errors import first_line
+from gaternet.files import read_json, write_atomically, write_json
 from gaternet.method import Gater, GaterNet, GateSite
 from gaternet.models.create import build_gated, create_backbone, fitting
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk, and put it in `path`'s place.
-
-    Raises OSError, with `path` as it was, where the file cannot be written (a full disk, say).
-    """
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write {path}: it is a folder, name a file")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # of this thread, on any machine, alone
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # as the umask has it: safetensors makes files that their owner alone can read
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own
-        raise cannot_write(path, error) from error
-    finally:
-        with suppress(OSError):  # where there can be no such file, the error is that of writing
-            temporary.unlink()
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder that is to be written into, if it is not there; OSError if that cannot be."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except FileExistsError as error:
-        raise OSError(f"{path} is a file, not a folder: name another") from error
-    except OSError as error:
-        raise OSError(f"cannot write into {path} ({error.strerror}): mend its permissions, or name another") from error
-
-
-def cannot_write(path: Path, error: Exception) -> OSError:
-    """The error to raise where `path` could not be written."""
-    return OSError(f"cannot write {path} ({error}): free some space or mend its permissions; what was saved is whole")
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write plain data to `path`, atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(data, indent=2) + "\n"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The plain data in `path`; ValueError if it is damaged."""
-    try:
-        data = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({first_line(error)}): restore it from a copy") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} does not hold a JSON object: is it a file of gaternet's?")
-    return data
-
-
-@contextmanager
-def staged(directory: Path, keep: Collection[str] = ()) -> Iterator[Path]:
-    """A folder to fill, whose files then replace those of `directory`, but for the names in `keep` that it has."""
-    directory.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=directory))
-    try:
-        yield staging
-        for path in staging.iterdir():
-            if not (path.name in keep and (directory / path.name).exists()):
-                path.replace(directory / path.name)
-    finally:
-        shutil.rmtree(staging)
 
 
 def save_model(model: nn.Module, directory: Path, metadata: Mapping[str, Any] | None = None) -> None:
@@ -246,99 +166,3 @@ def load_pretrained(
     if not isinstance(model, GaterNet):
         raise ValueError(f"{model_id} holds a plain network, not a GaterNet: use gaternet.checkpoint.load_model")
     return model
-
-
-def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write training state (tensors, numbers, strings, and lists and dicts of them), atomically."""
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
-
-
-def load_tensors(path: Path) -> dict[str, Any]:
-    """What a .safetensors file holds, or `torch.save` wrote: tensors and plain data; nothing else is ever unpickled.
-
-    Plain data are also the arguments of a script (argparse.Namespace), which timm's checkpoints hold.
-
-    Raises:
-        ValueError: the file is damaged, or holds other Python objects (which could be malicious).
-        OSError: it cannot be opened.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch's guesses at the origin of a strange pickle
-            known = argparse.Namespace in torch.serialization.get_safe_globals()
-            with nullcontext() if known else torch.serialization.safe_globals([argparse.Namespace]):
-                data = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except UnpicklingError as error:
-        raise ValueError(
-            f"{path} is damaged, or holds Python objects, which are refused because they could run code: "
-            "get it from its source again, saved as a state_dict"
-        ) from error
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}): get it from its source again") from error
-    except Exception as error:  # on bytes that are no such file, PyTorch's reader raises whatever they lead it to
-        raise ValueError(f"{path} is truncated or no PyTorch file: get it from its source again") from error
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise ValueError(f"{path} does not hold a dict of named tensors, but a {type(data).__name__}")
-    return data
-
-
-def load_official_checkpoint(path: str | Path) -> GaterNet:
-    """A GaterNet from a file in the layout of the paper's public evaluation code, in evaluation mode.
-
-    That layout is a dict with `backbone_state_dict` and `gater_state_dict`, keys possibly prefixed `module.`. Depth,
-    classes and bottleneck are read from the tensors. Gates equal that code's: it opens a gate where the soft gate is
-    above 0.49999, that is where the logit is above -3.3e-5.
-
-    Raises:
-        ValueError: the file is damaged, unsafe, or of another layout.
-    """
-    saved = load_tensors(Path(path))
-    parts = {}
-    for part in ("backbone", "gater"):
-        tensors = saved.get(f"{part}_state_dict")
-        if not isinstance(tensors, dict):
-            raise ValueError(f"{path} is not in the public code's layout: it has no {part}_state_dict")
-        if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items()):
-            raise ValueError(f"{path} is not in the public code's layout: its {part}_state_dict is no state_dict")
-        parts[part] = {key.replace("module.", ""): value for key, value in tensors.items()}
-    state = {f"backbone.{_our_key(key)}": value for key, value in parts["backbone"].items()}
-    for key, value in parts["gater"].items():
-        state[_our_gater_key(key)] = value
-    try:
-        units = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("backbone.layer1."))
-        num_classes, bottleneck = len(state["backbone.fc.weight"]), len(state["gater.fc1.weight"])
-        model = build_gated(
-            {
-                "backbone": {"name": f"resnet{6 * units + 2}", "num_classes": num_classes},
-                "extractor": {"name": "resnet20"},
-            },
-            {"bottleneck": bottleneck, "batch_norm": False, "threshold": _official_threshold()},
-        )
-        model.load_state_dict(state)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not in the public code's layout: its tensors do not fit ({error})") from error
-    return model.eval()
-
-
-def _official_threshold() -> float:
-    probability = (0.49999 + 0.1) / 1.2  # inverts the soft gate, 1.2 * sigmoid - 0.1
-    return math.log(probability / (1 - probability))
-
-
-def _our_key(key: str) -> str:
-    """stage1.block2.shortcut.conv.weight -> layer1.1.downsample.0.weight"""
-    key = re.sub(r"^stage(\d+)\.block(\d+)\.", lambda m: f"layer{m[1]}.{int(m[2]) - 1}.", key)
-    key = key.replace("shortcut.conv.", "downsample.0.").replace("shortcut.bn.", "downsample.1.")
-    return re.sub(r"^(conv|bn)\.", r"\g<1>1.", key)
-
-
-def _our_gater_key(key: str) -> str:
-    if key.startswith("resnet.newfc."):
-        return key.replace("resnet.newfc.", "gater.fc1.")
-    if key.startswith("fnn.fc.0."):
-        return key.replace("fnn.fc.0.", "gater.fc2.")
-    return f"gater.extractor.{_our_key(key.removeprefix('resnet.'))}"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from gaternet.aliasing import in_place, read_what_was_written
+from gaternet.errors import first_line
 
 # What an operation does to the channels (dimension 1) of a tensor: "keep" acts on each by itself and turns a channel of
 # zeros into one of zeros; "shift" acts on each by itself, but zeros become something else; "view" only moves values.
@@ -318,11 +319,6 @@ def run_once(network: nn.Module, images: Tensor, name: str) -> Any:
             f"{name} cannot take images {tuple(images.shape)} ({first_line(error)}): give images of another size, or "
             "shrink them less"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without what is below it."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager

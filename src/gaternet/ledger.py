@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from gaternet import checkpoint
+from gaternet import files
 from gaternet.evaluate import evaluate_saved
 from gaternet.machine import make_accelerator
 from gaternet.recipe import ACTS_ON_PLAIN, GROUPS, Recipe, Runtime, data_name
@@ -69,7 +69,7 @@ def describe_run(path: Path, runtime: Runtime | None = None) -> dict[str, Any]:
     """
     if not (path / CONFIG).exists():
         raise ValueError(f"{path} holds no run: gaternet train makes runs, by default under runs/")
-    config, epochs = checkpoint.read_json(path / CONFIG), RunDirectory(path).epochs()
+    config, epochs = files.read_json(path / CONFIG), RunDirectory(path).epochs()
     if "network" in config:
         raise ValueError(
             f"{path} trained a {config['network']} that was given to it in Python: no command repeats that, so the "
@@ -133,7 +133,7 @@ def find_line(ledger: Path, path: Path) -> dict[str, Any] | None:
     """The line of the run in `path`; None if there is none."""
     if not (path / CONFIG).exists():
         return None
-    config = checkpoint.read_json(path / CONFIG)
+    config = files.read_json(path / CONFIG)
     recipe = config["recipe"]
     run = {"recipe": recipe["name"], "options": changed_options(recipe), "seed": config["seed"]}
     run["started"] = config.get("started")
@@ -149,7 +149,7 @@ def check_ledger(ledger: Path) -> None:
     """
     if ledger.is_dir():
         raise ValueError(f"{ledger} is a folder: name a file for the ledger")
-    checkpoint.make_folder(ledger.parent)
+    files.make_folder(ledger.parent)
     read_ledger(ledger)
 
 

@@ -370,11 +370,11 @@ class GaterNet(
         Further arguments are those of huggingface_hub's `ModelHubMixin.save_pretrained`. Raises OSError, with the
         folder as it was, where the files cannot be written.
         """
-        from gaternet import card, checkpoint
+        from gaternet import card, files
 
         kwargs.setdefault("repo_id", Path(save_directory).name)
         keep = () if card.is_ours(Path(save_directory) / "README.md") else ("README.md",)
-        with checkpoint.staged(Path(save_directory), keep) as staging:
+        with files.staged(Path(save_directory), keep) as staging:
             return super().save_pretrained(staging, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:

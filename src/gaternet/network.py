@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from gaternet import checkpoint
+from gaternet import checkpoint, files
 from gaternet.cost import CostModel
 from gaternet.data import ImageData, Preprocessing, classes_of, same_classes
 from gaternet.evaluate import ToInput
@@ -233,14 +233,14 @@ def _saved_preprocessing(source: Path) -> Mapping[str, Any] | None:
     if source.is_file() and source.name != checkpoint.WEIGHTS:
         return None
     config = (source.parent if source.is_file() else find_model(source)) / checkpoint.CONFIG
-    metadata = checkpoint.read_json(config).get("metadata") if config.is_file() else None
+    metadata = files.read_json(config).get("metadata") if config.is_file() else None
     return (metadata or {}).get("preprocessing")
 
 
 def _trained_weights(source: str, name: str) -> Mapping[str, Tensor]:
     path = Path(source)
     if path.is_file():
-        state = checkpoint.load_tensors(path)
+        state = files.load_tensors(path)
         nested: list[Any] = [state[key] for key in ("state_dict", "model") if isinstance(state.get(key), dict)]
         return nested[0] if nested else state
     trained, _ = load_trained(path)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gaternet import checkpoint
+from gaternet import checkpoint, files
 from gaternet.locks import lock_folder, unlock_folder
 from gaternet.method import GaterNet
 from gaternet.recipe import Recipe, Runtime, data_name
@@ -42,11 +42,11 @@ class RunDirectory:
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Begin a new run here; ValueError if one is here already, so that nothing is overwritten."""
-        checkpoint.make_folder(self.path)
+        files.make_folder(self.path)
         with self._holding():  # first of all: of two that start at the same time one is refused
             if (self.path / CONFIG).exists():
                 raise ValueError(f"{self.path} holds a run already: continue it with --resume, or name another --out")
-            checkpoint.write_json(self.path / CONFIG, {**config, "started": _now(), **describe_machine()})
+            files.write_json(self.path / CONFIG, {**config, "started": _now(), **describe_machine()})
 
     def resume(self, config: Mapping[str, Any], main: bool = True) -> dict[str, Any] | None:
         """The training state to continue from, None where none was saved yet.
@@ -58,7 +58,7 @@ class RunDirectory:
         """
         if not (self.path / CONFIG).exists():
             raise ValueError(f"{self.path} holds no run to resume: leave --resume out to start one")
-        before = checkpoint.read_json(self.path / CONFIG)
+        before = files.read_json(self.path / CONFIG)
         now, defaults = (json.loads(json.dumps(c)) for c in (config, {"recipe": dataclasses.asdict(Recipe(""))}))
         for each in (before, now):
             each.get("recipe", {}).pop("paper", None)  # the same options may have been given otherwise
@@ -76,7 +76,7 @@ class RunDirectory:
         with self._holding() if main else nullcontext():
             if main:
                 self._remove_leftovers()
-            state = checkpoint.load_tensors(self.path / STATE) if (self.path / STATE).exists() else None
+            state = files.load_tensors(self.path / STATE) if (self.path / STATE).exists() else None
             if state is not None and len(self.epochs()) < state.get("epoch", 0):  # a machine that died may lose lines
                 raise ValueError(
                     f"{self.path / METRICS} has {len(self.epochs())} of the {state['epoch']} epochs that were "
@@ -90,14 +90,14 @@ class RunDirectory:
                 step = state["step"] if state else 0
                 kept = [line for line in self._lines() if line["step"] <= step and state]
                 text = "".join(json.dumps(line) + "\n" for line in kept)
-                checkpoint.write_atomically(self.path / METRICS, lambda temporary: temporary.write_text(text))
+                files.write_atomically(self.path / METRICS, lambda temporary: temporary.write_text(text))
             return state
 
     def note_data(self, data: str) -> None:
         """Say in the config where the images lie now."""
-        config = checkpoint.read_json(self.path / CONFIG)
+        config = files.read_json(self.path / CONFIG)
         if config["recipe"]["data"] != data:
-            checkpoint.write_json(self.path / CONFIG, {**config, "recipe": {**config["recipe"], "data": data}})
+            files.write_json(self.path / CONFIG, {**config, "recipe": {**config["recipe"], "data": data}})
 
     def note_place(self, epoch: int, step: int, way: Mapping[str, Any]) -> None:
         """Say in the config that the run goes on here, in `epoch` after `step` steps, if anything is another now.
@@ -106,7 +106,7 @@ class RunDirectory:
 
         `way` has "precision" and "processes".
         """
-        config = checkpoint.read_json(self.path / CONFIG)
+        config = files.read_json(self.path / CONFIG)
         found = {"epoch": epoch, "step": step, **way, "started": _now(), **describe_machine()}
         earlier = [place for place in config.get("resumed", []) if place.get("step", -1) < step]
         before = {**found, **config, **(earlier or [{}])[-1]}  # an older version's config has less
@@ -114,7 +114,7 @@ class RunDirectory:
         changed = any(_but_threads(before[name]) != _but_threads(found[name]) for name in facts)
         places = [*earlier, found] if changed else earlier
         if places != config.get("resumed", []):
-            checkpoint.write_json(self.path / CONFIG, {**config, "resumed": places})
+            files.write_json(self.path / CONFIG, {**config, "resumed": places})
 
     def close(self) -> None:
         """Let other processes resume the run, which `start` and `resume` forbid; so does the end of this one."""
@@ -132,7 +132,7 @@ class RunDirectory:
                     file.flush()
                     os.fsync(file.fileno())
         except OSError as error:
-            raise checkpoint.cannot_write(path, error) from error
+            raise files.cannot_write(path, error) from error
 
     def epochs(self) -> list[dict[str, Any]]:
         """The metrics of each finished epoch."""
@@ -141,7 +141,7 @@ class RunDirectory:
     def save_state(self, state: Mapping[str, Any], main: bool = True) -> None:
         """Write what `resume` gives back; one process of several is the main one, and writes."""
         if main:
-            checkpoint.save_state(self.path / STATE, state)
+            files.save_state(self.path / STATE, state)
 
     @contextmanager
     def _holding(self) -> Iterator[None]:
@@ -214,7 +214,7 @@ def load_gated(path: Path, which: str = "last") -> tuple[GaterNet, dict[str, Any
 
 def trained_on(path: Path, metadata: Mapping[str, Any]) -> str | None:
     """The data that a model was trained on, if that is known; of a run, where they lay when it went on last."""
-    config: Any = checkpoint.read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    config: Any = files.read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
     return (config.get("recipe") or metadata.get("trained") or {}).get("data")
 
 
@@ -228,7 +228,7 @@ def data_of(path: Path, metadata: Mapping[str, Any], other: str | None = None) -
 
 def as_trained(path: Path, runtime: Runtime) -> Runtime:
     """`runtime`, with the precision of the run in `path` where it is "auto", and the run's can be had here."""
-    config: Any = checkpoint.read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    config: Any = files.read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
     precision = config.get("precision")
     possible = precision in ("no", "bf16") or (precision == "fp16" and torch.cuda.is_available() and not runtime.cpu)
     return dataclasses.replace(runtime, precision=precision) if runtime.precision == "auto" and possible else runtime

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from gaternet.checkpoint import make_folder
+from gaternet.files import make_folder
 from gaternet.ledger import changed_options, check_ledger, find_line, train_flags
 from gaternet.machine import PARENT, collect_signals, shared_gpu
 from gaternet.progress import summary

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaternet.graph import first_line
+from gaternet.errors import first_line
 
 METADATA = "gaternet"  # the key of ours in an ONNX file's metadata
 

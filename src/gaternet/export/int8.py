@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaternet.checkpoint import write_atomically
 from gaternet.export.exported import METADATA, ExportedModel, start_session
 from gaternet.export.parity import FAULT, ExportError
 from gaternet.export.to_onnx import import_onnx, load_with_gates, run_session
+from gaternet.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gaternet.graph import first_line
+from gaternet.errors import first_line
 from gaternet.method import Gater, GaterNet
 
 TOLERANCE = 1e-4  # of logits, relative to the largest where that is above 1; and of gates' distance to the threshold

@@ -14,9 +14,10 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 from gaternet.data import Preprocessing
+from gaternet.errors import first_line
 from gaternet.export.gathered import OpenFilters
 from gaternet.export.parity import FAULT, ExportError, Parity, Run, RunGated, compare, make_images
-from gaternet.graph import first_line, quiet, without_autocast
+from gaternet.graph import quiet, without_autocast
 from gaternet.method import GaterNet
 
 Form = Literal["masked", "skipping"]

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaternet.checkpoint import write_atomically
 from gaternet.export.exported import METADATA, NotRunnableError, start_session
 from gaternet.export.parity import ExportError, Parity
 from gaternet.export.source import Form, Source
+from gaternet.files import write_atomically
 
 OPSET = 18
 LARGEST = 2**31 - 2**20  # bytes of weights: an ONNX file is one message of Protocol Buffers, which 2 GiB limit
@@ -62,17 +62,15 @@ def export_onnx(
             f"the model has {size / 2**30:.1f} GiB of weights, and an ONNX file holds less than 2: export it to .pt2"
         )
     import_onnx()
-    found: list[Parity] = []
 
-    def write(temporary: Path) -> None:
+    def write(temporary: Path) -> Parity:
         temporary.write_bytes(_trace(source, gates))
         try:
-            found.append(_compare(source, temporary, images))
+            return _compare(source, temporary, images)
         except NotRunnableError as error:
             raise ExportError(f"the exported model is no valid one: nothing was written ({error})") from error
 
-    write_atomically(Path(path), write)
-    return found[0]
+    return write_atomically(Path(path), write)
 
 
 def _trace(source: Source, gates: bool) -> bytes:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
-from gaternet.checkpoint import write_atomically
 from gaternet.export.exported import METADATA
 from gaternet.export.parity import FAULT, ExportError, Parity
 from gaternet.export.source import Source
+from gaternet.files import write_atomically
 
 
 def export_pt2(
@@ -37,19 +37,17 @@ def export_pt2(
     if gates and not source.gated:
         raise ValueError(f"a {type(model).__name__} has no gates to give out: leave gates out")
     images = source.held_out(held_out)
-    found: list[Parity] = []
 
-    def write(temporary: Path) -> None:
+    def write(temporary: Path) -> Parity:
         buffer = io.BytesIO()
         with source.tracing():
             network, shapes = source.network(gates), source.dynamic_shapes
             program = torch.export.export(network, (source.batch,), dynamic_shapes=shapes, strict=False)
             torch.export.save(program, buffer, extra_files={f"{METADATA}.json": json.dumps(source.metadata())})
         temporary.write_bytes(buffer.getvalue())
-        found.append(_compare(source, temporary, images))
+        return _compare(source, temporary, images)
 
-    write_atomically(Path(path), write)
-    return found[0]
+    return write_atomically(Path(path), write)
 
 
 def _compare(source: Source, path: Path, images: Tensor) -> Parity:

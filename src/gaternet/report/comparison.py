@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
 
-from gaternet import checkpoint
+from gaternet import files
 from gaternet.analysis import GateAnalysis
 from gaternet.report import figures
 from gaternet.report.page import figure_place, page
@@ -19,7 +19,7 @@ def write_comparison(runs: Mapping[str, GateAnalysis], directory: Path, links: S
     Raises:
         OSError: the file cannot be written.
     """
-    checkpoint.make_folder(directory)
+    files.make_folder(directory)
     drawn = {
         "off": figures.comparison(runs, 0),
         "on": figures.comparison(runs, 1),
@@ -43,7 +43,7 @@ def write_comparison(runs: Mapping[str, GateAnalysis], directory: Path, links: S
     body += [f"<section><h2>{headings[name]}</h2>{figure_place(name, headings[name])}</section>\n" for name in drawn]
     data = {"figures": {name: figure.to_plotly_json() for name, figure in drawn.items()}, "strips": {}}
     text = page("Gates compared", ", ".join(runs), body, data, "")
-    checkpoint.write_atomically(directory / "index.html", lambda path: path.write_text(text, encoding="utf-8"))
+    files.write_atomically(directory / "index.html", lambda path: path.write_text(text, encoding="utf-8"))
     return directory / "index.html"
 
 

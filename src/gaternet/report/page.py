@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from gaternet import checkpoint
+from gaternet import files
 from gaternet.analysis import GateAnalysis
 from gaternet.forcing import OPEN, SHUT, Forced
 from gaternet.report import figures
@@ -51,10 +51,10 @@ def write_report(
     Raises:
         OSError: the files cannot be written.
     """
-    checkpoint.make_folder(directory)
-    checkpoint.write_json(directory / "gates.json", numbers(analysis, forced))
+    files.make_folder(directory)
+    files.write_json(directory / "gates.json", numbers(analysis, forced))
     page = report_page(analysis, forced, title, subtitle)
-    checkpoint.write_atomically(directory / "index.html", lambda path: path.write_text(page, encoding="utf-8"))
+    files.write_atomically(directory / "index.html", lambda path: path.write_text(page, encoding="utf-8"))
     return directory / "index.html"
 
 
@@ -107,7 +107,9 @@ def page(title: str, subtitle: str, body: Sequence[str], data: Mapping[str, Any]
     """A whole page: everything that it needs is inside."""
     from plotly.utils import PlotlyJSONEncoder
 
-    style, script = ((files("gaternet.report") / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style, script = (
+        (resources.files("gaternet.report") / name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
+    )
     written = json.dumps(data, cls=PlotlyJSONEncoder, separators=(",", ":")).replace("<", "\\u003c")
     image = f'<img id="sprite" alt="" hidden src="{sprite}">' if sprite else '<img id="sprite" alt="" hidden>'
     name, below = html.escape(title), html.escape(subtitle)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
-from gaternet import checkpoint
+from gaternet import files
 from gaternet.analysis import GateAnalysis, analyze
 from gaternet.data import ImageSet, Preprocessing, classes_of
 from gaternet.evaluate import BATCH, load_test_set
@@ -89,7 +89,7 @@ def _report_run(
     options: dict[str, Any] = {"preprocessing": Preprocessing.from_metadata(metadata)}
     batches = make_batches(images, BATCH, runtime, accelerator)
     classes = class_names(source, classes_of(metadata))
-    checkpoint.make_folder(directory)  # an error now, not after the work
+    files.make_folder(directory)  # an error now, not after the work
     analysis = analyze(network, batches.epoch(), classes=classes, samples=samples, **options)
     tried = force_gates(network, _shuffled(images, forced), analysis, images=forced, **options) if forced else None
     about = [f"{network.num_gates:,} gates", f"test images of {data_name(source)}"]

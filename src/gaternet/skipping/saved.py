@@ -14,7 +14,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
-from gaternet.checkpoint import write_atomically
+from gaternet.files import write_atomically
 from gaternet.skipping.checks import check_plan
 from gaternet.skipping.plan import Call, ConvSpec, Plan, Ref, Step
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gaternet.checkpoint import read_json, staged, write_json
+from gaternet.files import read_json, staged, write_json
 from gaternet.graph import evaluation_mode, read_graph, without_autocast
 from gaternet.method import Gater, GaterNet, require_gated
 from gaternet.skipping.engines import Backbone, KernelName, make_program, time_engines

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gaternet.checkpoint import write_atomically
+from gaternet.files import write_atomically
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("program.cpp", "convolution.h")]
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w"]

@@ -9,11 +9,9 @@ import torch
 from gated_models import assert_same, gated_model, truncate
 from torch import Tensor
 
-from gaternet.checkpoint import (
-    load_official_checkpoint,
-    load_pretrained,
-)
+from gaternet.checkpoint import load_pretrained
 from gaternet.method import Gater, GaterNet
+from gaternet.official import load_official_checkpoint
 
 
 def official_name(name: str) -> str:

@@ -1,6 +1,7 @@
-"""Files of torch.save: training state comes back, timm's checkpoints are read, and no pickle from a stranger runs."""
+"""Files are whole or as they were; training state comes back, and no pickle from a stranger runs."""
 
 import argparse
+import errno
 import os
 import pickle
 from collections.abc import Callable
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from gated_models import contents
 
-from gaternet.checkpoint import load_official_checkpoint, load_tensors, save_state
+from gaternet.files import load_tensors, save_state, write_atomically
+from gaternet.official import load_official_checkpoint
 
 
 def test_training_state_comes_back_the_same(tmp_path):
@@ -66,3 +69,38 @@ def test_a_file_of_another_kind_is_refused_with_its_path(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.pth is (damaged|truncated)"):
         load_tensors(path)
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_failing_write_keeps_the_old_file_and_nothing_else(tmp_path, old):
+    path = tmp_path / "file"
+    if old:
+        path.write_text(old)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("half of the n")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"cannot write .*file .*No space left"):
+        write_atomically(path, write)
+    assert contents(tmp_path) == ({"file": b"old"} if old else {})
+
+
+def test_a_write_during_another_has_a_file_of_its_own(tmp_path):
+    def write(temporary: Path) -> None:
+        temporary.write_text("first")
+        write_atomically(tmp_path / "file", lambda other: other.write_text("second"))
+
+    write_atomically(tmp_path / "file", write)
+    assert contents(tmp_path) == {"file": b"first"}
+
+
+def test_a_write_is_on_the_disk_before_it_takes_the_old_files_place(tmp_path, monkeypatch):
+    path = tmp_path / "new folder" / "file"
+    path.parent.mkdir()
+    path.write_text("old")
+    at_flush = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: at_flush.append(path.read_text()))
+    write_atomically(path, lambda temporary: temporary.write_text("new"))
+    assert at_flush == ["old"]
+    assert contents(tmp_path) == {"new folder/file": b"new"}
