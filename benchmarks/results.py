@@ -267,7 +267,8 @@ def averaged() -> str:
     for line in recorded:
         seeds = [{**line, "seed": seed, "test_error": error} for seed, error in line["alone"].items()]
         pairs = list(line["pairs"].values())
-        both = f"{statistics.mean(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f}, {len(pairs)} pairs)"
+        spread = f"{min(pairs):.2f} to {max(pairs):.2f}, {len(pairs)} pairs" if len(pairs) > 1 else "1 pair"
+        both = f"{statistics.mean(pairs):.2f} ({spread})"
         rows.append([as_code(*as_named(line)), f"{line['parameters'] / 1e6:.2f}M", error_of(seeds), both])
     text = (
         f"`{recorded[0]['command']}`: the probabilities of two plain networks with other seeds are averaged. Together "
