@@ -4,12 +4,14 @@ import copy
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from random_networks import chain_of
-from skipped_networks import THREE, gated, inverted, plan_of, random_gates
-from small_networks import IMAGES
+from skipped_networks import THREE, assert_skips_exactly, gated, inverted, plan_of, random_gates
+from small_networks import IMAGES, Net, conv, norm
+from torch import nn
 
 import gaternet
 from gaternet.skipping.native import NativeProgram
@@ -29,9 +31,40 @@ def test_threads_change_no_bit():
     assert torch.equal(results[0], results[2])
 
 
-def test_native_code_reads_no_closed_filter():
+def grouped(groups: int, channels: int, filters: int, **options: Any) -> Net:
+    """A convolution in groups of so many channels and filters, between two that are whole."""
+    return Net(
+        lambda net, x: net.last(net.grouped(net.first(x)).relu()),
+        first=nn.Sequential(conv(3, groups * channels), norm(groups * channels), nn.ReLU()),
+        grouped=conv(groups * channels, groups * filters, groups=groups, **options),
+        last=conv(groups * filters, 8),
+    )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("groups", "channels", "filters"), [(2, 9, 40), (3, 1, 2), (4, 4, 4), (8, 3, 17)])
+def test_grouped_convolutions_skip_within_each_group(groups, channels, filters, bias):
+    """Also where a group has nothing open, and where threads share a group, or the groups."""
+    model, threads = gated(grouped(groups, channels, filters, bias=bias, stride=2)), torch.get_num_threads()
+    program = NativeProgram(plan_of(model))
+    try:
+        for density in (0.0, 0.2, 0.6, 1.0):
+            gates = random_gates(model, density)
+            assert_skips_exactly(model, THREE, gates)
+            for images in (THREE[:1], THREE):  # of one, all threads work on the same image
+                results = []
+                for count in (1, 2, 3, 5):
+                    torch.set_num_threads(count)
+                    results.append(program(images, gates[: len(images)]))
+                assert all(torch.equal(result, results[0]) for result in results)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("network", [inverted, lambda: grouped(4, 4, 6)])
+def test_native_code_reads_no_closed_filter(network):
     """Not a number in the weights of closed filters, and of what reads them, reaches the result."""
-    model = gated(inverted())
+    model = gated(network())
     gates, plan = random_gates(model, 0.5, batch=1), plan_of(model)
     expected = NativeProgram(plan)(IMAGES[:1], gates)
     sites = {site.conv: gates[0, site.start : site.stop] == 0 for site in model.sites}

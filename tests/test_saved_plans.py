@@ -102,6 +102,19 @@ def over_the_images(plan, tensors):
     plan["shapes"][step["out"]] = [3, 8, 8]
 
 
+def in_groups(plan, tensors, step):
+    weight = f"weight.{step['out']}"
+    tensors[weight] = tensors[weight][:, : tensors[weight].shape[1] // 2].clone()
+    step["conv"]["groups"] = 2
+
+
+def dense_groups(plan, tensors):
+    """A convolution in two groups, whose filters have gates, is said to make a dense value."""
+    step = next(step for step in plan["steps"] if step["filters"] != -1 and step["sources"] != [plan["input"]])
+    in_groups(plan, tensors, step)
+    step["pattern"] = -1
+
+
 LIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "larger values": lambda plan, tensors: plan["shapes"].update({first(plan, "conv")["out"]: [8, 800, 800]}),
     "larger images": lambda plan, tensors: plan["shapes"].update({plan["input"]: [3, 800, 800]}),
@@ -151,6 +164,7 @@ LIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "a value that is freed too early": lambda plan, tensors: first(plan, "conv").update(
         free=[first(plan, "conv")["out"]]
     ),
+    "groups as a dense value": dense_groups,
     "another format": lambda plan, tensors: plan.update(format=2),
     "another field": lambda plan, tensors: first(plan, "conv").update(surprise=1),
 }
@@ -162,6 +176,17 @@ def test_a_file_whose_shapes_are_not_those_of_its_operations_is_refused(lie, tmp
     load_plan(rewritten(tmp_path / "plan", lambda plan, tensors: None))
     with pytest.raises(ValueError, match="is not a plan of this version"):
         load_plan(rewritten(tmp_path / "plan", LIES[lie]))
+
+
+def test_a_convolution_in_groups_adds_to_nothing(tmp_path, unchecked_types):
+    def add(plan, tensors):
+        step = next(step for step in plan["steps"] if step["adds"])
+        in_groups(plan, tensors, step)
+        step["filters"] = -1
+
+    save_plan(plan_of(gated(chain_of(["projection"]))), tmp_path / "plan")
+    with pytest.raises(ValueError, match="is not a plan of this version"):
+        load_plan(rewritten(tmp_path / "plan", add))
 
 
 def test_native_code_reads_what_was_checked_and_nothing_else(tmp_path):

@@ -276,6 +276,7 @@ CHAINS = [
     ["dense", "residual with SE", "max pooling"],
     ["shuffle", "twice", "projection"],
     ["depthwise", "conv alone", "branches", "GroupNorm"],
+    ["grouped", "projection"],
 ]
 
 

@@ -96,9 +96,8 @@ class CostModel:
 def count_macs(model: GaterNet, images: Float[Tensor, "batch channels height width"]) -> Macs:
     """Multiply-accumulates of the backbone, of the gater, and of the backbone under each image's own gates.
 
-    The model's mode decides the gates, as in `model.gates`: in evaluation they are 0 or 1. What the closed filters of
-    grouped convolutions could save is counted, too, though `gaternet.skip` computes those whole. Reads the backbone's
-    graph anew each time; to count often, keep a `gaternet.cost.CostModel`.
+    The model's mode decides the gates, as in `model.gates`: in evaluation they are 0 or 1. Reads the backbone's graph
+    anew each time; to count often, keep a `gaternet.cost.CostModel`.
 
     Raises:
         ValueError: the backbone cannot be exported, or there are no images.

@@ -87,9 +87,8 @@ def _check_channels(plan: Plan, step: Step, channels: int) -> None:
     reads = [plan.pattern_of[name] for name in step.sources]
     if step.kind == "conv":
         assert step.conv is not None
-        whole = step.conv.groups > 1 and not step.conv.depthwise
-        allowed = {DENSE} if step.adds is not None or whole else {DENSE, step.filters}
-        _require(reads[1:] == [DENSE] * len(reads[1:]) and not (whole and step.filters != DENSE), step.out)
+        allowed = {step.filters} if step.conv.groups > 1 else {DENSE, step.filters}
+        _require(step.adds is None or (step.conv.groups == 1 and step.pattern == reads[1] == DENSE), step.out)
     elif step.kind == "keep":
         allowed = {reads[0]}
     elif step.kind == "scale":

@@ -173,7 +173,7 @@ class Plan:
             if step.conv is None:
                 continue
             reads = self.pattern_of[step.sources[0]]
-            skips = reads != DENSE and (step.conv.groups == 1 or reads == step.filters)
+            skips = reads != DENSE and (not step.conv.depthwise or reads == step.filters)
             parts = [f"reads {'open channels' if skips else 'all'} of {step.conv.in_channels}"]
             parts += [f"writes {'open filters' if step.filters != DENSE else 'all'} of {len(step.conv.weight)}"]
             parts += ["masked"] if step.mask else []

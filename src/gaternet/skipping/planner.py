@@ -122,10 +122,7 @@ class _Planner:
             weight, bias = weight.clone(), None if bias is None else bias.clone()
         if site is not None and self._take_site(end, site):
             self._flow.set_gates(end, site.columns)
-            if conv.groups == 1 or conv.depthwise:
-                step.pattern = self._pattern(end)
-            else:
-                step.mask = site.columns.tolist()
+            step.pattern = self._pattern(end)
         elif site is None and conv.depthwise and bias is None:
             step.pattern = self._pattern(end)
         step.filters = step.pattern

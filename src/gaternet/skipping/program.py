@@ -90,14 +90,15 @@ class Run:
             return total.relu_() if relu else total
         if step.held:
             return self.kernels.grouped(step, x, relu)
+        if step.conv.groups == 1:
+            value = self.kernels.conv(step, x, reads, self.live, relu)
+            return self.kernels.expand(value, step.filters, self.live) if step.pattern != step.filters else value
         if step.conv.depthwise and step.filters != DENSE:
             if reads != step.filters:
                 x = self.kernels.compress(self.dense(source), step.filters, self.live)
             return self.kernels.depthwise(step, x, self.live, relu)
-        if step.conv.groups == 1:
-            value = self.kernels.conv(step, x, reads, self.live, relu)
-            return self.kernels.expand(value, step.filters, self.live) if step.pattern != step.filters else value
-        return self.kernels.grouped(step, self.dense(source), relu)
+        value = self.kernels.grouped(step, self.dense(source), relu)
+        return value if step.filters == DENSE else self.kernels.compress(value, step.filters, self.live)
 
     def _add(self, step: Step) -> Tensor:
         (first, second), kernels = step.sources, self.kernels

@@ -184,7 +184,8 @@ def skip(
 ) -> Skipper:
     """A module with the model's outputs that computes its open filters only.
 
-    Grouped convolutions are computed whole and masked; depthwise ones are not. `Skipper.plan` says what is computed.
+    `Skipper.plan` says what is computed. On GPUs, and without a compiler, convolutions in groups are computed whole,
+    unless they are depthwise.
 
     Args:
         model: a GaterNet, in any mode. The Skipper has a copy, in evaluation mode: after a change, call `skip` again.

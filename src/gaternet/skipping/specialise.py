@@ -37,12 +37,12 @@ def prune(plan: Plan, kept: Bool[Tensor, " gates"]) -> Plan:
         spec = step.conv
         if step.in_place is not None and step.sources[step.in_place] in compact:
             step = replace(step, in_place=None)
-        if spec is None or (spec.groups > 1 and not spec.depthwise):
+        if spec is None:
             steps.append(step)
             continue
         reads = plan.pattern_of[step.sources[0]]
         mask = None if step.filters == DENSE else columns[step.filters]
-        if spec.groups == 1 or reads == step.filters:
+        if spec.groups == 1 or (spec.depthwise and reads == step.filters):
             conv = _pruned(spec, step.filters, reads, numbers)
             pruned = replace(step, conv=conv, held=True, pattern=step.filters, filters=DENSE, mask=mask)
         else:

@@ -31,8 +31,10 @@ class TritonKernels(Kernels):
         """Lay weights out as (taps, channels, filters): those of open filters lie close to each other."""
         self._laid_out: dict[str, Tensor] = {}
         for step in self.plan.steps:
-            reads = self.plan.pattern_of[step.sources[0]] if step.conv and step.conv.groups == 1 else DENSE
-            if step.conv is not None and (step.filters != DENSE or reads != DENSE):
+            if step.conv is None or (step.conv.groups > 1 and not step.conv.depthwise):
+                continue
+            reads = self.plan.pattern_of[step.sources[0]] if step.conv.groups == 1 else DENSE
+            if step.filters != DENSE or reads != DENSE:
                 self._laid_out[step.out] = step.conv.weight.permute(2, 3, 1, 0).flatten(0, 1).contiguous()
 
     def conv(self, step: Step, x: Tensor, reads: int, live: Live, relu: bool) -> Tensor:

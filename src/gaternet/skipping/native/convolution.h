@@ -58,7 +58,7 @@ struct Team {
 struct Conv {
     int64_t height, width, out_height, out_width, channels, filters;
     int64_t kernel_height, kernel_width, stride_height, stride_width, pad_height, pad_width;
-    int64_t dilation_height, dilation_width;
+    int64_t dilation_height, dilation_width, groups;
     const float *weights, *bias;  // in panels, see `pack_weights`; for each filter, or null
 };
 
@@ -66,6 +66,23 @@ struct Conv {
 struct List {
     const int32_t *numbers;
     int64_t count;
+};
+
+// A group's part of a list: `width` channels of all, numbered from its own first on, at places `start` to `stop` of all.
+struct Group {
+    std::vector<int32_t> numbers;
+    int64_t start, stop;
+
+    Group(List all, int64_t group, int64_t width) : start(group * width), stop(start + width) {
+        if (!all.numbers) return;
+        const int32_t *end = all.numbers + all.count;
+        const int32_t *from = std::lower_bound(all.numbers, end, start), *to = std::lower_bound(from, end, stop);
+        if (to - from < width)
+            for (const int32_t *number = from; number < to; number++) numbers.push_back(*number - start);
+        start = from - all.numbers, stop = to - all.numbers;
+    }
+
+    List list() const { return {numbers.empty() ? nullptr : numbers.data(), stop - start}; }
 };
 
 // An image-like tensor: pixels of up to `room` channels.
@@ -80,6 +97,9 @@ struct Panel {
     int64_t width() const { return halves * HALF; }
     int64_t stop() const { return first + width(); }
 };
+
+// How many filters `filters` take with those that fill the last panel up.
+inline int64_t packed(int64_t filters) { return divide_up(filters, HALF) * HALF; }
 
 inline std::vector<Panel> split(int64_t filters) {
     const int64_t vectors = divide_up(filters, LANES), panels = divide_up(vectors, VECTORS);
@@ -206,13 +226,14 @@ inline Vector expand(Vector value, uint32_t mask) {
 #endif
 }
 
-// y = conv(x), or y += conv(x) where `adds`; then ReLU. The team makes an image with margins in `common`, each of it
-// gathers weights in its own `workspace`, which may lie behind.
+// y = conv(x), or y += conv(x) where `adds`; then ReLU. Up to `room` numbers of each of y's pixels may be written over. The
+// team makes an image with margins in `common`, each of it gathers weights in its own `workspace`, which may lie behind.
 struct Convolution {
     Conv conv;
     Image x;
     List channels, filters;
     Image y;
+    int64_t room;
     bool adds, relu;
     Team team;
     float *common, *workspace;
@@ -323,7 +344,7 @@ struct Convolution {
             bias[j] = conv.bias[filters.numbers ? filters.numbers[panel.first + j] : panel.first + j];
         const std::vector<Piece> pieces =
             adds ? find_pieces(filters, panel.first, panel.first + filled) : std::vector<Piece>{};
-        const bool direct = panel.first + width <= y.room && !(adds && filters.numbers);
+        const bool direct = panel.first + width <= room && !(adds && filters.numbers);
         const Tile whole = find_tile(panel.halves, most);
         for (int64_t number = first; number < stop; number++) {
             const int64_t pixel = number * most, count = std::min(most, pixels - pixel);

@@ -56,7 +56,7 @@ class Conv(ctypes.Structure):
     _fields_ = (
         *_numbers("height", "width", "out_height", "out_width", "channels", "filters"),
         *_numbers("kernel_height", "kernel_width", "stride_height", "stride_width", "pad_height", "pad_width"),
-        *_numbers("dilation_height", "dilation_width"),
+        *_numbers("dilation_height", "dilation_width", "groups"),
         ("weights", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
     )
@@ -146,8 +146,8 @@ def _compile(compiler: str, path: Path) -> None:
 def _declared(library: Any) -> Any:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.half_lanes.restype = library.panel_lanes.restype = number
-    library.pack_weights.argtypes = [pointer, number, number, number, pointer]
-    library.unpack_weights.argtypes = [pointer, number, number, number, pointer]
+    library.pack_weights.argtypes = [pointer, number, number, number, number, pointer]
+    library.unpack_weights.argtypes = [pointer, number, number, number, number, pointer]
     library.open_channels.argtypes = [pointer, number, number, pointer, pointer, number, pointer, pointer]
     library.run.argtypes = [pointer, number, pointer, number, pointer, pointer, number, number, number]
     for name in ("pack_weights", "unpack_weights", "open_channels", "run"):

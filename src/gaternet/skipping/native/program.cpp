@@ -63,8 +63,11 @@ struct Runner {
         switch (op.kind) {
             case CONV:
                 if (writes.count > 0) {
-                    const bool adds = op.adds == TO_VALUE || (op.adds == TO_ZEROS && writes.numbers);
-                    Convolution{s, x, reads, writes, y, adds, op.relu != 0, team, common, workspace}.run();
+                    const bool adds = op.adds == TO_VALUE || (op.adds == TO_ZEROS && writes.numbers), relu = op.relu;
+                    if (s.groups > 1)
+                        grouped(s, x, reads, writes, y, relu);
+                    else
+                        Convolution{s, x, reads, writes, y, y.room, adds, relu, team, common, workspace}.run();
                 }
                 break;
             case DEPTHWISE: depthwise(op, x, y, writes); break;
@@ -109,6 +112,28 @@ struct Runner {
                 for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++)
                     std::memcpy(y.data + pixel * y.room, x.data + pixel * x.room, writes.count * sizeof(float));
                 break;
+        }
+    }
+
+    // Each group is a convolution of its own. What is open of it lies together in x and in y, behind the groups before.
+    void grouped(Conv conv, Image x, List reads, List writes, Image y, bool relu) const {
+        const int64_t groups = conv.groups, channels = conv.channels / groups, filters = conv.filters / groups;
+        const int64_t weights = conv.kernel_height * conv.kernel_width * channels * packed(filters);
+        const bool whole = groups >= team.size;  // then each of the team does whole groups, else all work on each
+        const int64_t begin = whole ? team.begin(groups) : 0, end = whole ? team.end(groups) : groups;
+        conv.channels = channels, conv.filters = filters;
+        for (int64_t group = begin; group < end; group++) {
+            const Group in(reads, group, channels), out(writes, group, filters);
+            if (out.start == out.stop) continue;
+            // Behind the group's filters lie those that come next, or that another of the team writes.
+            const int64_t next = whole ? end : group + 1;
+            const int64_t room = next == groups ? y.room : Group(writes, next, filters).start;
+            Conv part = conv;
+            part.weights += group * weights;
+            if (part.bias) part.bias += group * filters;
+            Convolution{part, {x.data + in.start, x.room}, in.list(), out.list(), {y.data + out.start, y.room},
+                        room - out.start, false, relu, whole ? Team{0, 1} : team, common, workspace}
+                .run();
         }
     }
 
@@ -238,24 +263,26 @@ int64_t half_lanes() { return HALF; }
 
 int64_t panel_lanes() { return VECTORS * LANES; }
 
-// Filters' weights (filters, channels, taps) -> panels, with zeros behind the last filter.
-void pack_weights(const float *weights, int64_t filters, int64_t channels, int64_t taps, float *to) {
-    for (const Panel &panel : split(filters))
-        for (int64_t tap = 0; tap < taps; tap++)
-            for (int64_t channel = 0; channel < channels; channel++)
-                for (int64_t lane = 0; lane < panel.width(); lane++) {
-                    const int64_t filter = panel.first + lane;
-                    *to++ = filter < filters ? weights[(filter * channels + channel) * taps + tap] : 0;
-                }
+// Weights of each group's filters (filters, channels, taps) -> panels, with zeros behind the last filter.
+void pack_weights(const float *weights, int64_t groups, int64_t filters, int64_t channels, int64_t taps, float *to) {
+    for (; groups > 0; groups--, weights += filters * channels * taps)
+        for (const Panel &panel : split(filters))
+            for (int64_t tap = 0; tap < taps; tap++)
+                for (int64_t channel = 0; channel < channels; channel++)
+                    for (int64_t lane = 0; lane < panel.width(); lane++) {
+                        const int64_t filter = panel.first + lane;
+                        *to++ = filter < filters ? weights[(filter * channels + channel) * taps + tap] : 0;
+                    }
 }
 
 // The inverse.
-void unpack_weights(const float *packed, int64_t filters, int64_t channels, int64_t taps, float *to) {
-    for (const Panel &panel : split(filters))
-        for (int64_t tap = 0; tap < taps; tap++)
-            for (int64_t channel = 0; channel < channels; channel++, packed += panel.width())
-                for (int64_t lane = 0; lane < panel.width() && panel.first + lane < filters; lane++)
-                    to[((panel.first + lane) * channels + channel) * taps + tap] = packed[lane];
+void unpack_weights(const float *from, int64_t groups, int64_t filters, int64_t channels, int64_t taps, float *to) {
+    for (; groups > 0; groups--, to += filters * channels * taps)
+        for (const Panel &panel : split(filters))
+            for (int64_t tap = 0; tap < taps; tap++)
+                for (int64_t channel = 0; channel < channels; channel++, from += panel.width())
+                    for (int64_t lane = 0; lane < panel.width() && panel.first + lane < filters; lane++)
+                        to[((panel.first + lane) * channels + channel) * taps + tap] = from[lane];
 }
 
 // Lists of open channels: for each image and pattern, those whose gate is open; column -1 is always open, -2 never.

@@ -47,7 +47,7 @@ class NativeProgram:
         self._linear = {s.out: s.call.reads[1] for s in plan.steps if s.call and s.out in specs}
         self._linear = {step: name for step, name in self._linear.items() if uses[name] == 1}
         held = {name: plan.constants[name].to("meta") for name in self._linear.values()}
-        steps = [self._lightened(step) for step in plan.steps]
+        steps = [_without_weights(step) for step in plan.steps]
         self.plan = replace(plan, steps=steps, constants=plan.constants | held)
         self.kernels = _Moves(self.plan)
         sizes = self.kernels.sizes
@@ -101,40 +101,31 @@ class NativeProgram:
         """A copy is made from the plan, for the library has memory of its own."""
         return NativeProgram, (self.whole_plan(),)
 
-    @staticmethod
-    def _lightened(step: Step) -> Step:
-        spec = step.conv
-        if spec is None or (spec.groups > 1 and not spec.depthwise):
-            return step
-        return replace(step, conv=replace(spec, weight=spec.weight.to("meta"), bias=None))
-
     def _pack(self, specs: Mapping[str, ConvSpec]) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Weights as the library wants them, all in one block, and biases."""
         half = self._library.half_lanes()
         sizes = {}
         for name, spec in specs.items():
-            filters, rows = len(spec.weight), math.prod(spec.weight.shape[1:])
-            sizes[name] = round_up((filters if spec.depthwise else -(-filters // half) * half) * rows)
+            rows, filters = math.prod(spec.weight.shape[1:]), len(spec.weight) // spec.groups
+            sizes[name] = round_up(spec.groups * rows * (1 if spec.depthwise else -(-filters // half) * half))
         block = large_pages(sum(sizes.values()) + half)  # the library reads whole vectors, so some beyond the last
         packed = {}
         for (name, spec), weights in zip(
             specs.items(), block[: sum(sizes.values())].split(list(sizes.values())), strict=True
         ):
             weight = spec.weight.contiguous()
-            filters, channels, height, width = weight.shape
             if spec.depthwise:
-                weights = weights[: weight.numel()].view(height * width, filters).copy_(weight.flatten(1).t())
+                weights = weights[: weight.numel()].view(-1, len(weight)).copy_(weight.flatten(1).t())
             else:
-                self._library.pack_weights(weight.data_ptr(), filters, channels, height * width, weights.data_ptr())
+                self._library.pack_weights(weight.data_ptr(), *_sizes(spec), weights.data_ptr())
             packed[name] = weights, None if spec.bias is None else spec.bias.contiguous()
         return packed
 
     def _unpacked(self, packed: Tensor, spec: ConvSpec) -> Tensor:
         if spec.depthwise:
             return packed.t().reshape(spec.weight.shape)
-        filters, channels, height, width = spec.weight.shape
         weight = torch.empty(spec.weight.shape, dtype=torch.float32, device="cpu")
-        self._library.unpack_weights(packed.data_ptr(), filters, channels, height * width, weight.data_ptr())
+        self._library.unpack_weights(packed.data_ptr(), *_sizes(spec), weight.data_ptr())
         return weight
 
     def _open_channels(self, gates: Tensor) -> Live:
@@ -160,3 +151,15 @@ class NativeProgram:
             Segment(self.plan, self._library, self._weights, group) if isinstance(group, list) else group
             for group in groups
         ]
+
+
+def _without_weights(step: Step) -> Step:
+    if step.conv is None:
+        return step
+    return replace(step, conv=replace(step.conv, weight=step.conv.weight.to("meta"), bias=None))
+
+
+def _sizes(spec: ConvSpec) -> tuple[int, int, int, int]:
+    """Groups, and of each filters, channels and taps."""
+    filters, channels, height, width = spec.weight.shape
+    return spec.groups, filters // spec.groups, channels, height * width

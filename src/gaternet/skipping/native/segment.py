@@ -24,7 +24,7 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     _aten.hardswish.default: "hardswish",
 }
 _SAME = frozenset({_aten.dropout.default, _aten.contiguous.default, _aten.clone.default, _aten.detach.default})
-_NO_SHAPE = (0,) * 14
+_NO_SHAPE = (0,) * 15
 
 
 def is_native(plan: Plan, step: Step) -> bool:
@@ -62,7 +62,7 @@ def packed_spec(plan: Plan, step: Step) -> ConvSpec | None:
     """The convolution whose weights the library holds: the step's own, or that which its linear layer is."""
     spec, call = step.conv, step.call
     if spec is not None:
-        return spec if spec.groups == 1 or spec.depthwise else None
+        return spec
     if call is None or call.target is not _aten.linear.default or len(plan.shapes.get(step.sources[0], ())) != 1:
         return None
     if call.kwargs or call.args[0] != Ref(step.sources[0]) or step.sources[1:]:  # the image makes more than its source
@@ -247,7 +247,7 @@ class Segment:
         source = step.sources[0]
         reads = DENSE if step.held else self.plan.pattern_of[source]
         size = (*(*self.plan.shapes[source], 1, 1)[1:3], 0, 0, spec.in_channels, len(spec.weight))
-        size += (*spec.weight.shape[2:], *spec.stride, *spec.padding, *spec.dilation)
+        size += (*spec.weight.shape[2:], *spec.stride, *spec.padding, *spec.dilation, spec.groups)
         packed, bias = self._weights[step.out]
         if spec.depthwise:
             if reads != step.filters and reads != DENSE:
@@ -256,7 +256,7 @@ class Segment:
                 source = self._emit("compress", source, f"{step.out}.open", writes=step.filters, like=source)
         else:
             margins = [size[i] + 2 * spec.padding[i] for i in (0, 1)]
-            thin = spec.in_channels * spec.weight.shape[3] <= 64
+            thin = spec.groups == 1 and spec.in_channels * spec.weight.shape[3] <= 64
             rows, panel = math.prod(spec.weight.shape[1:]), self._library.panel_lanes()
             needed = (rows + 1) * panel + thin * (math.prod(margins) * spec.in_channels + panel)
             self._workspace = max(self._workspace, needed)
@@ -315,7 +315,7 @@ class Segment:
         channels, *pixels = (*self._shapes[target], 1, 1)[:3]
         numbers = [self._number(name) for name in (source, other or source, target)]
         op = lib.Op(lib.KINDS.index(kind), function, *numbers, reads, writes, adds, relu)
-        op.shape = lib.Conv(*(*shape, *_NO_SHAPE)[:14], *pointers)
+        op.shape = lib.Conv(*(*shape, *_NO_SHAPE)[:15], *pointers)
         op.shape.out_height, op.shape.out_width = pixels
         if kind not in ("conv", "depthwise"):
             op.shape.filters = channels
