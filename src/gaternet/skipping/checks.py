@@ -95,7 +95,8 @@ def _check_channels(plan: Plan, step: Step, channels: int) -> None:
         allowed = {reads[0]} if reads[1] in (DENSE, reads[0]) else set[int]()
     elif step.kind == "add":
         allowed = {reads[0]} if reads[0] == reads[1] else {DENSE}
-    elif step.kind == "cat" and step.pattern != DENSE:
+    elif step.kind == "cat" and {step.pattern, *reads} != {DENSE}:
+        _require(step.pattern != DENSE, step.out)
         parts = [
             torch.full(plan.shapes[name][:1], ALIVE) if number == DENSE else plan.patterns[number]
             for name, number in zip(step.sources, reads, strict=True)

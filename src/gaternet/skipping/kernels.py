@@ -109,7 +109,11 @@ class Kernels:
         """Convolution in groups of a dense x, in full."""
         assert step.conv is not None
         spec = step.conv
-        value = F.conv2d(x, spec.weight, spec.bias, spec.stride, spec.padding, spec.dilation, spec.groups)
+        if spec.is_scale:
+            value = x * spec.weight[:, 0]
+            value = value if spec.bias is None else value + spec.bias[:, None, None]
+        else:
+            value = F.conv2d(x, spec.weight, spec.bias, spec.stride, spec.padding, spec.dilation, spec.groups)
         return value.relu_() if relu else value
 
     def expand(self, x: Tensor, pattern: int, live: Live) -> Tensor:

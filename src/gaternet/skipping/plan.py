@@ -85,6 +85,12 @@ class ConvSpec:
         return self.groups > 1 and self.groups == len(self.weight) and self.weight.shape[1] == 1
 
     @property
+    def is_scale(self) -> bool:
+        """Whether each number of the output is one of the input, multiplied and shifted."""
+        alone = self.weight.shape[2:] == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
+        return self.depthwise and alone
+
+    @property
     def in_channels(self) -> int:
         """Channels that it reads."""
         return self.weight.shape[1] * self.groups

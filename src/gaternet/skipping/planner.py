@@ -79,6 +79,8 @@ class _Planner:
                 continue
             if not graph.varies(node):
                 self.constants[node] = _evaluate(node, self.constants)
+            elif self._is_norm(node):
+                self._add_norm(node)
             elif node in graph.convs:
                 self._add_conv(graph.convs[node], self._owners.get(graph.convs[node].name))
             else:
@@ -147,6 +149,24 @@ class _Planner:
                 return False
         del self._places[node]
         return True
+
+    def _add_norm(self, norm: Node) -> None:
+        """A BatchNorm that no layer before it does, as a depthwise convolution of single pixels."""
+        self._flow.run(norm)
+        ones = torch.ones_like(self.constants[_node(norm.args[4])], dtype=self._dtype)
+        weight, bias = self._folded(norm, ones.reshape(-1, 1, 1, 1), None)
+        step = Step("conv", norm.name, [self._values[_node(norm.args[0])]])
+        name = self.graph.module_of(norm) or norm.name
+        step.conv = ConvSpec(name, weight.detach(), bias.detach(), (1, 1), (0, 0), (1, 1), len(weight))
+        self._absorb_relu(norm, step)
+        self._append(step, norm)
+
+    def _is_norm(self, node: Node) -> bool:
+        """Whether the node is a BatchNorm of an image's channels, of the images' precision, by constants."""
+        if op(node) != "batch_norm" or node in self._places or any(map(self.graph.varies, node.args[1:5])):
+            return False
+        source = _node(node.args[0])
+        return len(shape(node)) == 4 and shape(node)[0] == 1 and _dtype(node) == _dtype(source) == self._dtype
 
     def _add(self, node: Node) -> None:
         self._flow.run(node)

@@ -1,4 +1,4 @@
-// One image's convolution with the open rows and columns of its weights; C++17 with GCC's vector types.
+// One image's convolution with the open rows and columns of its weights.
 //
 // A convolution is a matrix product: (pixels x (taps, channels read)) times ((taps, channels read) x filters). The first
 // matrix is never made: a tile of some pixels by some filters is kept in registers, and each of its pixels has a pointer
@@ -13,32 +13,11 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, VECTORS = 4, ACCUMULATORS = 28;
-#elif defined(__AVX2__)
-constexpr int LANES = 8, VECTORS = 2, ACCUMULATORS = 12;
-#else
-constexpr int LANES = 4, VECTORS = 4, ACCUMULATORS = 24;
-#endif
-constexpr int HALF = LANES / 2;  // panels are a multiple of this wide: the last vector may be half of one
 constexpr int MOST_PIXELS = 14;  // of a tile
 constexpr int64_t AHEAD = 8;     // rows of weights that are fetched before they are read
 constexpr int tile_pixels(int halves) { return std::min(MOST_PIXELS, ACCUMULATORS / ((halves + 1) / 2)); }
-
-typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef float HalfVector __attribute__((vector_size(4 * HALF), aligned(4), may_alias));
-
-// No templates: they would lose the types' alignment.
-inline Vector load(const float *from) { return *reinterpret_cast<const Vector *>(from); }
-inline HalfVector load_half(const float *from) { return *reinterpret_cast<const HalfVector *>(from); }
-inline void store(float *to, Vector value) { *reinterpret_cast<Vector *>(to) = value; }
-inline void store(float *to, HalfVector value) { *reinterpret_cast<HalfVector *>(to) = value; }
-inline Vector positive(Vector value) { return value < 0 ? Vector{} : value; }  // NaN stays
-inline HalfVector positive(HalfVector value) { return value < 0 ? HalfVector{} : value; }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -204,28 +183,6 @@ inline std::vector<Piece> find_pieces(List filters, int64_t first, int64_t stop)
     return pieces;
 }
 
-// Lanes `mask` of `value`, together in the lowest lanes; zeros in the others.
-inline Vector compress(Vector value, uint32_t mask) {
-#if defined(__AVX512F__)
-    return (Vector)_mm512_maskz_compress_ps(mask, (__m512)value);
-#else
-    Vector result = {};
-    for (int lane = 0; mask; mask &= mask - 1) result[lane++] = value[__builtin_ctz(mask)];
-    return result;
-#endif
-}
-
-// The lowest lanes of `value`, apart in lanes `mask`; zeros in the others.
-inline Vector expand(Vector value, uint32_t mask) {
-#if defined(__AVX512F__)
-    return (Vector)_mm512_maskz_expand_ps(mask, (__m512)value);
-#else
-    Vector result = {};
-    for (int lane = 0; mask; mask &= mask - 1) result[__builtin_ctz(mask)] = value[lane++];
-    return result;
-#endif
-}
-
 // y = conv(x), or y += conv(x) where `adds`; then ReLU. Up to `room` numbers of each of y's pixels may be written over. The
 // team makes an image with margins in `common`, each of it gathers weights in its own `workspace`, which may lie behind.
 struct Convolution {
@@ -325,11 +282,6 @@ struct Convolution {
             for (int64_t lane = stop - panel.first; lane < width; lane++) to[lane] = 0;
             if (++channel == channels.count) channel = 0, tap += conv.channels;
         }
-    }
-
-    static void store_part(float *to, Vector value, int64_t lanes) {
-        if (lanes >= LANES) return store(to, value);
-        std::memcpy(to, &value, lanes * sizeof(float));
     }
 
     // Tiles [first, stop) of a panel.

@@ -17,7 +17,7 @@ from typing import Any
 
 from gaternet.files import write_atomically
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("program.cpp", "convolution.h")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("program.cpp", "convolution.h", "functions.h", "vectors.h")]
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w"]
 KINDS: list[str] = [
     "conv",
@@ -27,17 +27,19 @@ KINDS: list[str] = [
     "expand",
     "compress",
     "max_pool",
+    "average_pool",
     "mean",
     "pointwise",
     "scale",
     "copy",
+    "cat",
     "subsample",
     "pad",
     "zeros",
     "relu_closed",
 ]  # in order
 ADDS_TO_VALUE, ADDS_TO_ZEROS = 1, 2
-FUNCTIONS: list[str] = ["relu", "relu6", "sigmoid", "silu", "hardsigmoid", "hardswish"]
+FUNCTIONS: list[str] = ["relu", "relu6", "sigmoid", "silu", "hardsigmoid", "hardswish", "gelu"]
 _LOCK = threading.Lock()
 _FAILED: dict[str, str] = {}  # the libraries that a compiler has failed to make in this process, and why
 

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "convolution.h"
+#include "functions.h"
 
 // A tensor: of each image at `data` + image * `step`, or in the arena at offset `step` where `data` is null.
 struct Value {
@@ -16,11 +17,10 @@ struct Value {
 };
 
 enum Kind : int64_t {
-    CONV, DEPTHWISE, ADD, ADD_OPEN, EXPAND, COMPRESS, MAX_POOL, MEAN, POINTWISE, SCALE, COPY, SUBSAMPLE, PAD, ZEROS,
-    RELU_CLOSED
+    CONV, DEPTHWISE, ADD, ADD_OPEN, EXPAND, COMPRESS, MAX_POOL, AVERAGE_POOL, MEAN, POINTWISE, SCALE, COPY, CAT, SUBSAMPLE,
+    PAD, ZEROS, RELU_CLOSED
 };
 enum Adds : int64_t { NO, TO_VALUE, TO_ZEROS };  // the last: what ZEROS made, which there is where filters are closed
-enum Function : int64_t { RELU, RELU6, SIGMOID, SILU, HARDSIGMOID, HARDSWISH };
 
 // target = kind(source, other). Patterns are those of what is read and of what is written, -1 where it is dense.
 struct Op {
@@ -84,9 +84,18 @@ struct Runner {
                         y.data[pixel * y.room + j] = x.data[pixel * x.room + (writes.numbers ? writes.numbers[j] : j)];
                 break;
             case MAX_POOL: max_pool(s, x, y, writes.count); break;
+            case AVERAGE_POOL: average_pool(s, x, y, writes.count, op.function != 0); break;
             case MEAN: mean(s.height * s.width, x, y, writes.count); break;
             case POINTWISE: pointwise(op.function, pixels, x, y, writes.count); break;
             case SCALE: scale(pixels, x, at(op.other), y, writes.count, s.height * s.width); break;
+            case CAT: {  // x behind those channels of y that come before channel `pad_width`
+                const int32_t *end = writes.numbers + writes.count;
+                const int64_t start =
+                    writes.numbers ? std::lower_bound(writes.numbers, end, s.pad_width) - writes.numbers : s.pad_width;
+                for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++)
+                    std::memcpy(y.data + pixel * y.room + start, x.data + pixel * x.room, reads.count * sizeof(float));
+                break;
+            }
             case SUBSAMPLE:
                 for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++) {
                     const int64_t row = pixel / s.out_width * s.stride_height, column = pixel % s.out_width * s.stride_width;
@@ -149,25 +158,33 @@ struct Runner {
             bias[j] = s.bias ? s.bias[channel] : 0;
         }
         const int64_t pixels = s.out_height * s.out_width;
+        std::vector<const float *> sources(taps), rows(taps);
         for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++) {
-            const int64_t row = pixel / s.out_width, column = pixel % s.out_width;
-            for (int64_t first = 0; first < open.count; first += LANES) {
+            int64_t inside = 0;
+            for_taps(s, pixel / s.out_width, pixel % s.out_width, [&](int64_t tap, int64_t source) {
+                sources[inside] = x.data + source * x.room;
+                rows[inside++] = weights + tap * room;
+            });
+            float *to = y.data + pixel * y.room;
+            int64_t first = 0;
+            for (; first + 4 * LANES <= open.count; first += 4 * LANES) {  // sums that do not wait for each other
+                Vector sums[4];
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) sums[i] = load(bias + first + i * LANES);
+                for (int64_t t = 0; t < inside; t++)
+#pragma GCC unroll 4
+                    for (int i = 0; i < 4; i++)
+                        sums[i] += load(sources[t] + first + i * LANES) * load(rows[t] + first + i * LANES);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) store(to + first + i * LANES, op.relu ? positive(sums[i]) : sums[i]);
+            }
+            for (; first < open.count; first += LANES) {
                 Vector sum = load(bias + first);
-                for_taps(s, row, column, [&](int64_t tap, int64_t source) {
-                    sum += part(x.data + source * x.room + first, open.count - first) * load(weights + tap * room + first);
-                });
-                if (op.relu) sum = positive(sum);
-                Convolution::store_part(y.data + pixel * y.room + first, sum, open.count - first);
+                for (int64_t t = 0; t < inside; t++)
+                    sum += part(sources[t] + first, open.count - first) * load(rows[t] + first);
+                store_part(to + first, op.relu ? positive(sum) : sum, open.count - first);
             }
         }
-    }
-
-    // Up to LANES numbers, zeros behind the last.
-    static Vector part(const float *from, int64_t count) {
-        if (count >= LANES) return load(from);
-        Vector value = {};
-        std::memcpy(&value, from, count * sizeof(float));
-        return value;
     }
 
     // Calls use(tap, pixel) for each tap of an output pixel that lies inside the image.
@@ -193,7 +210,22 @@ struct Runner {
                     const Vector value = part(x.data + source * x.room + first, count - first);
                     most = (value > most) | (value != value) ? value : most;  // NaN stays
                 });
-                Convolution::store_part(y.data + pixel * y.room + first, most, count - first);
+                store_part(y.data + pixel * y.room + first, most, count - first);
+            }
+    }
+
+    // Where `margins` count, zeros around the image are a part of the mean.
+    void average_pool(const Conv &s, Image x, Image y, int64_t count, bool margins) const {
+        const int64_t pixels = s.out_height * s.out_width, all = s.kernel_height * s.kernel_width;
+        for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++)
+            for (int64_t first = 0; first < count; first += LANES) {
+                Vector sum = {};
+                int64_t inside = 0;
+                for_taps(s, pixel / s.out_width, pixel % s.out_width, [&](int64_t, int64_t source) {
+                    sum += part(x.data + source * x.room + first, count - first);
+                    inside++;
+                });
+                store_part(y.data + pixel * y.room + first, sum / static_cast<float>(margins ? all : inside), count - first);
             }
     }
 
@@ -224,7 +256,7 @@ struct Runner {
             for (const Piece &piece : pieces) {
                 const int64_t first = piece.vector * LANES;
                 const Vector added = expand(part(from + piece.to, open.count - piece.to), piece.mask);
-                Convolution::store_part(to + first, part(to + first, channels - first) + added, channels - first);
+                store_part(to + first, part(to + first, channels - first) + added, channels - first);
             }
             for (int64_t c = 0; relu && c < channels; c++) to[c] = to[c] < 0 ? 0 : to[c];
         }
@@ -239,19 +271,11 @@ struct Runner {
     }
 
     void pointwise(int64_t function, int64_t pixels, Image x, Image y, int64_t count) const {
-        const auto each = [&](auto f) {
-            for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++)
-                for (int64_t c = 0; c < count; c++) y.data[pixel * y.room + c] = f(x.data[pixel * x.room + c]);
-        };
-        const auto clamp6 = [](float v) { return v < 0 ? 0 : v > 6 ? 6 : v; };
-        switch (function) {
-            case RELU: each([](float v) { return v < 0 ? 0 : v; }); break;
-            case RELU6: each(clamp6); break;
-            case SIGMOID: each([](float v) { return 1 / (1 + std::exp(-v)); }); break;
-            case SILU: each([](float v) { return v / (1 + std::exp(-v)); }); break;
-            case HARDSIGMOID: each([&](float v) { return clamp6(v + 3) / 6; }); break;
-            case HARDSWISH: each([&](float v) { return v * clamp6(v + 3) / 6; }); break;
-        }
+        for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++)
+            for (int64_t first = 0; first < count; first += LANES) {
+                const Vector value = apply(function, part(x.data + pixel * x.room + first, count - first));
+                store_part(y.data + pixel * y.room + first, value, count - first);
+            }
     }
 };
 
@@ -306,6 +330,7 @@ void run(const Op *ops, int64_t count, const Value *values, int64_t images, cons
     if (threads > 1 && (images % threads == 0 || images >= 4 * threads)) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
         for (int64_t image = 0; image < images; image++) {
+            const NoDenormals fast;
             float *arena = arenas + omp_get_thread_num() * arena_step;
             const Runner runner = {values, *live, arena, arena + workspace, arena + workspace, image, {0, 1}};
             for (int64_t i = 0; i < count; i++) runner.run(ops[i]);
@@ -314,6 +339,7 @@ void run(const Op *ops, int64_t count, const Value *values, int64_t images, cons
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
     for (int64_t image = 0; image < images; image++) {
+        const NoDenormals fast;
         const Team team = {omp_get_thread_num(), omp_get_num_threads()};
         float *own = arenas + team.id * arena_step + workspace;
         const Runner runner = {values, *live, arenas, arenas + workspace, own, image, team};

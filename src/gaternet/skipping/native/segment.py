@@ -1,6 +1,7 @@
 """Steps of a plan as operations of the C++ library, and where their values lie."""
 
 import ctypes
+import itertools
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     _aten.silu.default: "silu",
     _aten.hardsigmoid.default: "hardsigmoid",
     _aten.hardswish.default: "hardswish",
+    _aten.gelu.default: "gelu",
 }
 _SAME = frozenset({_aten.dropout.default, _aten.contiguous.default, _aten.clone.default, _aten.detach.default})
 _NO_SHAPE = (0,) * 15
@@ -36,14 +38,20 @@ def is_native(plan: Plan, step: Step) -> bool:
     if packed_spec(plan, step) is not None:
         return ranks <= {1, 3}
     if call is not None and ranks == {1}:
-        return call.target in _FUNCTIONS or _keeps_all(step)
+        return _function(step) is not None or _keeps_all(step)
     if ranks != {3} or step.kind == "conv":
         return False
     if step.kind == "scale":
         return shapes[step.sources[1]][1:] in ((1, 1), shapes[step.sources[0]][1:])
-    if step.kind == "add":
+    if step.kind in ("add", "cat"):
         return True
-    if call is None or (step.kind == "aten" and plan.pattern_of[step.sources[0]] != DENSE):
+    if call is None:
+        return False
+    if call.target in (_aten.flatten.using_ints, _aten.reshape.default) and not call.kwargs:
+        return len(shapes.get(step.out, ())) == 1 and shapes[step.sources[0]][1:] == (1, 1)
+    if not call.kwargs and _is_global_mean(step):
+        return True
+    if step.kind == "aten" and plan.pattern_of[step.sources[0]] != DENSE:
         return False
     if _keeps_all(step):
         return True
@@ -51,10 +59,10 @@ def is_native(plan: Plan, step: Step) -> bool:
         return False
     if call.target is _aten.max_pool2d.default:
         return step.kind == "keep" and not (len(call.args) > 5 and call.args[5])
-    if call.target in _FUNCTIONS or _is_global_mean(step):
+    if call.target is _aten.avg_pool2d.default:
+        return step.kind == "keep" and [*call.args[4:5]] in ([], [False]) and [*call.args[6:]] in ([], [None])
+    if _function(step) is not None:
         return True
-    if call.target in (_aten.flatten.using_ints, _aten.reshape.default):
-        return len(shapes.get(step.out, ())) == 1 and shapes[step.sources[0]][1:] == (1, 1)
     return _subsampling(step) is not None or _channel_padding(step) is not None
 
 
@@ -73,6 +81,15 @@ def packed_spec(plan: Plan, step: Step) -> ConvSpec | None:
     if any(tensor.dtype != torch.float32 for tensor in (weight, bias) if tensor is not None):
         return None
     return ConvSpec(step.out, weight[:, :, None, None], bias, (1, 1), (0, 0), (1, 1), 1)
+
+
+def _function(step: Step) -> str | None:
+    """The library's name of the activation that the step is, if it has that."""
+    call = step.call
+    assert call is not None
+    if call.target in (_aten.hardtanh.default, _aten.clamp.default) and [*call.args[1:]] == [0, 6]:
+        return "relu6"
+    return _FUNCTIONS.get(call.target) if not call.args[1:] and not call.kwargs else None
 
 
 def _keeps_all(step: Step) -> bool:
@@ -214,6 +231,13 @@ class Segment:
             self._add_conv(step, spec)
         elif step.kind == "add":
             self._add_sum(step)
+        elif step.kind == "cat":
+            start = 0
+            for name in step.sources:
+                channels = plan.shapes[name][0]
+                size = (0, 0, 0, 0, channels, 0, 0, 0, 0, 0, 0, start)
+                self._emit("cat", name, step.out, reads=patterns[name], writes=step.pattern, shape=size)
+                start += channels
         elif step.kind == "scale":
             factor = step.sources[1]
             if step.pattern != DENSE and held[1] == DENSE:
@@ -224,22 +248,27 @@ class Segment:
         else:
             assert step.call is not None
             target, args = step.call.target, step.call.args
-            if target in _FUNCTIONS:
-                self._emit(
-                    "pointwise", source, step.out, writes=step.pattern, function=lib.FUNCTIONS.index(_FUNCTIONS[target])
-                )
+            if (name := _function(step)) is not None:
+                self._emit("pointwise", source, step.out, writes=step.pattern, function=lib.FUNCTIONS.index(name))
             elif target is _aten.max_pool2d.default:
-                kernel, stride, padding, dilation = _pool_options(args)
-                size = (*plan.shapes[source][1:], 0, 0, 0, 0, *kernel, *stride, *padding, *dilation)
-                self._emit("max_pool", source, step.out, writes=step.pattern, shape=size)
+                self._emit("max_pool", source, step.out, writes=step.pattern, shape=self._pool(source, *args[1:5]))
+            elif target is _aten.avg_pool2d.default:
+                size, margins = self._pool(source, *args[1:4]), args[5] if len(args) > 5 else True
+                self._emit("average_pool", source, step.out, writes=step.pattern, shape=size, function=int(margins))
             elif _is_global_mean(step):
-                self._emit("mean", source, step.out, writes=step.pattern, shape=(*plan.shapes[source][1:], 0, 0))
+                compact = f"{step.out}.open" if step.pattern != held[0] else step.out
+                self._shapes[compact] = plan.shapes[source][:1]
+                self._emit("mean", source, compact, writes=held[0], shape=(*plan.shapes[source][1:], 0, 0))
+                if compact != step.out:
+                    self._emit("expand", compact, step.out, reads=held[0])
             elif (strides := _subsampling(step)) is not None:
                 size = (*plan.shapes[source][1:], 0, 0, 0, 0, 0, 0, *strides)
                 self._emit("subsample", source, step.out, shape=size)
             elif (front := _channel_padding(step)) is not None:
                 size = (0, 0, 0, 0, plan.shapes[source][0], 0, 0, 0, 0, 0, 0, front)
                 self._emit("pad", source, step.out, shape=size)
+            elif step.pattern != held[0]:  # a single pixel is made flat
+                self._emit("expand", source, step.out, reads=held[0])
             else:
                 self._emit("copy", source, step.out, writes=step.pattern)
 
@@ -272,6 +301,12 @@ class Segment:
         self._emit(kind, source, step.out, **options)
         if step.adds is not None and step.relu and step.filters != DENSE and not self._positive(step.adds):
             self._emit("relu_closed", step.out, step.out, writes=step.filters)
+
+    def _pool(self, source: str, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1) -> tuple[int, ...]:
+        """The shape of a pooling operation with these options, each a number or one for each side."""
+        options = (kernel, stride or kernel, padding, dilation)
+        sides = [(o, o) if isinstance(o, int) else (o[0], o[-1]) for o in options]
+        return (*self.plan.shapes[source][1:], 0, 0, 0, 0, *itertools.chain(*sides))
 
     def _positive(self, name: str) -> bool:
         """Whether the value comes out of a ReLU."""
@@ -350,10 +385,3 @@ class Segment:
         self._workspace_start = max((stop for _, stop, _, _ in placed), default=0)
         self.arena_size = self._workspace_start + round_up(self._workspace) + 64
         self._array = (lib.Op * len(self._ops))(*self._ops)
-
-
-def _pool_options(args: Sequence[Any]) -> list[tuple[int, int]]:
-    """Kernel, stride, padding and dilation of a max_pool2d, as pairs."""
-    kernel, stride, padding, dilation = [*args[1:5], *[[], 0, 1][len(args[2:5]) :]]
-    options = [kernel, stride or kernel, padding, dilation]
-    return [(o, o) if isinstance(o, int) else (o[0], o[-1]) for o in options]

@@ -1,0 +1,123 @@
+"""The compiled operations beside convolutions, each against PyTorch's."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from random_networks import chain_of
+from skipped_networks import THREE, assert_skips_exactly, gated, plan_of, random_gates
+from small_networks import IMAGES, Net, conv, norm
+from torch import nn
+
+from gaternet.graph import read_graph
+from gaternet.method import GaterNet
+from gaternet.skipping.native import NativeProgram
+from gaternet.skipping.native.segment import Segment
+from gaternet.skipping.planner import make_plan
+
+
+def native_share(program: NativeProgram) -> float:
+    """Of the parts in which the plan is carried out, those that are calls of the library."""
+    return sum(isinstance(part, Segment) for part in program._parts) / len(program._parts)
+
+
+FUNCTIONS = [nn.ReLU(), nn.ReLU6(), nn.Sigmoid(), nn.SiLU(), nn.Hardsigmoid(), nn.Hardswish(), nn.GELU()]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: type(function).__name__)
+def test_activations_are_pytorchs_from_end_to_end(function):
+    numbers = torch.cat([torch.linspace(-120, 120, 2000), torch.linspace(-9, 9, 1990)])
+    ends = torch.tensor([0.0, -0.0, 1e-30, -1e-30, torch.inf, -torch.inf, torch.nan, 3e38, -3e38])
+    images = torch.cat([numbers, ends])[:3999].reshape(1, 3, 31, 43)
+    program = NativeProgram(make_plan(read_graph(function, images)))
+    assert native_share(program) == 1
+    expected = function(images.double()).float()
+    torch.testing.assert_close(program(images), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize(("bounds", "native"), [((0, 6), True), ((-1, 1), False)])
+def test_numbers_are_cut_off_at_their_bounds(bounds, native):
+    program = NativeProgram(make_plan(read_graph(nn.Hardtanh(*bounds), IMAGES[:1])))
+    assert native_share(program) == native
+    assert torch.equal(program(10 * IMAGES - 3), (10 * IMAGES - 3).clamp(*bounds))
+
+
+POOLS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "mean, margins count": (lambda: nn.AvgPool2d(3, 1, 1), True),
+    "mean, margins do not": (lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False), True),
+    "mean of unlike sides": (lambda: nn.AvgPool2d((2, 3), (1, 2), (0, 1)), True),
+    "mean, default stride": (lambda: nn.AvgPool2d(2), True),
+    "mean, sizes rounded up": (lambda: nn.AvgPool2d(3, 2, ceil_mode=True), False),
+    "mean, another divisor": (lambda: nn.AvgPool2d(2, divisor_override=3), False),
+    "largest": (lambda: nn.MaxPool2d(3, 2, 1), True),
+    "largest, apart": (lambda: nn.MaxPool2d((3, 2), 1, 1, (2, 1)), True),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_pools_of_open_channels(name):
+    pool, native = POOLS[name]
+    model = gated(
+        Net(lambda net, x: net.last(net.pool(net.first(x))), first=conv(3, 21), pool=pool(), last=conv(21, 8))
+    )
+    assert (native_share(NativeProgram(plan_of(model))) == 1) == native
+    for density in (0.0, 0.5, 1.0):
+        assert_skips_exactly(model, THREE, random_gates(model, density))
+
+
+def concatenated() -> GaterNet:
+    """Open channels behind all of a tensor, and again behind those."""
+    return gated(
+        Net(
+            lambda net, x: net.last(torch.cat([net.one(x), x, net.two(x), net.one(x)], 1)),
+            one=nn.Sequential(conv(3, 5), norm(5), nn.ReLU()),
+            two=conv(3, 18),
+            last=conv(31, 8),
+        ),
+        sites=lambda name, module: name == "two",
+    )
+
+
+@pytest.mark.parametrize("make", [concatenated, lambda: gated(chain_of(["branches", "dense"]))])
+def test_concatenations_of_open_channels(make):
+    model = make()
+    assert native_share(NativeProgram(plan_of(model))) == 1
+    for density in (0.0, 0.5, 1.0):
+        assert_skips_exactly(model, THREE, random_gates(model, density))
+
+
+def test_a_batchnorm_by_itself_is_a_convolution_with_its_relu():
+    model = gated(chain_of(["pre-activation", "dense"]))
+    plan = plan_of(model)
+    alone = [step for step in plan.steps if step.conv is not None and step.conv.is_scale]
+    assert len(alone) == 2
+    assert all(step.relu for step in alone)
+    assert "batch_norm" not in " ".join(str(step.call) for step in plan.steps)
+    assert native_share(NativeProgram(plan)) == 1
+
+
+def test_open_channels_of_a_single_pixel_are_made_flat():
+    layers = nn.Sequential(conv(3, 20), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 4))
+    model = gated(layers)
+    assert native_share(NativeProgram(plan_of(model))) == 1
+    for density in (0.0, 0.5, 1.0):
+        assert_skips_exactly(model, THREE, random_gates(model, density))
+
+
+def test_numbers_near_zero_are_zeros_inside_and_numbers_again_outside():
+    """Not a hundredth of the processor's speed is left with them, and all images of a layer may have them."""
+    images = torch.full((8, 3, 8, 8), 1e-39)
+    program = NativeProgram(make_plan(read_graph(nn.ReLU6(), images[:1])))
+    function = NativeProgram(make_plan(read_graph(nn.Hardswish(), images[:1])))
+    assert torch.equal(function(images), torch.zeros_like(images))
+    assert (program(images) <= 1e-39).all()
+    assert (torch.full((100_000,), 1e-39) / 2 > 0).all()
+
+
+def test_tails_of_vectors_stay_inside():
+    """With 1 to 20 channels each operation ends within a vector; what lies behind is not written."""
+    for channels in range(1, 21):
+        net = nn.Sequential(conv(3, channels), nn.SiLU(), nn.AvgPool2d(2), conv(channels, 3)).eval()
+        program = NativeProgram(make_plan(read_graph(net, IMAGES[:1])))
+        with torch.no_grad():
+            torch.testing.assert_close(program(IMAGES), net(IMAGES), rtol=1e-4, atol=1e-5)
