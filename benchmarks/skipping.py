@@ -91,7 +91,7 @@ def bounds(model: GaterNet, rounds: int) -> list[dict[str, float]]:
     """
     images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     plan = make_plan(read_graph(model.backbone, images), model.sites)
-    cost, program = CostModel(read_graph(model.backbone, images), model.sites), NativeProgram(plan)
+    cost, program = CostModel.of(model, images), NativeProgram(plan)
     opened = torch.ones(1, model.num_gates)
     runs, shares = {"open": lambda: program(images, opened)}, {}
     for density in DENSITIES[1:]:

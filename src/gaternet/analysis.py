@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gaternet.cost import CostModel, count_dense_macs
 from gaternet.data import Preprocessing, thumbnail
-from gaternet.graph import evaluation_mode, read_graph
+from gaternet.graph import evaluation_mode
 from gaternet.measures import mutual_information, selectivity
 from gaternet.method import Gater, GaterNet, require_gated
 
@@ -268,7 +268,7 @@ class _Pass:
         self.device = next(model.parameters()).device
         self.shape = images.shape[1:]
         example = self._inputs(images[:1])
-        self.cost = CostModel(read_graph(model.backbone, example), model.sites)
+        self.cost = CostModel.of(model, example)
         self.gater_macs = count_dense_macs(model.gater, example)
         self.labeled, self.seen = labels is not None, 0
         self.generator = np.random.default_rng(seed)

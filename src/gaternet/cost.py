@@ -69,6 +69,17 @@ class CostModel:
             self.convs.append(ConvCost(conv, flow.of(conv.source), writes))
         self._terms = _Terms(self.convs, self.num_gates)
 
+    @classmethod
+    def of(cls, model: GaterNet, images: Float[Tensor, "batch channels height width"]) -> "CostModel":
+        """Of a GaterNet's backbone, for images of that size; their values do not matter.
+
+        Raises:
+            ValueError: the backbone cannot be exported, or there are no images.
+            TypeError: the model is no GaterNet.
+        """
+        require_gated(model)
+        return cls(read_graph(model.backbone, images[:1]), model.sites)
+
     def __call__(self, gates: Float[Tensor, "batch gates"]) -> Float[Tensor, " batch"]:
         """MACs of each image under its gates (B, C); on their device, in float64 where it has that.
 
@@ -98,14 +109,13 @@ def count_macs(model: GaterNet, images: Float[Tensor, "batch channels height wid
 
     The model's mode decides the gates, as in `model.gates`: in evaluation they are 0 or 1. What the closed filters of
     grouped convolutions could save is counted, too, though `gaternet.skip` computes those whole. Reads the backbone's
-    graph anew each time; to count often, keep a `gaternet.cost.CostModel`.
+    graph anew each time; to count often, keep a `gaternet.cost.CostModel.of(model, images)`.
 
     Raises:
         ValueError: the backbone cannot be exported, or there are no images.
         TypeError: the model is no GaterNet.
     """
-    require_gated(model)
-    cost = CostModel(read_graph(model.backbone, images[:1]), model.sites)
+    cost = CostModel.of(model, images)
     buffers = [(buffer, buffer.clone()) for buffer in model.gater.buffers()]
     with torch.no_grad():
         gated = cost(model.gates(images))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gaternet.cost import CostModel, count_dense_macs
 from gaternet.data import DataError, ImageSet, Preprocessing, classes_of, load_data, same_classes
-from gaternet.graph import evaluation_mode, read_graph
+from gaternet.graph import evaluation_mode
 from gaternet.loader import Batches, make_batches
 from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
@@ -133,7 +133,7 @@ def evaluate_saved(
     to_input = ToInput(Preprocessing.from_metadata(metadata))
     example = to_input(images[0][0][None])
     if isinstance(network, GaterNet):
-        cost = CostModel(read_graph(network.backbone, example), network.sites)
+        cost = CostModel.of(network, example)
         counts = {"backbone_macs": cost.dense, "gater_macs": count_dense_macs(network.gater, example)}
     else:
         cost, counts = None, {"backbone_macs": count_dense_macs(network, example)}

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from gaternet.cost import CostModel
 from gaternet.data import DataError, ImageSet, Preprocessing, classes_of, read_image
 from gaternet.evaluate import load_sets
-from gaternet.graph import read_graph
 from gaternet.method import GaterNet
 from gaternet.report.figures import distinct_names, figure, plotly_names
 from gaternet.report.runs import class_names
@@ -73,7 +72,7 @@ class Explorer:
     ) -> None:
         self.network, self.preprocessing, self.classes = network.eval(), preprocessing, distinct_names(classes)
         self.shown, self.known, self.labels = shown, known, list(labels)
-        self.cost = CostModel(read_graph(network.backbone, preprocessing.normalize(known[:1])), network.sites)
+        self.cost = CostModel.of(network, preprocessing.normalize(known[:1]))
         parts = [preprocessing.normalize(part) for part in known.split(_BATCH)]
         with torch.no_grad():
             self._gates = torch.cat([network.gates(part) > 0.5 for part in parts]).numpy()  # (M, C)

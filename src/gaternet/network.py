@@ -14,7 +14,6 @@ from gaternet.cost import CostModel
 from gaternet.data import ImageData, Preprocessing, classes_of, same_classes
 from gaternet.evaluate import ToInput
 from gaternet.gating import gate
-from gaternet.graph import read_graph
 from gaternet.method import Gater, GaterNet
 from gaternet.models import create_model
 from gaternet.models.create import describe_backbone, other_classifier
@@ -180,7 +179,7 @@ def make_density(network: GaterNet, gating: Gating, images: Tensor) -> Callable[
     (B, channels, H, W).
     """
     if gating.penalty == "macs":
-        cost = CostModel(read_graph(network.backbone, images[:1]), network.sites)
+        cost = CostModel.of(network, images)
         return lambda gates: (cost(gates).mean()[None] / cost.dense).to(gates.dtype)
     if gating.penalty == "sites":
         slices = list(dict.fromkeys((site.start, site.stop) for site in network.sites))

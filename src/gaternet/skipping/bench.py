@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from gaternet.cost import CostModel, count_dense_macs
-from gaternet.graph import read_graph
 from gaternet.method import GaterNet
 from gaternet.skipping.dense import ENGINES, build_dense
 from gaternet.skipping.skip import skip
@@ -110,8 +109,7 @@ def bench(
     if calibration is not None:
         ways["specialised"] = skip(model, images, "specialise", calibration=calibration)
     plain = copy.deepcopy(model).ungate()
-    graph = read_graph(plain, images[:1])
-    cost = CostModel(graph, model.sites)
+    cost = CostModel.of(model, images)
     runs: dict[tuple[str, float | None], Callable[[], Any]] = {}
     macs: dict[tuple[str, float | None], float] = {}
     for name in engines:
