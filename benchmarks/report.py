@@ -19,9 +19,10 @@ from playwright.sync_api import sync_playwright
 from torch import Tensor
 
 import gaternet
-from gaternet.analysis import GateAnalysis, analyze
+from gaternet.analysis import analyze
 from gaternet.data import load_data
 from gaternet.evaluate import BATCH, ToInput, evaluate
+from gaternet.findings import GateAnalysis
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.recipe import Runtime

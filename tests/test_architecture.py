@@ -72,6 +72,7 @@ FLOORS = [
     "evaluate",
     "network",
     "measures",
+    "findings",
     "analysis",
     "forcing",
     "report.reading",

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -26,7 +25,6 @@ from gaternet.augment import file_transform
 from gaternet.recipe import Augmentation
 
 _ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif")
-THUMBNAIL = 48  # longest side of a small picture, in pixels
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 _KNOWN_STATISTICS = {  # mean and deviation of the training pixels, per channel, in [0, 1]; CIFAR-10's are the paper's
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -252,21 +250,6 @@ def same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
     """Whether these may be the same classes: a .npz file does not name them, so "0", "1", ... stand for any others."""
     numbers = [str(label) for label in range(len(names))]
     return list(names) == list(others) or (len(names) == len(others) and numbers in (list(names), list(others)))
-
-
-def thumbnail(image: Tensor) -> NDArray[np.uint8]:
-    """A small picture (h, w, 1 or 3) of pixels, or of a model's input, which is stretched to 0 to 255."""
-    if image.dtype != torch.uint8:
-        image = image.float()
-        low, high = image.min(), image.max()
-        image = ((image - low) * (255 / (high - low).clamp(min=1e-12))).to(torch.uint8)
-    if image.shape[0] not in (1, 3):
-        image = image[:1]
-    longest = max(image.shape[1:])
-    if longest > THUMBNAIL:
-        size = [max(1, round(side * THUMBNAIL / longest)) for side in image.shape[1:]]
-        image = tv.resize(image, size)
-    return image.permute(1, 2, 0).cpu().numpy()
 
 
 def mix_seed(*numbers: int) -> int:

@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gaternet.analysis import GateAnalysis, images_and_labels
+from gaternet.analysis import images_and_labels
 from gaternet.data import Preprocessing
+from gaternet.findings import GateAnalysis
 from gaternet.graph import evaluation_mode
 from gaternet.method import GaterNet
 

@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from gaternet.analysis import GateAnalysis
+from gaternet.findings import GateAnalysis
 from gaternet.forcing import OPEN, SHUT, Forced
 from gaternet.report.reading import arrange
 

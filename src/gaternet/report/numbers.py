@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gaternet.analysis import GateAnalysis
+from gaternet.findings import GateAnalysis
 from gaternet.forcing import OPEN, SHUT, Effect, Forced
 from gaternet.report.figures import site_shares
 

@@ -16,7 +16,7 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from gaternet import files
-from gaternet.analysis import GateAnalysis
+from gaternet.findings import GateAnalysis
 from gaternet.forcing import OPEN, SHUT, Forced
 from gaternet.report import figures
 from gaternet.report.numbers import numbers

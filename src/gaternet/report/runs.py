@@ -10,9 +10,10 @@ from torch import Tensor
 from torchvision import datasets
 
 from gaternet import files
-from gaternet.analysis import GateAnalysis, analyze
+from gaternet.analysis import analyze
 from gaternet.data import ImageSet, Preprocessing, classes_of
 from gaternet.evaluate import BATCH, load_test_set
+from gaternet.findings import GateAnalysis
 from gaternet.forcing import force_gates
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
