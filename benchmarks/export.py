@@ -86,13 +86,13 @@ def trained(path: Path, source: str, folder: Path, rounds: int) -> dict[str, Any
     model, metadata = load_model(find_model(path))
     assert isinstance(model, GaterNet)
     train, test = load_sets(source, metadata)
-    pixels = torch.stack([torch.as_tensor(test[i][0]) for i in range(16)])
+    pixels = test.take(range(16))
     files = {"plain": folder / "plain.onnx", "masked": folder / "masked.onnx", "skipping": folder / "skipping.onnx"}
     export_onnx(model.backbone, pixels, files["plain"], metadata=metadata)
     export_onnx(model, pixels, files["masked"], metadata=metadata, gates=True)
     export_onnx(model, pixels, files["skipping"], metadata=metadata, gates=True, form="skipping")
     step = max(1, len(train) // 512)
-    calibration = torch.stack([torch.as_tensor(train[i][0]) for i in range(0, len(train), step)]).split(64)
+    calibration = train.take(range(0, len(train), step)).split(64)
     effects = {}
     for name, original, gater in (
         ("plain, 8 bits", "plain", False),
@@ -102,10 +102,7 @@ def trained(path: Path, source: str, folder: Path, rounds: int) -> dict[str, Any
         files[name] = folder / f"{name}.onnx"
         quantize_onnx(files[original], files[name], calibration, gater=gater)
         parts = torch.arange(len(test)).split(100)
-        batches = (
-            (torch.stack([torch.as_tensor(test[int(i)][0]) for i in part]), torch.as_tensor(test.labels[part.numpy()]))
-            for part in parts
-        )
+        batches = ((test.take(part.tolist()), torch.from_numpy(test.labels[part.numpy()])) for part in parts)
         if original != "plain":  # without its gates, the backbone says nothing of use
             effects[name] = asdict(compare_int8(files[original], files[name], batches))
     assert Preprocessing.from_metadata(metadata).height == pixels.shape[2]

@@ -70,7 +70,7 @@ def main() -> None:
     accelerator = make_accelerator(runtime)
     data = load_data(args.data)
     pixels, to_input = data.preprocessing, ToInput(data.preprocessing)
-    first = torch.stack([data.train[i][0] for i in range(500)])
+    first = data.train.take(range(500))
     model = settled_model(args.model, to_input(first)).to(accelerator.device)
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     batches = make_batches(data.test, BATCH, runtime, accelerator)

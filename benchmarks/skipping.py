@@ -123,9 +123,9 @@ def trained(name: str, run: str, data: str, plain: str, rounds: int) -> dict[str
     assert isinstance(model, GaterNet)
     preprocessing = Preprocessing.from_metadata(metadata)
     test, train = load_test_set(data, metadata), load_data(data, image_size=preprocessing.height).train
-    images = preprocessing.normalize(torch.stack([torch.as_tensor(test[i][0]) for i in range(len(test))]))
-    labels = torch.tensor([test[i][1] for i in range(len(test))])
-    seen = preprocessing.normalize(torch.stack([torch.as_tensor(train[i][0]) for i in range(0, len(train), 10)]))
+    images = preprocessing.normalize(test.take(range(len(test))))
+    labels = torch.from_numpy(test.labels)
+    seen = preprocessing.normalize(train.take(range(0, len(train), 10)))
     fast = gaternet.skip(model, images[:64], "slice")
     calibration = torch.cat([fast.gates(part) for part in seen.split(64)])
     special = gaternet.skip(model, images[:64], "specialise", calibration=calibration)

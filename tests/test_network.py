@@ -48,7 +48,7 @@ def test_finetuning_starts_as_the_plain_network(digits, tmp_path):
     plain = create_model("resnet20", 10, 1).eval()
     save_file(plain.state_dict(), tmp_path / "plain.safetensors")
     network = build(finetune(backbone_from=str(tmp_path / "plain.safetensors")), digits).eval()
-    images = digits.preprocessing.normalize(torch.stack([digits.test[i][0] for i in range(8)]))
+    images = digits.preprocessing.normalize(digits.test.take(range(8)))
     logits, gates = network(images, return_gates=True)
     assert gates.all()
     assert torch.equal(logits, plain(images))

@@ -4,7 +4,7 @@ Every source ends as two `ImageSet`s of uint8 images (C, H, W) and labels.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,10 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
             image = self.transform(image)
             generator.set_state(before)
         return image, int(self.labels[index])
+
+    def take(self, indices: Iterable[int]) -> UInt8[Tensor, "n chans h w"]:
+        """Some of the images as one tensor, in the order of the indices; those of files must come out in one size."""
+        return torch.stack([self[index][0] for index in indices])
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def evaluate_saved(
     images = load_test_set(source, metadata, runtime.data_root)
     batches = make_batches(images, BATCH, runtime, accelerator)
     to_input = ToInput(Preprocessing.from_metadata(metadata))
-    example = to_input(images[0][0][None])
+    example = to_input(images.take([0]))
     if isinstance(network, GaterNet):
         cost = CostModel.of(network, example)
         counts = {"backbone_macs": cost.dense, "gater_macs": count_dense_macs(network.gater, example)}

@@ -95,10 +95,8 @@ class Explorer:
         source = data_of(run, metadata, data)
         preprocessing, (train, test) = Preprocessing.from_metadata(metadata), load_sets(source, metadata, data_root)
         order = random.Random(0).sample(range(len(train)), min(images, len(train)))
-        rows = [train[place] for place in order]
-        known = torch.stack([preprocessing.fit(row[0]) for row in rows])
         names = class_names(source, classes_of(metadata))
-        return cls(network, preprocessing, names, test, known, [row[1] for row in rows])
+        return cls(network, preprocessing, names, test, train.take(order), train.labels[order].tolist())
 
     def open(self, path: str | Path) -> Pixels:
         """An image file as the model sees it; DataError if it is no image, or too large."""

@@ -115,5 +115,5 @@ def _shuffled(images: ImageSet, number: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of images in random order: folders are sorted by class."""
     order = random.Random(0).sample(range(len(images)), min(number, len(images)))
     for start in range(0, len(order), 100):
-        rows = [images[place] for place in order[start : start + 100]]
-        yield torch.stack([row[0] for row in rows]), torch.tensor([row[1] for row in rows])
+        part = order[start : start + 100]
+        yield images.take(part), torch.from_numpy(images.labels[part])
