@@ -57,6 +57,7 @@ FLOORS = [
     "objective",
     "augment",
     "arrays",
+    "folders",
     "data",
     "loader",
     "export.parity",
