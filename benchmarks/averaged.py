@@ -17,8 +17,8 @@ import torch
 from measured_runs import keep, trained_as
 from torch import Tensor, nn
 
-from gaternet.data import Preprocessing
-from gaternet.evaluate import BATCH, ToInput, evaluate, load_test_set
+from gaternet.data import Preprocessing, ToInput
+from gaternet.evaluate import BATCH, evaluate, load_test_set
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.recipe import Runtime

@@ -22,8 +22,8 @@ from pretrained_cifar_resnet import load
 
 import gaternet
 from gaternet.cost import CostModel
-from gaternet.data import load_data
-from gaternet.evaluate import BATCH, ToInput, evaluate
+from gaternet.data import ToInput, load_data
+from gaternet.evaluate import BATCH, evaluate
 from gaternet.graph import read_graph
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator

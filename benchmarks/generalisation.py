@@ -20,8 +20,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from gaternet.checkpoint import load_model
-from gaternet.data import ImageSet, Preprocessing, load_data
-from gaternet.evaluate import BATCH, ToInput, evaluate
+from gaternet.data import ImageSet, Preprocessing, ToInput, load_data
+from gaternet.evaluate import BATCH, evaluate
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.recipe import Runtime

@@ -20,8 +20,8 @@ from torch import Tensor
 
 import gaternet
 from gaternet.analysis import analyze
-from gaternet.data import load_data
-from gaternet.evaluate import BATCH, ToInput, evaluate
+from gaternet.data import ToInput, load_data
+from gaternet.evaluate import BATCH, evaluate
 from gaternet.findings import GateAnalysis
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator

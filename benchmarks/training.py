@@ -24,8 +24,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from gaternet.cost import count_dense_macs
-from gaternet.data import ImageSet, Preprocessing, mix_seed
-from gaternet.evaluate import ToInput
+from gaternet.data import ImageSet, Preprocessing, ToInput, mix_seed
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator, seed_step
 from gaternet.method import GaterNet

@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as tv
 
 from gaternet.augment import GREY
-from gaternet.data import TORCHVISION, DataError, Preprocessing, load_data, mix_seed, read_image
-from gaternet.evaluate import ToInput
+from gaternet.data import TORCHVISION, DataError, Preprocessing, ToInput, load_data, mix_seed, read_image
 from gaternet.recipe import Augmentation
 
 

@@ -19,8 +19,7 @@ from training_runs import CPU, records, small, weights
 import gaternet
 import gaternet.step
 import gaternet.train
-from gaternet.data import Preprocessing
-from gaternet.evaluate import ToInput
+from gaternet.data import Preprocessing, ToInput
 from gaternet.machine import make_accelerator
 from gaternet.objective import Schedule
 from gaternet.recipe import Distillation, Gating, Optimizer, Recipe, Runtime

@@ -22,8 +22,8 @@ import gaternet.step
 from gaternet import checkpoint
 from gaternet.checkpoint import load_model, save_model
 from gaternet.cost import count_macs
-from gaternet.data import DataError, Preprocessing, load_data
-from gaternet.evaluate import ToInput, evaluate, evaluate_saved, gate_metrics
+from gaternet.data import DataError, Preprocessing, ToInput, load_data
+from gaternet.evaluate import evaluate, evaluate_saved, gate_metrics
 from gaternet.gating import gate
 from gaternet.ledger import describe_run
 from gaternet.loader import make_batches

@@ -5,7 +5,7 @@ Every source ends as two `ImageSet`s of uint8 images (C, H, W) and labels.
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +52,9 @@ class Preprocessing:
         """Number of image channels."""
         return len(self.mean)
 
-    def normalize(
-        self, images: UInt8[Tensor, "batch chans h w"], constants: tuple[Any, Any] | None = None
-    ) -> Float[Tensor, "batch chans h w"]:
-        """Pixels 0 to 255 -> model input, float32, on the same device.
-
-        `constants` are mean and std as tensors there, for one who calls it often: to copy them makes a GPU wait.
-        """
-        mean, std = constants or (list(self.mean), list(self.std))
-        return tv.normalize(tv.to_dtype(images, torch.float32, scale=True), mean, std)
+    def normalize(self, images: UInt8[Tensor, "batch chans h w"]) -> Float[Tensor, "batch chans h w"]:
+        """Pixels 0 to 255 -> model input, float32, on the same device."""
+        return _normalize(images, list(self.mean), list(self.std))
 
     def fit(self, image: UInt8[Tensor, "chans _ _"]) -> UInt8[Tensor, "chans h w"]:
         """Resize and crop the centre, unless the image has the right size."""
@@ -93,6 +87,23 @@ class Preprocessing:
                 f"the model's metadata does not say how images become its input ({error!r}): set model.metadata"
                 "['preprocessing'], a dict of height, width, mean and std, and save it again"
             ) from error
+
+
+@dataclass(frozen=True)
+class ToInput:
+    """`Preprocessing.normalize` for many batches: mean and std stay on the device, since copying them makes it wait."""
+
+    preprocessing: Preprocessing
+    channels_last: bool = True
+    _constants: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, compare=False)
+
+    def __call__(self, images: UInt8[Tensor, "batch chans h w"]) -> Float[Tensor, "batch chans h w"]:
+        device = images.device
+        if device not in self._constants:
+            known = self.preprocessing
+            self._constants[device] = torch.tensor(known.mean, device=device), torch.tensor(known.std, device=device)
+        inputs = _normalize(images, *self._constants[device])
+        return inputs.contiguous(memory_format=torch.channels_last) if self.channels_last else inputs
 
 
 def classes_of(metadata: Mapping[str, Any]) -> list[str]:
@@ -256,6 +267,10 @@ def same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
 def mix_seed(*numbers: int) -> int:
     """One 64-bit seed from several numbers, such that neighbours get unlike seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def _normalize(images: Tensor, mean: Any, std: Any) -> Tensor:
+    return tv.normalize(tv.to_dtype(images, torch.float32, scale=True), mean, std)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -1,18 +1,17 @@
 """Evaluation: accuracy, and what the gates do, over a whole set."""
 
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gaternet.cost import CostModel, count_dense_macs
-from gaternet.data import DataError, ImageSet, Preprocessing, classes_of, load_data, same_classes
+from gaternet.data import DataError, ImageSet, Preprocessing, ToInput, classes_of, load_data, same_classes
 from gaternet.graph import evaluation_mode
 from gaternet.loader import Batches, make_batches
 from gaternet.machine import make_accelerator
@@ -21,23 +20,6 @@ from gaternet.recipe import Runtime
 from gaternet.run import as_trained, data_of, load_trained
 
 BATCH = 500  # images a step, over all processes together
-
-
-@dataclass(frozen=True)
-class ToInput:
-    """Batches of pixels -> model inputs, on the batches' device, which is not waited for."""
-
-    preprocessing: Preprocessing
-    channels_last: bool = True
-    _constants: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, compare=False)
-
-    def __call__(self, images: UInt8[Tensor, "batch chans h w"]) -> Float[Tensor, "batch chans h w"]:
-        device = images.device
-        if device not in self._constants:
-            known = self.preprocessing
-            self._constants[device] = torch.tensor(known.mean, device=device), torch.tensor(known.std, device=device)
-        inputs = self.preprocessing.normalize(images, self._constants[device])
-        return inputs.contiguous(memory_format=torch.channels_last) if self.channels_last else inputs
 
 
 @torch.no_grad()

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from gaternet import checkpoint, files
 from gaternet.cost import CostModel
-from gaternet.data import ImageData, Preprocessing, classes_of, same_classes
-from gaternet.evaluate import ToInput
+from gaternet.data import ImageData, Preprocessing, ToInput, classes_of, same_classes
 from gaternet.gating import gate
 from gaternet.method import Gater, GaterNet
 from gaternet.models import create_model

@@ -13,8 +13,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gaternet.data import ToInput
 from gaternet.errors import first_line
-from gaternet.evaluate import ToInput
 from gaternet.method import Gater, gate_sparsity
 from gaternet.objective import Schedule, distillation_loss, gate_penalty
 from gaternet.recipe import Recipe, Runtime

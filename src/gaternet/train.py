@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gaternet import checkpoint
-from gaternet.data import ImageData, load_data, mix_seed
+from gaternet.data import ImageData, ToInput, load_data, mix_seed
 from gaternet.errors import first_line
 from gaternet.evaluate import BATCH as EVALUATION_BATCH
-from gaternet.evaluate import ToInput, evaluate
+from gaternet.evaluate import evaluate
 from gaternet.graph import run_once
 from gaternet.loader import make_batches
 from gaternet.machine import (

@@ -200,15 +200,9 @@ class _Exportable(nn.Module):
         self.model, self.preprocessing, self.backbone, self.gates = model, preprocessing, backbone, gates
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        inputs = images if self.preprocessing is None else _normalize(images, self.preprocessing)
+        inputs = images if self.preprocessing is None else self.preprocessing.normalize(images)
         if not isinstance(self.model, GaterNet):
             return self.model(inputs)
         gates = self.model.gates(inputs)
         logits = (self.backbone or self.model.forward_gated)(inputs, gates)
         return (logits, gates) if self.gates else logits
-
-
-def _normalize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """`Preprocessing.normalize` in operations that every exporter knows."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
-    return (pixels.float() / 255 - mean) / std
