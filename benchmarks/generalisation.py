@@ -24,6 +24,7 @@ from gaternet.data import ImageSet, Preprocessing, ToInput, load_data
 from gaternet.evaluate import BATCH, evaluate
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
+from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime
 from gaternet.run import find_model
 
@@ -80,7 +81,7 @@ def main() -> None:
                 f"{run} was trained on images of another size: corruptions are made of images as they are stored"
             )
         to_input, errors = ToInput(preprocessing), {}
-        network.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        channels_last_(network.to(accelerator.device))
         for name, some in track(sets.items(), str(run)):
             metrics = evaluate(network, make_batches(some, BATCH, runtime, accelerator), to_input, accelerator)
             errors[name] = 100 * (1 - metrics["accuracy"])

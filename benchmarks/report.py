@@ -25,6 +25,7 @@ from gaternet.evaluate import BATCH, evaluate
 from gaternet.findings import GateAnalysis
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
+from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime
 from gaternet.report import write_report
 from gaternet.run import describe_machine
@@ -72,7 +73,7 @@ def main() -> None:
     pixels, to_input = data.preprocessing, ToInput(data.preprocessing)
     first = data.train.take(range(500))
     model = settled_model(args.model, to_input(first)).to(accelerator.device)
-    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    channels_last_(model)
     batches = make_batches(data.test, BATCH, runtime, accelerator)
     seconds: dict[str, list[float]] = {"evaluate": [], "analyze": []}
     analysis: GateAnalysis | None = None

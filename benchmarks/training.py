@@ -29,6 +29,7 @@ from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator, seed_step
 from gaternet.method import GaterNet
 from gaternet.models import create_model
+from gaternet.modes import channels_last_
 from gaternet.network import make_density, make_optimizer
 from gaternet.objective import schedule
 from gaternet.recipe import Recipe, Runtime
@@ -48,7 +49,7 @@ class Stepper:
         self.recipe, self.accelerator = recipe, make_accelerator(runtime)
         torch.manual_seed(0)
         self.network = create_model(str(recipe.model), 10, 3, **recipe.gater_options()).to(self.accelerator.device)
-        self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        channels_last_(self.network)
         if runtime.compile:
             self.network.compile()
         self.model, self.optimizer = self.accelerator.prepare(

@@ -18,6 +18,7 @@ FLOORS = [
     "locks",
     "recipe",
     "method",
+    "modes",
     "aliasing",
     "graph",
     "channels",

@@ -19,8 +19,8 @@ from torchvision.transforms.v2 import functional as tv
 from gaternet.cost import CostModel, count_dense_macs
 from gaternet.data import Preprocessing
 from gaternet.findings import GateAnalysis, Samples
-from gaternet.graph import evaluation_mode
 from gaternet.method import Gater, GaterNet, require_gated
+from gaternet.modes import evaluation_mode
 
 THUMBNAIL = 48  # longest side of a small picture, in pixels
 

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from gaternet.channels import ALIVE, gate_columns
-from gaternet.graph import Conv, Graph, evaluation_mode, read_graph, shape
+from gaternet.graph import Conv, Graph, read_graph, shape
 from gaternet.method import GaterNet, GateSite, require_gated
+from gaternet.modes import evaluation_mode
 
 
 @dataclass(frozen=True)

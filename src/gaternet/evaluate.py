@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from gaternet.cost import CostModel, count_dense_macs
 from gaternet.data import DataError, ImageSet, Preprocessing, ToInput, classes_of, load_data, same_classes
-from gaternet.graph import evaluation_mode
 from gaternet.loader import Batches, make_batches
 from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
+from gaternet.modes import channels_last_, evaluation_mode
 from gaternet.recipe import Runtime
 from gaternet.run import as_trained, data_of, load_trained
 
@@ -120,8 +120,7 @@ def evaluate_saved(
     else:
         cost, counts = None, {"backbone_macs": count_dense_macs(network, example)}
     counts["parameters"] = sum(p.numel() for p in network.parameters())
-    network = network.to(accelerator.device)
-    network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in PyTorch's stubs)
+    channels_last_(network.to(accelerator.device))
     return evaluate(network, batches, to_input, accelerator, cost) | counts
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from gaternet.analysis import images_and_labels
 from gaternet.data import Preprocessing
 from gaternet.findings import GateAnalysis
-from gaternet.graph import evaluation_mode
 from gaternet.method import GaterNet
+from gaternet.modes import evaluation_mode
 
 SHARE = 0.05  # of the gates that depend on the input: so many are taken from a class
 CHUNK = 100  # images at a time

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from gaternet.cost import count_dense_macs
-from gaternet.graph import run_once
 from gaternet.method import Gater, GaterNet, refuse_gated
 from gaternet.models.create import create_extractor, describe_backbone
+from gaternet.modes import run_once
 from gaternet.sites import Selection, find_sites
 
 OPEN_BIAS = 2.0  # with the paper's noise, 98 % of the hard gates are then open in the first training step

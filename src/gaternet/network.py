@@ -16,6 +16,7 @@ from gaternet.gating import gate
 from gaternet.method import Gater, GaterNet
 from gaternet.models import create_model
 from gaternet.models.create import describe_backbone, other_classifier
+from gaternet.modes import channels_last_
 from gaternet.recipe import Gating, Recipe
 from gaternet.run import find_model, load_trained
 
@@ -110,7 +111,7 @@ def load_teacher(recipe: Recipe, data: ImageData, accelerator: Accelerator) -> C
     if source is None:
         return None
     network, metadata = load_trained(Path(source))
-    network.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    channels_last_(network.to(accelerator.device))
     preprocessing, ours = Preprocessing.from_metadata(metadata), data.preprocessing
     to_input = ToInput(preprocessing)
     sizes = [(p.channels, p.height, p.width) for p in (preprocessing, ours)]

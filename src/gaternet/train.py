@@ -25,7 +25,6 @@ from gaternet.data import ImageData, ToInput, load_data, mix_seed
 from gaternet.errors import first_line
 from gaternet.evaluate import BATCH as EVALUATION_BATCH
 from gaternet.evaluate import evaluate
-from gaternet.graph import run_once
 from gaternet.loader import make_batches
 from gaternet.machine import (
     collect_signals,
@@ -36,6 +35,7 @@ from gaternet.machine import (
     tensorboard,
 )
 from gaternet.method import Gater, GaterNet
+from gaternet.modes import run_once
 from gaternet.network import (
     GuidedNet,
     build_network,

@@ -17,8 +17,8 @@ from gaternet.data import Preprocessing
 from gaternet.errors import first_line
 from gaternet.export.gathered import OpenFilters
 from gaternet.export.parity import FAULT, ExportError, Parity, Run, RunGated, compare, make_images
-from gaternet.graph import quiet, without_autocast
 from gaternet.method import GaterNet
+from gaternet.modes import quiet, without_autocast
 
 Form = Literal["masked", "skipping"]
 _HELD_OUT = 16

@@ -18,6 +18,7 @@ from gaternet.forcing import force_gates
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
+from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime, data_name
 from gaternet.report.comparison import write_comparison
 from gaternet.report.page import write_report
@@ -85,7 +86,7 @@ def _report_run(
     forced: int,
 ) -> tuple[GateAnalysis, Path]:
     accelerator = make_accelerator(runtime)
-    network.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    channels_last_(network.to(accelerator.device))
     images = load_test_set(source, metadata, runtime.data_root)
     options: dict[str, Any] = {"preprocessing": Preprocessing.from_metadata(metadata)}
     batches = make_batches(images, BATCH, runtime, accelerator)

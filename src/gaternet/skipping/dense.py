@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gaternet.modes import channels_last_
+
 Dense = Callable[[Tensor], Tensor]
 ENGINES = ("eager", "channels_last", "inductor", "onnxruntime", "openvino")
 
@@ -33,7 +35,7 @@ def build_dense(network: nn.Module, example_input: Tensor, name: str) -> Dense:
     if name == "eager":
         return network
     if name == "channels_last":
-        network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        channels_last_(network)
         return lambda images: network(images.contiguous(memory_format=torch.channels_last))
     if name == "inductor":
         return _inductor(network, example_input)
