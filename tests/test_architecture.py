@@ -19,6 +19,7 @@ FLOORS = [
     "recipe",
     "method",
     "modes",
+    "sessions",
     "aliasing",
     "graph",
     "channels",

@@ -1,8 +1,6 @@
 """Exported files with 8-bit weights and activations, and what that does to the gates and to the accuracy."""
 
 import json
-import logging
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaternet.export.exported import METADATA, ExportedModel, start_session
+from gaternet.export.exported import METADATA, ExportedModel
 from gaternet.export.parity import FAULT, ExportError
-from gaternet.export.to_onnx import import_onnx, load_with_gates, run_session
+from gaternet.export.to_onnx import import_onnx, load_with_gates
 from gaternet.files import write_atomically
+from gaternet.modes import quiet
+from gaternet.sessions import run_session, start_session
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,8 @@ def quantize_onnx(
 
     def write(temporary: Path) -> None:
         prepared = temporary.with_suffix(".prepared")
-        before = logging.root.manager.disable
-        logging.disable(logging.CRITICAL)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with quiet():
                 shape_inference.quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
                 proto = onnx.load(prepared)
                 exact = [] if gater else _gater_nodes(proto)
@@ -95,7 +92,6 @@ def quantize_onnx(
                     nodes_to_exclude=exact,
                 )
         finally:
-            logging.disable(before)
             prepared.unlink(missing_ok=True)
         proto = onnx.load(temporary)
         _unround(proto, exact)
