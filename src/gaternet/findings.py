@@ -111,6 +111,13 @@ class GateAnalysis:
         return (self.open_counts > 0) & (self.open_counts < self.images)
 
     @property
+    def site_shares(self) -> Float[NDArray[np.float64], "3 sites"]:
+        """Shares of each site's gates that are always off, always on and dependent, in [0, 1], (3, S)."""
+        counts = self.open_counts
+        kinds = np.stack([counts == 0, counts == self.images, self.dependent])  # (3, C)
+        return np.stack([kinds[:, site["start"] : site["stop"]].mean(1) for site in self.sites], 1)
+
+    @property
     def class_rates(self) -> Float[NDArray[np.float64], "classes gates"]:
         """Share of each class' images that each gate is open for, (K, C); NaN for a class without any."""
         return np.where(self.counts[:, None] > 0, self.class_open / np.maximum(self.counts, 1)[:, None], math.nan)

@@ -56,7 +56,7 @@ def plotly_names(names: Iterable[str]) -> list[str]:
 
 def units(analysis: GateAnalysis) -> go.Figure:
     """Paper, figure 3: of each gated layer the share of gates that are always off, always on, dependent."""
-    names, shares = plotly_names(site["conv"] for site in analysis.sites), site_shares(analysis)
+    names, shares = plotly_names(site["conv"] for site in analysis.sites), analysis.site_shares
     numbers = list(range(1, len(names) + 1))
     kinds = (("always off", OFF), ("always on", ON), ("dependent on the image", DEPENDENT))
     bars = [
@@ -68,13 +68,6 @@ def units(analysis: GateAnalysis) -> go.Figure:
 
 def _hover(kind: str) -> str:
     return f"layer %{{x}}, %{{customdata}}<br>{kind}: %{{y:.1f}} %<extra></extra>"
-
-
-def site_shares(analysis: GateAnalysis) -> NDArray[np.float64]:
-    """Shares of gates always off, always on and dependent, of each site, in [0, 1], (3, S)."""
-    counts, images = analysis.open_counts, analysis.images
-    kinds = np.stack([counts == 0, counts == images, analysis.dependent])
-    return np.stack([kinds[:, site["start"] : site["stop"]].mean(1) for site in analysis.sites], 1)
 
 
 def samples_per_gate(analysis: GateAnalysis) -> go.Figure:
@@ -303,10 +296,10 @@ def exchanged_gates(forced: Forced) -> go.Figure:
 
 
 def comparison(runs: Mapping[str, GateAnalysis], row: int) -> go.Figure:
-    """One of `site_shares`' rows, of several runs, along the depth of their networks."""
+    """One row of `GateAnalysis.site_shares`, of several runs, along the depth of their networks."""
     lines, symbols = [], ("circle", "diamond", "square", "x", "triangle-up", "cross")
     for number, (name, analysis) in enumerate(zip(plotly_names(runs), runs.values(), strict=True)):
-        share = site_shares(analysis)[row]
+        share = analysis.site_shares[row]
         depth = (np.arange(len(share)) + 0.5) / len(share)
         marker = {"color": PALETTE[number % len(PALETTE)], "symbol": symbols[number % len(symbols)], "size": 8}
         lines.append(go.Scatter(x=100 * depth, y=100 * share, name=name, mode="lines+markers", marker=marker))

@@ -8,7 +8,6 @@ import numpy as np
 
 from gaternet.findings import GateAnalysis
 from gaternet.forcing import OPEN, SHUT, Effect, Forced
-from gaternet.report.figures import site_shares
 
 
 def numbers(analysis: GateAnalysis, forced: Forced | None = None) -> dict[str, Any]:
@@ -35,7 +34,7 @@ def numbers(analysis: GateAnalysis, forced: Forced | None = None) -> dict[str, A
         "gater_macs": analysis.gater_macs,
         "gated_macs": analysis.gated_macs,
     }
-    off, on, dependent = site_shares(analysis).tolist()
+    off, on, dependent = analysis.site_shares.tolist()
     per_site = zip(analysis.sites, off, on, dependent, strict=True)
     sites = [{**site, "always_off": a, "always_on": b, "dependent": c} for site, a, b, c in per_site]
     gates = {
