@@ -36,7 +36,7 @@ from gaternet.recipe import Recipe, Runtime
 from gaternet.recipes import find_recipe
 from gaternet.run import describe_machine
 from gaternet.state import Progress
-from gaternet.step import WARM_UP, TrainingStep, recorded
+from gaternet.step import WARM_UP, TrainingStep, captured
 
 BATCH = 128
 PREPROCESSING = Preprocessing(32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -68,7 +68,7 @@ class Stepper:
         step = TrainingStep(
             self.model, self.optimizer, recipe, self.accelerator, self.to_input, density_of=self.density_of
         )
-        self.train = recorded(step, runtime)
+        self.train = captured(step, runtime)
         self.seconds: list[float] = []
 
     def step(self) -> None:
@@ -118,7 +118,7 @@ def main() -> None:
     for round_ in range(args.steps + WARM_UP + 2):
         for stepper in steppers.values():
             stepper.step()
-            if round_ < WARM_UP + 2:  # a graph is recorded, too
+            if round_ < WARM_UP + 2:  # a graph is captured, too
                 stepper.seconds.clear()
     seconds = {part: statistics.median(stepper.seconds) for part, stepper in steppers.items()}
     outside = {part: stepper.outside() for part, stepper in steppers.items()}

@@ -51,7 +51,7 @@ from gaternet.progress import TrainingDisplay
 from gaternet.recipe import Recipe, Runtime
 from gaternet.run import STATE, RunDirectory
 from gaternet.state import Progress
-from gaternet.step import TrainingStep, recorded
+from gaternet.step import TrainingStep, captured
 
 
 class TrainingError(RuntimeError):
@@ -135,7 +135,7 @@ def train(
     step = TrainingStep(
         model, optimizer, recipe, accelerator, to_input, density_of=density_of, gater=gater, teacher=teacher
     )
-    step = recorded(step, runtime)
+    step = captured(step, runtime)
     progress = Progress(network, optimizer, ema, accelerator, auxiliary)
     if runtime.tensorboard:
         import_tensorboard()
