@@ -193,7 +193,7 @@ def build_app(explorer: Explorer, title: str) -> Any:
 
     def choices(gates: Gates, layer: str) -> list[tuple[str, int]]:
         site = sites[names.index(layer)]
-        return [(f"{gate} {'open' if gates[gate] else 'shut'}", gate) for gate in range(site.start, site.stop)]
+        return [(f"{gate} {'open' if gates[gate] else 'closed'}", gate) for gate in range(site.start, site.stop)]
 
     def show(state: dict[str, Any], layer: str) -> tuple[Any, ...]:
         pixels, gates, own = state["pixels"], state["gates"], state["own"]
@@ -264,7 +264,7 @@ def build_app(explorer: Explorer, title: str) -> Any:
                 what: gr.Button(text)
                 for what, text in (
                     ("flip", "Flip these gates"),
-                    ("shut", "Shut the layer"),
+                    ("close", "Close the layer"),
                     ("open", "Open the layer"),
                     ("reset", "As the gater says"),
                 )

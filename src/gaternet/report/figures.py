@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from gaternet.findings import GateAnalysis
-from gaternet.forcing import OPEN, SHUT, Forced
+from gaternet.forcing import CLOSED, OPEN, Forced
 from gaternet.report.reading import arrange
 
 # Okabe and Ito's palette, which colour-blind people can tell apart; dark colours first.
@@ -208,11 +208,11 @@ def costs_per_sample(analysis: GateAnalysis) -> go.Figure:
 
 
 def forced_sites(analysis: GateAnalysis, forced: Forced) -> go.Figure:
-    """Accuracy with all gates of a layer shut or open, beside as many gates at random."""
+    """Accuracy with all gates of a layer closed or open, beside as many gates at random."""
     numbers, names = list(range(1, len(analysis.sites) + 1)), plotly_names(site["conv"] for site in analysis.sites)
     kinds = (
-        ("layer shut", forced.sites.forced[SHUT], PALETTE[1], "circle", "solid"),
-        ("as many gates shut, at random", forced.sites.by_chance[SHUT], PALETTE[1], "circle-open", "dot"),
+        ("layer closed", forced.sites.forced[CLOSED], PALETTE[1], "circle", "solid"),
+        ("as many gates closed, at random", forced.sites.by_chance[CLOSED], PALETTE[1], "circle-open", "dot"),
         ("layer open", forced.sites.forced[OPEN], PALETTE[0], "diamond", "solid"),
         ("as many gates opened, at random", forced.sites.by_chance[OPEN], PALETTE[0], "diamond-open", "dot"),
     )
@@ -235,8 +235,8 @@ def forced_sites(analysis: GateAnalysis, forced: Forced) -> go.Figure:
 
 
 def forced_site_classes(analysis: GateAnalysis, forced: Forced) -> go.Figure:
-    """Which classes suffer when a layer's gates are shut: at most 30, those that lose most."""
-    change = 100 * (forced.sites.forced[SHUT] - forced.before)  # (S, K)
+    """Which classes suffer when a layer's gates are closed: at most 30, those that lose most."""
+    change = 100 * (forced.sites.forced[CLOSED] - forced.before)  # (S, K)
     present = np.flatnonzero(forced.counts)
     rows = present[np.argsort(change[:, present].min(0), kind="stable")[:30]]
     names = plotly_names(analysis.classes)
@@ -247,9 +247,9 @@ def forced_site_classes(analysis: GateAnalysis, forced: Forced) -> go.Figure:
         colorscale=[[0, PALETTE[1]], [0.5, "#F2F2F2"], [1, PALETTE[0]]],
         zmid=0,
         colorbar={"title": {"text": "points of accuracy", "side": "right"}, "thickness": 12},
-        hovertemplate="%{y}, layer %{x} shut: %{z:+.1f} points<extra></extra>",
+        hovertemplate="%{y}, layer %{x} closed: %{z:+.1f} points<extra></extra>",
     )
-    drawn = figure([heat], "gated layer that is shut", height=160 + 20 * len(rows))
+    drawn = figure([heat], "gated layer that is closed", height=160 + 20 * len(rows))
     drawn.update_yaxes(type="category", autorange="reversed")
     return drawn
 
@@ -259,8 +259,8 @@ def forced_classes(analysis: GateAnalysis, forced: Forced) -> go.Figure:
     places, rows = np.arange(len(forced.classes)), forced.classes
     kinds = (
         ("as they are", forced.before[rows], OFF),
-        ("its own shut", forced.own.forced[SHUT, places, rows], PALETTE[1]),
-        ("as many shut, at random", forced.own.by_chance[SHUT, places, rows], "rgba(213, 94, 0, 0.4)"),
+        ("its own closed", forced.own.forced[CLOSED, places, rows], PALETTE[1]),
+        ("as many closed, at random", forced.own.by_chance[CLOSED, places, rows], "rgba(213, 94, 0, 0.4)"),
         ("its own open", forced.own.forced[OPEN, places, rows], PALETTE[0]),
         ("as many opened, at random", forced.own.by_chance[OPEN, places, rows], "rgba(0, 114, 178, 0.4)"),
     )
