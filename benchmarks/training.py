@@ -35,7 +35,7 @@ from gaternet.objective import schedule
 from gaternet.recipe import Recipe, Runtime
 from gaternet.recipes import find_recipe
 from gaternet.run import describe_machine
-from gaternet.state import Progress
+from gaternet.state import TrainingState
 from gaternet.step import WARM_UP, TrainingStep, captured
 
 BATCH = 128
@@ -55,7 +55,7 @@ class Stepper:
         self.model, self.optimizer = self.accelerator.prepare(
             self.network, make_optimizer(self.network, recipe, self.accelerator)
         )
-        self.progress = Progress(self.network, self.optimizer, None, self.accelerator)
+        self.state = TrainingState(self.network, self.optimizer, None, self.accelerator)
         self.to_input = ToInput(PREPROCESSING)
         pixels = torch.randint(0, 256, (20 * BATCH, 3, 32, 32), dtype=torch.uint8)
         images = ImageSet(pixels, torch.randint(0, 10, (len(pixels),)).tolist(), recipe.augmentation)
@@ -74,9 +74,9 @@ class Stepper:
     def step(self) -> None:
         """One timed step."""
         start = time.perf_counter()
-        seed_step(mix_seed(0, self.progress.step), self.accelerator.device)
+        seed_step(mix_seed(0, self.state.step), self.accelerator.device)
         images, labels = next(self.batches)
-        self.progress.add(self.train(images, labels, schedule(self.recipe, self.progress.step, 390)))
+        self.state.add(self.train(images, labels, schedule(self.recipe, self.state.step, 390)))
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - start)

@@ -50,7 +50,7 @@ from gaternet.objective import schedule, unreached
 from gaternet.progress import TrainingDisplay
 from gaternet.recipe import Recipe, Runtime
 from gaternet.run import STATE, RunDirectory
-from gaternet.state import Progress
+from gaternet.state import TrainingState
 from gaternet.step import TrainingStep, captured
 
 
@@ -136,7 +136,7 @@ def train(
         model, optimizer, recipe, accelerator, to_input, density_of=density_of, gater=gater, teacher=teacher
     )
     step = captured(step, runtime)
-    progress = Progress(network, optimizer, ema, accelerator, auxiliary)
+    progress = TrainingState(network, optimizer, ema, accelerator, auxiliary)
     if runtime.tensorboard:
         import_tensorboard()
     config: dict[str, Any] = {"recipe": asdict(recipe), "images": data.identity(), "seed": seed}
@@ -224,7 +224,7 @@ def train(
 
 
 @contextmanager
-def _loaded(run: RunDirectory, progress: Progress, state: dict[str, Any] | None) -> Iterator[None]:
+def _loaded(run: RunDirectory, progress: TrainingState, state: dict[str, Any] | None) -> Iterator[None]:
     """Training as it was saved, if it was; the run is free again afterwards, also where that cannot be loaded."""
     with closing(run):
         if state is not None:
