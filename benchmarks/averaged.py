@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from measured_runs import keep, trained_as
+from tables import RESULTS
 from torch import Tensor, nn
 
 from gaternet.data import Preprocessing, ToInput
@@ -25,7 +26,7 @@ from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime
 from gaternet.run import describe_machine, load_trained
 
-RESULT = Path(__file__).parents[1] / "docs" / "results" / "averaged.json"
+RESULT = RESULTS / "averaged.json"
 
 
 class Averaged(nn.Module):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from measured_runs import measure_runs
+from tables import RESULTS
 
 from gaternet.data import Preprocessing
 from gaternet.evaluate import BATCH, load_test_set
@@ -24,7 +25,7 @@ from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime
 from gaternet.run import load_gated
 
-RESULT = Path(__file__).parents[1] / "docs" / "results" / "exchanged_gates.json"
+RESULT = RESULTS / "exchanged_gates.json"
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ gater, whose bias is set so that images open the share of gates asked for.
 
 import argparse
 import json
-import statistics
 import tempfile
 from dataclasses import asdict
 from itertools import chain
@@ -19,6 +18,7 @@ from typing import Any
 
 import timm
 import torch
+from tables import RESULTS
 from torch import Tensor
 
 import gaternet
@@ -28,9 +28,9 @@ from gaternet.evaluate import load_sets
 from gaternet.export import ExportedModel, compare_int8, export_onnx, quantize_onnx
 from gaternet.method import Gater, GaterNet
 from gaternet.run import describe_machine, find_model
-from gaternet.skipping.bench import time_interleaved
+from gaternet.skipping.bench import over, spread, time_interleaved
 
-RESULT = Path(__file__).parents[1] / "docs" / "results" / "export_speed.json"
+RESULT = RESULTS / "export_speed.json"
 DENSITIES = (0.75, 0.5, 0.25)
 
 
@@ -50,13 +50,10 @@ def time_files(files: dict[str, Path], images: Tensor, rounds: int) -> list[dict
     times = time_interleaved(runs, rounds, 0.5)
     rows = []
     for name, turns in times.items():
-        found = [1000 * seconds for turn in turns for seconds in turn]
-        tenths = statistics.quantiles(found, n=10, method="inclusive")
-        over = [statistics.median(a) / statistics.median(b) for a, b in zip(turns, times["plain"], strict=True)]
         gates = models[name].run(images)[1]
-        spread = {"median": statistics.median(found), "p10": tenths[0], "p90": tenths[-1]}
         row = {"name": name, "batch": len(images), "density": None if gates is None else gates.mean().item()}
-        rows.append(row | spread | {"over_plain": statistics.median(over), "bytes": files[name].stat().st_size})
+        row |= dict(zip(("median", "p10", "p90"), spread(turns), strict=True))
+        rows.append(row | {"over_plain": over(turns, times["plain"]), "bytes": files[name].stat().st_size})
     return rows
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from measured_runs import measure_runs
 from rich.progress import track
+from tables import RESULTS
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
@@ -28,7 +29,7 @@ from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime
 from gaternet.run import find_model
 
-RESULT = Path(__file__).parents[1] / "docs" / "results" / "generalisation.json"
+RESULT = RESULTS / "generalisation.json"
 
 
 def noise(images: Tensor, deviation: float) -> Tensor:

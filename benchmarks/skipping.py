@@ -13,7 +13,6 @@ models the gater.
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from pretrained_cifar_resnet import ResNet, load
+from tables import RESULTS
 
 import gaternet
 from gaternet.checkpoint import load_model
@@ -37,12 +37,12 @@ from gaternet.method import GaterNet
 from gaternet.recipe import data_name
 from gaternet.run import describe_machine, find_model
 from gaternet.skipping import Skipper
-from gaternet.skipping.bench import Timing, bench, time_interleaved
+from gaternet.skipping.bench import Timing, bench, over, time_interleaved
 from gaternet.skipping.native import NativeProgram
 from gaternet.skipping.planner import make_plan
 from gaternet.skipping.specialise import Specialised, prune
 
-RESULT = Path(__file__).parents[1] / "docs" / "results" / "skipping.json"
+RESULT = RESULTS / "skipping.json"
 GPU_RESULT = RESULT.with_name("skipping_gpu.json")
 DENSITIES = (1.0, 0.75, 0.5, 0.25)
 
@@ -103,13 +103,10 @@ def bounds(model: GaterNet, rounds: int) -> list[dict[str, float]]:
         shares[density] = cost(gates).item() / cost.dense
     times = time_interleaved(runs, 3 * rounds)
 
-    def over_open(name: str) -> float:
-        turns = zip(times[name], times["open"], strict=True)
-        return statistics.median(statistics.median(turn) / statistics.median(dense) for turn, dense in turns)
-
     return [
-        {"density": d, "macs": share, "alone": over_open(f"alone {d}"), "skipped": over_open(f"skipped {d}")}
-        for d, share in shares.items()
+        {"density": density, "macs": share}
+        | {way: over(times[f"{way} {density}"], times["open"]) for way in ("alone", "skipped")}
+        for density, share in shares.items()
     ]
 
 
