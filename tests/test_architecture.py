@@ -25,6 +25,7 @@ FLOORS = [
     "channels",
     "sites",
     "cost",
+    "models.common",
     "models.cifar_resnet",
     "models.densenet",
     "models.shake_shake",
