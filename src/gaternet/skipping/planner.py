@@ -104,7 +104,7 @@ class _Planner:
         )
 
     def _add_conv(self, conv: Conv, site: GateSite | None) -> None:
-        weight, bias = (self.constants.get(_node(arg)) for arg in (*conv.node.args, None)[1:3])
+        weight, bias = (self._constant(arg) for arg in (*conv.node.args, None)[1:3])
         varies = any(map(self.graph.varies, conv.node.args[1:3]))
         plain = op(conv.node) == "conv2d" and not any(isinstance(arg, str) for arg in conv.node.args)
         if weight is None or varies or not plain or shape(conv.source)[0] != 1:  # the image makes them, or is cut up
@@ -184,7 +184,7 @@ class _Planner:
 
     def _fold_linear(self, node: Node, step: Step) -> None:
         """Let a linear layer do the BatchNorm behind it."""
-        norm, (weight, bias) = self._norm_behind(node), (self.constants.get(_node(a)) for a in (*node.args, None)[1:3])
+        norm, (weight, bias) = self._norm_behind(node), map(self._constant, (*node.args, None)[1:3])
         if norm is None or weight is None or len(shape(node)) != 2 or len(step.sources) > 1:
             return
         weight, bias = self._folded(norm, weight, bias)
@@ -195,6 +195,7 @@ class _Planner:
 
     def _step(self, node: Node) -> Step:
         graph, name = self.graph, op(node)
+        args: Any = node.args
         sources = graph.sources(node)
         held = [self._pattern_of[self._values[source]] for source in sources]
         step = Step("aten", node.name, list(dict.fromkeys(self._values[source] for source in sources)))
@@ -214,7 +215,7 @@ class _Planner:
             known = held[0] == DENSE or torch.equal(self.patterns[held[0]], self._flow.of(node))
             if factor and known and held[1] in (DENSE, held[0]):
                 kind, step.pattern = "scale", held[0]
-        elif name == "cat" and (*node.args, 0)[1] in (1, -3) and list(_first(node)) == sources:
+        elif name == "cat" and (*args, 0)[1] in (1, -3) and list(args[0]) == sources:
             # A part that is held dense must have no gates, else the open channels of the whole are not those held.
             kinds = [p != DENSE or self._pattern(s) == DENSE for p, s in zip(held, sources, strict=True)]
             kind, step.pattern = ("cat", self._pattern(node)) if all(kinds) else (kind, DENSE)
@@ -266,7 +267,7 @@ class _Planner:
     def _folded(self, norm: Node, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weight (out, in, ...) and bias of a layer together with the evaluation-mode BatchNorm behind it."""
         wide = torch.promote_types(weight.dtype, torch.float32)
-        found = (self.constants.get(_node(arg)) for arg in norm.args[1:5])
+        found = (self._constant(arg) for arg in norm.args[1:5])
         gamma, beta, mean, var = (None if value is None else value.to(wide) for value in found)
         assert mean is not None
         assert var is not None
@@ -275,6 +276,10 @@ class _Planner:
         shift = (0 if beta is None else beta) + ((0 if bias is None else bias) - mean) * scale
         folded = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
         return folded.to(weight.dtype), shift.to(weight.dtype)
+
+    def _constant(self, arg: Any) -> Any:
+        """The value of an operation's argument, where no image changes it; else None."""
+        return self.constants.get(arg)
 
     def _refs(self, args: Any) -> Any:
         def ref(node: Node) -> Any:
@@ -289,15 +294,6 @@ class _Planner:
         names = {name for step in self.steps if step.call is not None for name in step.call.reads}
         found = {node.name: value.detach().clone() for node, value in self.constants.items() if node.name in names}
         return found | self._made
-
-
-def _first(node: Node) -> Any:
-    return node.args[0]
-
-
-def _node(arg: Any) -> Any:
-    """An argument that is a node, or None."""
-    return arg
 
 
 def _dtype(node: Node) -> torch.dtype | None:
