@@ -165,7 +165,7 @@ class _Terms:
         self.full = sum(cost.conv.macs for cost in convs if not _always_open(cost))
         runs = (constant for side in sides for constant in _runs(side, num_gates + 1))
         self._constants = torch.tensor(weights, dtype=torch.float64), *runs
-        self._moved: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}  # the same where gates were before
+        self._moved: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}  # copies on devices that gates were on
 
     def __call__(self, gates: Float[Tensor, "batch columns"]) -> Float[Tensor, " batch"]:
         place = gates.device, gates.dtype
@@ -183,9 +183,12 @@ def _always_open(cost: ConvCost) -> bool:
 
 
 def _runs(terms: Sequence[Tensor], width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The terms' columns as runs of neighbours: first column, the one behind the last, how often, (runs,) each.
+    """The columns of each term as runs of neighbouring ones, from which `_sums` adds up gates.
 
-    The last are the numbers of runs before each term, and of all, (terms + 1,). Column ALIVE is the last of `width`.
+    Returns:
+        Of each run, (runs,), term after term: its first column, the column behind its last, and how many times the
+        term counts it. Then the number of runs before each term, and of all, (terms + 1,). There are `width` columns;
+        ALIVE, which is negative, is the last of them.
     """
     runs = []
     for columns in terms:

@@ -66,6 +66,7 @@ class Conv:
         source: its input (B, in_channels, H, W).
         groups: as in nn.Conv2d.
         kernel: (height, width).
+        bias: whether it has one.
     """
 
     name: str

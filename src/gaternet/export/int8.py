@@ -158,7 +158,10 @@ def _gater_nodes(proto: Any) -> list[str]:
 
 
 def _separate(proto: Any, names: list[str]) -> None:
-    """Give nodes copies of the constants that they share with others: the quantiser has no two kinds of one."""
+    """Give the nodes of these names their own copies of constants that other nodes read, too.
+
+    Else the quantiser would turn such a constant into 8 bits for all that read it.
+    """
     shared = {name for node in proto.graph.node if node.name not in names for name in node.input}
     constants = {constant.name: constant for constant in proto.graph.initializer if constant.name in shared}
     copied = set()
@@ -173,7 +176,10 @@ def _separate(proto: Any, names: list[str]) -> None:
 
 
 def _unround(proto: Any, names: list[str]) -> None:
-    """Let nodes read what was before it was rounded: the quantiser gives 8 bits to all that share an input."""
+    """Let the nodes of these names read tensors in float32 again.
+
+    Where the quantiser rounds a tensor to 8 bits for one node, it lets every node that reads it read the rounded one.
+    """
     maker = {output: node for node in proto.graph.node for output in node.output}
     for node in proto.graph.node:
         if node.name in names:
