@@ -15,16 +15,18 @@ from typing import Any
 
 import torch
 from measured_runs import keep, trained_as
+from tables import RESULTS
 from torch import Tensor, nn
 
-from gaternet.data import Preprocessing
-from gaternet.evaluate import BATCH, ToInput, evaluate, load_test_set
+from gaternet.data import Preprocessing, ToInput
+from gaternet.evaluate import BATCH, evaluate, load_test_set
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
+from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime
 from gaternet.run import describe_machine, load_trained
 
-RESULT = Path(__file__).parents[1] / "docs" / "results" / "averaged.json"
+RESULT = RESULTS / "averaged.json"
 
 
 class Averaged(nn.Module):
@@ -50,7 +52,7 @@ def measure(runs: dict[int, Path], data: str) -> dict[str, Any]:
 
     def error(*seeds: int) -> float:
         network = Averaged(*(loaded[seed][0] for seed in seeds))
-        network.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        channels_last_(network.to(accelerator.device))
         batches = make_batches(images, BATCH, runtime, accelerator)
         return 100 * (1 - evaluate(network, batches, to_input, accelerator)["accuracy"])
 

@@ -13,18 +13,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from measured_runs import measure_runs
+from tables import RESULTS
 
 from gaternet.data import Preprocessing
 from gaternet.evaluate import BATCH, load_test_set
 from gaternet.forcing import exchange_gates
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
+from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime
 from gaternet.run import load_gated
 
-RESULT = Path(__file__).parents[1] / "docs" / "results" / "exchanged_gates.json"
+RESULT = RESULTS / "exchanged_gates.json"
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
 
     def measure(run: Path) -> dict[str, Any]:
         network, metadata = load_gated(run, "last")
-        network.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        channels_last_(network.to(accelerator.device))
         images = load_test_set(args.data, metadata)
         batches = make_batches(images, BATCH, runtime, accelerator).epoch()
         found = exchange_gates(

@@ -10,7 +10,6 @@ gater, whose bias is set so that images open the share of gates asked for.
 
 import argparse
 import json
-import statistics
 import tempfile
 from dataclasses import asdict
 from itertools import chain
@@ -19,6 +18,7 @@ from typing import Any
 
 import timm
 import torch
+from tables import RESULTS
 from torch import Tensor
 
 import gaternet
@@ -28,9 +28,9 @@ from gaternet.evaluate import load_sets
 from gaternet.export import ExportedModel, compare_int8, export_onnx, quantize_onnx
 from gaternet.method import Gater, GaterNet
 from gaternet.run import describe_machine, find_model
-from gaternet.skipping.bench import time_interleaved
+from gaternet.skipping.bench import over, spread, time_interleaved
 
-RESULT = Path(__file__).parents[1] / "docs" / "results" / "export_speed.json"
+RESULT = RESULTS / "export_speed.json"
 DENSITIES = (0.75, 0.5, 0.25)
 
 
@@ -50,13 +50,10 @@ def time_files(files: dict[str, Path], images: Tensor, rounds: int) -> list[dict
     times = time_interleaved(runs, rounds, 0.5)
     rows = []
     for name, turns in times.items():
-        found = [1000 * seconds for turn in turns for seconds in turn]
-        tenths = statistics.quantiles(found, n=10, method="inclusive")
-        over = [statistics.median(a) / statistics.median(b) for a, b in zip(turns, times["plain"], strict=True)]
         gates = models[name].run(images)[1]
-        spread = {"median": statistics.median(found), "p10": tenths[0], "p90": tenths[-1]}
         row = {"name": name, "batch": len(images), "density": None if gates is None else gates.mean().item()}
-        rows.append(row | spread | {"over_plain": statistics.median(over), "bytes": files[name].stat().st_size})
+        row |= dict(zip(("median", "p10", "p90"), spread(turns), strict=True))
+        rows.append(row | {"over_plain": over(turns, times["plain"]), "bytes": files[name].stat().st_size})
     return rows
 
 
@@ -86,13 +83,13 @@ def trained(path: Path, source: str, folder: Path, rounds: int) -> dict[str, Any
     model, metadata = load_model(find_model(path))
     assert isinstance(model, GaterNet)
     train, test = load_sets(source, metadata)
-    pixels = torch.stack([torch.as_tensor(test[i][0]) for i in range(16)])
+    pixels = test.take(range(16))
     files = {"plain": folder / "plain.onnx", "masked": folder / "masked.onnx", "skipping": folder / "skipping.onnx"}
     export_onnx(model.backbone, pixels, files["plain"], metadata=metadata)
     export_onnx(model, pixels, files["masked"], metadata=metadata, gates=True)
     export_onnx(model, pixels, files["skipping"], metadata=metadata, gates=True, form="skipping")
     step = max(1, len(train) // 512)
-    calibration = torch.stack([torch.as_tensor(train[i][0]) for i in range(0, len(train), step)]).split(64)
+    calibration = train.take(range(0, len(train), step)).split(64)
     effects = {}
     for name, original, gater in (
         ("plain, 8 bits", "plain", False),
@@ -102,10 +99,7 @@ def trained(path: Path, source: str, folder: Path, rounds: int) -> dict[str, Any
         files[name] = folder / f"{name}.onnx"
         quantize_onnx(files[original], files[name], calibration, gater=gater)
         parts = torch.arange(len(test)).split(100)
-        batches = (
-            (torch.stack([torch.as_tensor(test[int(i)][0]) for i in part]), torch.as_tensor(test.labels[part.numpy()]))
-            for part in parts
-        )
+        batches = ((test.take(part.tolist()), torch.from_numpy(test.labels[part.numpy()])) for part in parts)
         if original != "plain":  # without its gates, the backbone says nothing of use
             effects[name] = asdict(compare_int8(files[original], files[name], batches))
     assert Preprocessing.from_metadata(metadata).height == pixels.shape[2]

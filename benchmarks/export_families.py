@@ -21,6 +21,7 @@ from typing import Any
 
 import families
 import torch
+from tables import DOCS, RESULTS
 from torch import Tensor
 
 import gaternet
@@ -31,7 +32,7 @@ from gaternet.models.create import create_backbone
 from gaternet.models.imagenet import IMAGENET
 from gaternet.run import describe_machine
 
-RESULTS, PAGE = families.DOCS / "results" / "export.json", families.DOCS / "export.md"
+RESULT, PAGE = RESULTS / "export.json", DOCS / "export.md"
 EXPORTS: dict[str, Callable[..., Parity]] = {
     "ONNX": gaternet.export_onnx,
     "ONNX, skipping": partial(gaternet.export_onnx, form="skipping"),
@@ -77,7 +78,7 @@ def names() -> list[str]:
 
 def read() -> dict[str, dict[str, Any]]:
     """The rows so far, by model."""
-    return {row["model"]: row for row in json.loads(RESULTS.read_text())["rows"]} if RESULTS.exists() else {}
+    return {row["model"]: row for row in json.loads(RESULT.read_text())["rows"]} if RESULT.exists() else {}
 
 
 def keep(rows: dict[str, dict[str, Any]]) -> None:
@@ -85,12 +86,12 @@ def keep(rows: dict[str, dict[str, Any]]) -> None:
     ordered = [rows[name] for name in names() if name in rows]
     head = {name: value for name, value in describe_machine().items() if name in ("versions", "commit")}
     lines = ",\n".join(json.dumps(row) for row in ordered)
-    RESULTS.write_text(f'{{"made": {json.dumps(head)},\n"rows": [\n{lines}\n]}}\n')
+    RESULT.write_text(f'{{"made": {json.dumps(head)},\n"rows": [\n{lines}\n]}}\n')
 
 
 def page() -> str:
     """docs/export.md."""
-    data = json.loads(RESULTS.read_text())
+    data = json.loads(RESULT.read_text())
     rows, versions = data["rows"], data["made"]["versions"]
     counts = {kind: sum(isinstance(row[kind], dict) for row in rows) for kind in EXPORTS}
     missing = len(names()) - len(rows)

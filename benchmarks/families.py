@@ -17,10 +17,10 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
+from tables import DOCS, RESULTS
 from torch import Tensor, nn
 
 import gaternet
@@ -32,8 +32,7 @@ from gaternet.models.create import create_backbone
 from gaternet.sites import examine
 from gaternet.skipping.skip import Engine
 
-DOCS = Path(__file__).parents[1] / "docs"
-MODELS, PAGE = DOCS / "results" / "coverage.json", DOCS / "coverage.md"
+MODELS, PAGE = RESULTS / "coverage.json", DOCS / "coverage.md"
 
 
 def choose() -> list[str]:

@@ -19,38 +19,24 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from pretrained_cifar_resnet import load
+from tables import RESULTS
 
-import gaternet
-from gaternet.cost import CostModel
-from gaternet.data import load_data
-from gaternet.evaluate import BATCH, ToInput, evaluate
-from gaternet.graph import read_graph
+from gaternet.cost import CostModel, count_dense_macs
+from gaternet.data import ToInput, load_data
+from gaternet.evaluate import BATCH, evaluate
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
-from gaternet.method import GaterNet
 from gaternet.network import gate_as, prepared_for
 from gaternet.recipe import Runtime, override
 from gaternet.recipes import find_recipe
 from gaternet.run import RunDirectory, describe_machine
 from gaternet.train import Stopped, train
 
-RESULT = Path(__file__).parents[1] / "docs" / "results" / "finetune.json"
+RESULT = RESULTS / "finetune.json"
 KEYS = ("model", "half", "epochs", "group_size", "final_slope", "seed")
 # Guided, with which it was measured; written out, for recipes change.
 SMALL_GATER = {"extractor": "resnet8", "shrink": 2, "bottleneck": 32, "auxiliary_weight": 1.0, "anneal_noise": True}
 TARGET = {"resnet20": 0.42, "resnet56": 0.47}  # share of the backbone's MACs; with the gater it is half of them
-
-
-def mean_macs(model: GaterNet, batches: Any, to_input: ToInput) -> float:
-    """Mean MACs of the gated backbone over a set, every image under its own gates."""
-    cost, total, count = None, 0.0, 0
-    model.eval()
-    with torch.no_grad():
-        for images, _ in batches.epoch():
-            inputs = to_input(images)
-            cost = cost or CostModel(read_graph(model.backbone, inputs[:1]), model.sites)
-            total, count = total + float(cost(model.gates(inputs)).sum()), count + len(images)
-    return total / count
 
 
 def finetune(
@@ -76,7 +62,8 @@ def finetune(
     opened = evaluate(model, batches, to_input, accelerator)
     run = out / f"finetune_{name}_{half}_group{group_size}_slope{final_slope:g}_epochs{epochs}_seed{seed}"
     record = train(recipe, run, Runtime(), seed, resume=(run / "config.json").exists(), network=model)
-    macs = gaternet.count_macs(model.eval(), torch.zeros(1, 3, 32, 32))
+    example = torch.zeros(1, 3, 32, 32, device=accelerator.device)
+    cost = CostModel.of(model, example)
     return {
         "model": name,
         "half": half,
@@ -92,9 +79,9 @@ def finetune(
         "always_on": record["test_always_on"],
         "always_off": record["test_always_off"],
         "dependent": record["test_dependent"],
-        "backbone_macs": macs.backbone,
-        "gater_macs": macs.gater,
-        "gated_macs": mean_macs(model, batches, to_input),
+        "backbone_macs": cost.dense,
+        "gater_macs": count_dense_macs(model.gater, example),
+        "gated_macs": evaluate(model, batches, to_input, accelerator, cost)["gated_macs"],
         "epochs": epochs,
         "minutes": sum(epoch["seconds"] for epoch in RunDirectory(run).epochs()) / 60,
         "seed": seed,

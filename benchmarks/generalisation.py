@@ -16,18 +16,20 @@ from typing import Any
 import torch
 from measured_runs import measure_runs
 from rich.progress import track
+from tables import RESULTS
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from gaternet.checkpoint import load_model
-from gaternet.data import ImageSet, Preprocessing, load_data
-from gaternet.evaluate import BATCH, ToInput, evaluate
+from gaternet.data import ImageSet, Preprocessing, ToInput, load_data
+from gaternet.evaluate import BATCH, evaluate
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
+from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime
 from gaternet.run import find_model
 
-RESULT = Path(__file__).parents[1] / "docs" / "results" / "generalisation.json"
+RESULT = RESULTS / "generalisation.json"
 
 
 def noise(images: Tensor, deviation: float) -> Tensor:
@@ -80,7 +82,7 @@ def main() -> None:
                 f"{run} was trained on images of another size: corruptions are made of images as they are stored"
             )
         to_input, errors = ToInput(preprocessing), {}
-        network.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        channels_last_(network.to(accelerator.device))
         for name, some in track(sets.items(), str(run)):
             metrics = evaluate(network, make_batches(some, BATCH, runtime, accelerator), to_input, accelerator)
             errors[name] = 100 * (1 - metrics["accuracy"])

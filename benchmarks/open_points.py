@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tables import RESULTS
+
 from gaternet.ledger import changed_options, read_ledger
 from gaternet.recipe import Recipe, Runtime, override
 from gaternet.recipes import GUIDED, OPEN_SAMPLES, find_recipe
 from gaternet.sweep import make_jobs, sweep
 from gaternet.train import Stopped
 
-LEDGER = Path(__file__).parents[1] / "docs" / "results" / "runs.jsonl"
+LEDGER = RESULTS / "runs.jsonl"
 DATA = "cifar10"
 TRAINED = "TRAINED"  # stands for the plain network, trained by the same sweep
 

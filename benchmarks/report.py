@@ -19,11 +19,13 @@ from playwright.sync_api import sync_playwright
 from torch import Tensor
 
 import gaternet
-from gaternet.analysis import GateAnalysis, analyze
-from gaternet.data import load_data
-from gaternet.evaluate import BATCH, ToInput, evaluate
+from gaternet.analysis import analyze
+from gaternet.data import ToInput, load_data
+from gaternet.evaluate import BATCH, evaluate
+from gaternet.findings import GateAnalysis
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
+from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime
 from gaternet.report import write_report
 from gaternet.run import describe_machine
@@ -69,9 +71,9 @@ def main() -> None:
     accelerator = make_accelerator(runtime)
     data = load_data(args.data)
     pixels, to_input = data.preprocessing, ToInput(data.preprocessing)
-    first = torch.stack([data.train[i][0] for i in range(500)])
+    first = data.train.take(range(500))
     model = settled_model(args.model, to_input(first)).to(accelerator.device)
-    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    channels_last_(model)
     batches = make_batches(data.test, BATCH, runtime, accelerator)
     seconds: dict[str, list[float]] = {"evaluate": [], "analyze": []}
     analysis: GateAnalysis | None = None

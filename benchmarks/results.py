@@ -20,6 +20,7 @@ from open_points import DATA, EACH_OPTION, GAP, STUDIES, Study
 from summary import METHOD, README, with_short, with_summary
 from tables import (
     DOCS,
+    RESULTS,
     TITLES,
     as_code,
     as_named,
@@ -42,7 +43,7 @@ from gaternet.ledger import add_run, changed_options, read_ledger, train_flags
 from gaternet.recipe import Recipe, data_name
 from gaternet.recipes import RECIPES, find_recipe
 
-LEDGER = DOCS / "results" / "runs.jsonl"
+LEDGER = RESULTS / "runs.jsonl"
 
 
 def paper_rows(ledger: list[dict[str, Any]]) -> str:
@@ -235,7 +236,7 @@ def finetuned() -> str:
 
 def generalisation() -> str:
     """Training and test errors and those under corruptions, means over seeds."""
-    path = DOCS / "results" / "generalisation.json"
+    path = RESULTS / "generalisation.json"
     if not path.exists():
         return "Not measured.\n"
     recorded = json.loads(path.read_text())
@@ -259,7 +260,7 @@ def generalisation() -> str:
 
 def averaged() -> str:
     """Plain networks alone, and two at a time."""
-    path = DOCS / "results" / "averaged.json"
+    path = RESULTS / "averaged.json"
     if not path.exists():
         return "Not measured.\n"
     recorded = json.loads(path.read_text())
@@ -280,7 +281,7 @@ def averaged() -> str:
 
 def exchanged_gates() -> str:
     """Whether the image or its gates decide, means over seeds."""
-    path = DOCS / "results" / "exchanged_gates.json"
+    path = RESULTS / "exchanged_gates.json"
     if not path.exists():
         return "Not measured.\n"
     recorded = json.loads(path.read_text())

@@ -13,7 +13,6 @@ models the gater.
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from pretrained_cifar_resnet import ResNet, load
+from tables import RESULTS
 
 import gaternet
 from gaternet.checkpoint import load_model
@@ -37,12 +37,12 @@ from gaternet.method import GaterNet
 from gaternet.recipe import data_name
 from gaternet.run import describe_machine, find_model
 from gaternet.skipping import Skipper
-from gaternet.skipping.bench import Timing, bench, time_interleaved
+from gaternet.skipping.bench import Timing, bench, over, time_interleaved
 from gaternet.skipping.native import NativeProgram
 from gaternet.skipping.planner import make_plan
 from gaternet.skipping.specialise import Specialised, prune
 
-RESULT = Path(__file__).parents[1] / "docs" / "results" / "skipping.json"
+RESULT = RESULTS / "skipping.json"
 GPU_RESULT = RESULT.with_name("skipping_gpu.json")
 DENSITIES = (1.0, 0.75, 0.5, 0.25)
 
@@ -91,7 +91,7 @@ def bounds(model: GaterNet, rounds: int) -> list[dict[str, float]]:
     """
     images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     plan = make_plan(read_graph(model.backbone, images), model.sites)
-    cost, program = CostModel(read_graph(model.backbone, images), model.sites), NativeProgram(plan)
+    cost, program = CostModel.of(model, images), NativeProgram(plan)
     opened = torch.ones(1, model.num_gates)
     runs, shares = {"open": lambda: program(images, opened)}, {}
     for density in DENSITIES[1:]:
@@ -103,13 +103,10 @@ def bounds(model: GaterNet, rounds: int) -> list[dict[str, float]]:
         shares[density] = cost(gates).item() / cost.dense
     times = time_interleaved(runs, 3 * rounds)
 
-    def over_open(name: str) -> float:
-        turns = zip(times[name], times["open"], strict=True)
-        return statistics.median(statistics.median(turn) / statistics.median(dense) for turn, dense in turns)
-
     return [
-        {"density": d, "macs": share, "alone": over_open(f"alone {d}"), "skipped": over_open(f"skipped {d}")}
-        for d, share in shares.items()
+        {"density": density, "macs": share}
+        | {way: over(times[f"{way} {density}"], times["open"]) for way in ("alone", "skipped")}
+        for density, share in shares.items()
     ]
 
 
@@ -123,9 +120,9 @@ def trained(name: str, run: str, data: str, plain: str, rounds: int) -> dict[str
     assert isinstance(model, GaterNet)
     preprocessing = Preprocessing.from_metadata(metadata)
     test, train = load_test_set(data, metadata), load_data(data, image_size=preprocessing.height).train
-    images = preprocessing.normalize(torch.stack([torch.as_tensor(test[i][0]) for i in range(len(test))]))
-    labels = torch.tensor([test[i][1] for i in range(len(test))])
-    seen = preprocessing.normalize(torch.stack([torch.as_tensor(train[i][0]) for i in range(0, len(train), 10)]))
+    images = preprocessing.normalize(test.take(range(len(test))))
+    labels = torch.from_numpy(test.labels)
+    seen = preprocessing.normalize(train.take(range(0, len(train), 10)))
     fast = gaternet.skip(model, images[:64], "slice")
     calibration = torch.cat([fast.gates(part) for part in seen.split(64)])
     special = gaternet.skip(model, images[:64], "specialise", calibration=calibration)

@@ -6,6 +6,7 @@ from typing import Any
 
 from tables import (
     DOCS,
+    RESULTS,
     TITLES,
     as_code,
     chosen,
@@ -79,7 +80,7 @@ def in_sixteen_epochs(ledger: list[dict[str, Any]]) -> str:
 
 def speed() -> str:
     """What skipping saves on ResNet-50, one image at a time and several."""
-    found = read_json(DOCS / "results" / "skipping.json")
+    found = read_json(RESULTS / "skipping.json")
     timings: dict[int, list[dict[str, Any]]] = {}
     for row in found["resnet50"]:
         timings.setdefault(row["batch"], []).append(row)

@@ -13,6 +13,7 @@ from gaternet.recipe import Recipe, override
 from gaternet.recipes import RECIPES, find_recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
+RESULTS = DOCS / "results"
 
 
 def table(titles: list[str], rows: list[list[str]]) -> str:
@@ -139,5 +140,5 @@ def as_code(*words: str) -> str:
 
 def read_finetuned() -> list[dict[str, Any]]:
     """What benchmarks/finetune.py has recorded, with errors under the name that the ledger has for them."""
-    lines = json.loads((DOCS / "results" / "finetune.json").read_text())
+    lines = json.loads((RESULTS / "finetune.json").read_text())
     return [{**line, "test_error": line["error"]} for line in lines]

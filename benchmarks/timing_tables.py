@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tables import DOCS, error_of, machine_of, read_finetuned, table
+from tables import RESULTS, error_of, machine_of, read_finetuned, table
 
 from gaternet.files import read_json
 
@@ -13,7 +13,7 @@ TARGETS |= {(16, 1.0): 1.05, (16, 0.75): 1.0, (16, 0.5): 0.75, (16, 0.25): 0.5}
 
 def skipping() -> str:
     """What skipping saves on the clock."""
-    path = DOCS / "results" / "skipping.json"
+    path = RESULTS / "skipping.json"
     if not path.exists():
         return "Not measured.\n"
     found = read_json(path)
@@ -71,7 +71,7 @@ def skipping() -> str:
 
 def skipping_on_gpu() -> str:
     """What skipping saves on a GPU."""
-    path = DOCS / "results" / "skipping_gpu.json"
+    path = RESULTS / "skipping_gpu.json"
     if not path.exists():
         return "Not measured.\n"
     found = read_json(path)
@@ -100,7 +100,7 @@ def timing_table(timings: list[dict[str, Any]], targets: dict[tuple[int, float],
 
 def exported() -> str:
     """How fast exported models are, and what 8 bits change."""
-    path = DOCS / "results" / "export_speed.json"
+    path = RESULTS / "export_speed.json"
     if not path.exists():
         return "Not measured.\n"
     found = read_json(path)
@@ -132,7 +132,7 @@ def exported() -> str:
 
 def reports() -> str:
     """What an analysis takes, and its page."""
-    path = DOCS / "results" / "report.json"
+    path = RESULTS / "report.json"
     if not path.exists():
         return "Not measured.\n"
     found = read_json(path)
@@ -151,10 +151,10 @@ def speed() -> str:
     """The benchmarks' figures."""
     text = ""
     for title, name in (("Training", "training"), ("Training on a GPU", "training_gpu")):
-        path = DOCS / "results" / f"{name}.json"
+        path = RESULTS / f"{name}.json"
         if path.exists():
             text += f"### {title}\n\n{training_speed(read_json(path))}\n"
-    path = DOCS / "results" / "startup.json"
+    path = RESULTS / "startup.json"
     if path.exists():
         found = read_json(path)
         text += f"### Startup\n\n`{found['command']}`, {machine_of(found)}, whole processes, "

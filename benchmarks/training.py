@@ -24,19 +24,19 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from gaternet.cost import count_dense_macs
-from gaternet.data import ImageSet, Preprocessing, mix_seed
-from gaternet.evaluate import ToInput
+from gaternet.data import ImageSet, Preprocessing, ToInput, mix_seed
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator, seed_step
 from gaternet.method import GaterNet
 from gaternet.models import create_model
+from gaternet.modes import channels_last_
 from gaternet.network import make_density, make_optimizer
 from gaternet.objective import schedule
 from gaternet.recipe import Recipe, Runtime
 from gaternet.recipes import find_recipe
 from gaternet.run import describe_machine
-from gaternet.state import Progress
-from gaternet.step import WARM_UP, TrainingStep, recorded
+from gaternet.state import TrainingState
+from gaternet.step import WARM_UP, TrainingStep, captured
 
 BATCH = 128
 PREPROCESSING = Preprocessing(32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -49,13 +49,13 @@ class Stepper:
         self.recipe, self.accelerator = recipe, make_accelerator(runtime)
         torch.manual_seed(0)
         self.network = create_model(str(recipe.model), 10, 3, **recipe.gater_options()).to(self.accelerator.device)
-        self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        channels_last_(self.network)
         if runtime.compile:
             self.network.compile()
         self.model, self.optimizer = self.accelerator.prepare(
             self.network, make_optimizer(self.network, recipe, self.accelerator)
         )
-        self.progress = Progress(self.network, self.optimizer, None, self.accelerator)
+        self.state = TrainingState(self.network, self.optimizer, None, self.accelerator)
         self.to_input = ToInput(PREPROCESSING)
         pixels = torch.randint(0, 256, (20 * BATCH, 3, 32, 32), dtype=torch.uint8)
         images = ImageSet(pixels, torch.randint(0, 10, (len(pixels),)).tolist(), recipe.augmentation)
@@ -68,15 +68,15 @@ class Stepper:
         step = TrainingStep(
             self.model, self.optimizer, recipe, self.accelerator, self.to_input, density_of=self.density_of
         )
-        self.train = recorded(step, runtime)
+        self.train = captured(step, runtime)
         self.seconds: list[float] = []
 
     def step(self) -> None:
         """One timed step."""
         start = time.perf_counter()
-        seed_step(mix_seed(0, self.progress.step), self.accelerator.device)
+        seed_step(mix_seed(0, self.state.step), self.accelerator.device)
         images, labels = next(self.batches)
-        self.progress.add(self.train(images, labels, schedule(self.recipe, self.progress.step, 390)))
+        self.state.add(self.train(images, labels, schedule(self.recipe, self.state.step, 390)))
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - start)
@@ -118,7 +118,7 @@ def main() -> None:
     for round_ in range(args.steps + WARM_UP + 2):
         for stepper in steppers.values():
             stepper.step()
-            if round_ < WARM_UP + 2:  # a graph is recorded, too
+            if round_ < WARM_UP + 2:  # a graph is captured, too
                 stepper.seconds.clear()
     seconds = {part: statistics.median(stepper.seconds) for part, stepper in steppers.items()}
     outside = {part: stepper.outside() for part, stepper in steppers.items()}

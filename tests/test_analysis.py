@@ -12,9 +12,9 @@ from sklearn.metrics import mutual_info_score
 from torch import Tensor, nn
 
 from gaternet import Gater, analyze, count_macs, create_model, gate
-from gaternet.analysis import mutual_information
-from gaternet.data import THUMBNAIL, thumbnail
+from gaternet.analysis import THUMBNAIL, thumbnail
 from gaternet.forcing import force_gates
+from gaternet.measures import mutual_information
 
 
 def test_counts_are_those_of_a_recount(analysis, truth):
@@ -249,7 +249,7 @@ def test_samples_are_at_least_one():
 def test_what_chance_shows_is_drawn_once_and_in_pieces(analysis, monkeypatch):
     whole = analysis.information_by_chance()
     assert analysis.information_by_chance() is whole
-    monkeypatch.setattr("gaternet.analysis._DRAWN", 50)  # at most two gates at once
+    monkeypatch.setattr("gaternet.findings._DRAWN", 50)  # at most two gates at once
     pieces = dataclasses.replace(analysis).information_by_chance()
     assert pieces.shape == whole.shape
     assert not np.array_equal(pieces, whole)

@@ -23,6 +23,7 @@ from gaternet.checkpoint import load_model, load_pretrained, save_model
 from gaternet.gating import gate
 from gaternet.method import Gater, GaterNet
 from gaternet.models import create_model
+from gaternet.modes import channels_last_
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_config_is_plain_data_that_says_how_the_model_is_built(saved):
 
 def test_model_in_channels_last_memory_format_comes_back_the_same(tmp_path):
     model = gated_model()
-    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    channels_last_(model)
     model.save_pretrained(tmp_path)
     assert_same(load_pretrained(tmp_path), gated_model())
 

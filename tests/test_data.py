@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as tv
 
 from gaternet.augment import GREY
-from gaternet.data import TORCHVISION, DataError, Preprocessing, load_data, mix_seed, read_image
-from gaternet.evaluate import ToInput
+from gaternet.data import TORCHVISION, DataError, Preprocessing, ToInput, load_data, mix_seed, read_image
 from gaternet.recipe import Augmentation
 
 
@@ -66,7 +65,7 @@ def test_npz_keeps_pixels_and_measures_statistics(tmp_path):
     pixels = arrays["x_train"] / 255
     np.testing.assert_allclose(data.preprocessing.mean, pixels.mean((0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(data.preprocessing.std, pixels.std((0, 1, 2)), rtol=1e-12)
-    normal = data.preprocessing.normalize(torch.stack([data.train[i][0] for i in range(20)]))
+    normal = data.preprocessing.normalize(data.train.take(range(20)))
     torch.testing.assert_close(normal.mean((0, 2, 3)), torch.zeros(3), atol=1e-6, rtol=0)
 
 
@@ -130,6 +129,7 @@ def test_folder_with_and_without_a_test_part(tmp_path):
     assert isinstance(whole.test.images, np.ndarray)
     assert not set(whole.train.images) & set(whole.test.images)
     assert split.train[0][0].shape == (3, 8, 8)
+    assert torch.equal(split.test.take([4, 1]), torch.stack([split.test[4][0], split.test[1][0]]))
 
 
 @pytest.mark.parametrize("name", ["test", "val", "valid", "validation"])

@@ -119,7 +119,7 @@ def test_the_page(explorer, browser: Any, tmp_path: Path):
         page.goto(app.local_url)
         page.wait_for_selector("text=the gater's choice", timeout=60_000)
         assert page.locator("#near img").count() == 12
-        page.click("text=Shut the layer")
+        page.click("text=Close the layer")
         said = page.wait_for_selector("text=flipped by hand. Under the gater's gates: ").inner_text()
         shown = said.split("gates: ")[1].rsplit(" ", 2)[0]  # the last class without its percentage
         assert any(shown.endswith(name) for name in NAMES)

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 import gaternet
 from gaternet.export import ExportedModel, ExportError, export_onnx, export_pt2, quantize_onnx
 from gaternet.export.exported import METADATA as KEY
-from gaternet.export.exported import start_session
 from gaternet.export.source import Source
 from gaternet.export.to_onnx import import_onnx
 from gaternet.predict import load
+from gaternet.sessions import start_session
 
 
 def test_what_cannot_be_exported_is_named_in_a_sentence(tmp_path):

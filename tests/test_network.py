@@ -16,7 +16,6 @@ from training_runs import small
 from gaternet.checkpoint import load_model, save_model
 from gaternet.cost import CostModel, count_macs
 from gaternet.data import ImageData, load_data
-from gaternet.graph import read_graph
 from gaternet.machine import make_accelerator
 from gaternet.method import Gater, GaterNet
 from gaternet.models import create_model
@@ -49,7 +48,7 @@ def test_finetuning_starts_as_the_plain_network(digits, tmp_path):
     plain = create_model("resnet20", 10, 1).eval()
     save_file(plain.state_dict(), tmp_path / "plain.safetensors")
     network = build(finetune(backbone_from=str(tmp_path / "plain.safetensors")), digits).eval()
-    images = digits.preprocessing.normalize(torch.stack([digits.test[i][0] for i in range(8)]))
+    images = digits.preprocessing.normalize(digits.test.take(range(8)))
     logits, gates = network(images, return_gates=True)
     assert gates.all()
     assert torch.equal(logits, plain(images))
@@ -125,7 +124,7 @@ def test_densities_by_hand():
     assert make_density(network, Gating(penalty="each"), images)(gates).tolist() == pytest.approx(rates)
     hard = gates.round().requires_grad_()
     macs = count_macs(network, images.expand(3, 1, 8, 8))
-    cost = CostModel(read_graph(network.backbone, images), network.sites)
+    cost = CostModel.of(network, images)
     found = make_density(network, Gating(penalty="macs"), images)(hard)
     assert found.item() == pytest.approx(cost(hard).mean().item() / macs.backbone)
     (gradient,) = torch.autograd.grad(found.sum(), hard)

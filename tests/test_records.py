@@ -261,7 +261,7 @@ def test_what_the_ledger_has_is_not_trained_again(tmp_path, monkeypatch):
 
 
 def test_exchanged_gates_are_averaged_over_seeds(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "DOCS", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     assert results.exchanged_gates() == "Not measured.\n"
     shares = {"own": 0.5, "usual": 0.25, "same": 0.5, "image": 0.125, "gates": 0.75}
     line = {"recipe": "short_resnet20_gated", "options": {}, "command": "x", "images": 10, "epochs": 8, **shares}

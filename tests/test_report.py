@@ -259,7 +259,7 @@ def test_gates_can_be_chosen(pages, browser):
     assert rates == pytest.approx((100 * analysis.class_rates[:5, gates[2]]).round(2).tolist())
     said = page.inner_text("#gate-forced")
     assert said.startswith("As it is, ")
-    assert "Forced shut, " in said
+    assert "Forced closed, " in said
     assert page.locator("#gate-surest .thumb").count() == 3
     assert page.locator("#cheapest .thumb").count() == 12
 

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gaternet
 from gaternet.cost import CostModel
-from gaternet.graph import read_graph
 from gaternet.method import Gater
 from gaternet.models.create import create_backbone
 from gaternet.skipping import Skipper, kernels
@@ -129,7 +128,7 @@ def test_only_open_filters_are_computed(density, monkeypatch):
     program = Program(plan_of(model), kernels.Kernels)
     with FlopCounterMode(display=False) as counter:
         program(IMAGES[:1], gates)
-    cost = CostModel(read_graph(model.backbone, IMAGES[:1]), model.sites)
+    cost = CostModel.of(model, IMAGES)
     assert counter.get_total_flops() / 2 == cost(gates).item()
 
 

@@ -1,4 +1,4 @@
-"""A recorded step learns what a step learns that is run anew each time; without a GPU, the graph has a stand-in."""
+"""A captured step learns what a step learns that is run anew each time; without a GPU, the graph has a stand-in."""
 
 import os
 import signal
@@ -19,12 +19,11 @@ from training_runs import CPU, records, small, weights
 import gaternet
 import gaternet.step
 import gaternet.train
-from gaternet.data import Preprocessing
-from gaternet.evaluate import ToInput
+from gaternet.data import Preprocessing, ToInput
 from gaternet.machine import make_accelerator
 from gaternet.objective import Schedule
 from gaternet.recipe import Distillation, Gating, Optimizer, Recipe, Runtime
-from gaternet.step import RecordedStep, StepGraph, Sums, TrainingStep, can_be_recorded
+from gaternet.step import CapturedStep, StepGraph, Sums, TrainingStep, can_be_captured
 from gaternet.train import Stopped, train
 
 GPU = torch.cuda.is_available()
@@ -60,8 +59,8 @@ class StandIn(StepGraph):
         self.calls.append("warm up")
         return run()
 
-    def record(self, run: Callable[[], Sums]) -> None:
-        self.calls.append("record")
+    def capture(self, run: Callable[[], Sums]) -> None:
+        self.calls.append("capture")
         self.run, self.result = run, dict[str, torch.Tensor]()
 
     def replay(self) -> Sums:
@@ -79,7 +78,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     if not GPU:
         monkeypatch.setattr(gaternet.step, "StepGraph", StandIn)
-        monkeypatch.setattr(gaternet.step, "can_be_recorded", lambda accelerator: True)
+        monkeypatch.setattr(gaternet.step, "can_be_captured", lambda accelerator: True)
     return StandIn.made
 
 
@@ -94,28 +93,28 @@ def assert_close(first: Path, second: Path) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recorded_step_learns_the_same(name: str, tmp_path: Path, graphs: list[StandIn]):
-    train(RECIPES[name], tmp_path / "recorded", RUNTIME)
+def test_a_captured_step_learns_the_same(name: str, tmp_path: Path, graphs: list[StandIn]):
+    train(RECIPES[name], tmp_path / "captured", RUNTIME)
     train(RECIPES[name], tmp_path / "anew", replace(RUNTIME, cuda_graph=False))
-    assert_close(tmp_path / "recorded", tmp_path / "anew")
+    assert_close(tmp_path / "captured", tmp_path / "anew")
     assert len(records(tmp_path / "anew", "step")) == 10
     if not GPU:
-        assert [graph.calls for graph in graphs] == [["warm up"] * 3 + ["record"] + ["replay"] * 7]
+        assert [graph.calls for graph in graphs] == [["warm up"] * 3 + ["capture"] + ["replay"] * 7]
 
 
 def test_so_does_one_that_learns_from_a_teacher(tmp_path: Path):
     train(RECIPES["plain"], tmp_path / "teacher", RUNTIME)
     recipe = small("resnet8", lr=0.01, teacher=str(tmp_path / "teacher"))
-    train(recipe, tmp_path / "recorded", RUNTIME)
+    train(recipe, tmp_path / "captured", RUNTIME)
     train(recipe, tmp_path / "anew", replace(RUNTIME, cuda_graph=False))
-    assert_close(tmp_path / "recorded", tmp_path / "anew")
+    assert_close(tmp_path / "captured", tmp_path / "anew")
 
 
-def test_a_recorded_run_that_was_cut_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """In the middle of the replays, also as a run that is not recorded; rates are saved as numbers."""
+def test_a_captured_run_that_was_cut_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In the middle of the replays, also as a run that is not captured; rates are saved as numbers."""
     recipe = RECIPES["guided"]
     train(recipe, tmp_path / "whole", RUNTIME)
-    for name, runtime in (("recorded", RUNTIME), ("anew", replace(RUNTIME, cuda_graph=False))):
+    for name, runtime in (("captured", RUNTIME), ("anew", replace(RUNTIME, cuda_graph=False))):
         stop_after(7, monkeypatch)
         with pytest.raises(Stopped):
             train(recipe, tmp_path / name, RUNTIME)
@@ -128,28 +127,28 @@ def test_a_recorded_run_that_was_cut_goes_on(tmp_path: Path, monkeypatch: pytest
 
 def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C during a step; a replay runs no Python of ours, so it is counted one floor above."""
-    call, calls = RecordedStep.__call__, []
+    call, calls = CapturedStep.__call__, []
 
-    def counted(self: RecordedStep, *args: Any) -> Sums:
+    def counted(self: CapturedStep, *args: Any) -> Sums:
         calls.append(0)
         if len(calls) == steps:
             os.kill(os.getpid(), signal.SIGINT)
         return call(self, *args)
 
-    monkeypatch.setattr(RecordedStep, "__call__", counted)
+    monkeypatch.setattr(CapturedStep, "__call__", counted)
 
 
 @pytest.mark.parametrize(
     ("device", "processes", "scaler", "can"),
     [("cuda", 1, None, True), ("cpu", 1, None, False), ("cuda", 2, None, False), ("cuda", 1, object(), False)],
 )
-def test_what_can_be_recorded(device: str, processes: int, scaler: Any, can: bool):
+def test_what_can_be_captured(device: str, processes: int, scaler: Any, can: bool):
     accelerator = Mock(spec=Accelerator, device=torch.device(device), num_processes=processes, scaler=scaler)
-    assert can_be_recorded(accelerator) is can
+    assert can_be_captured(accelerator) is can
 
 
 @pytest.mark.skipif(not GPU, reason="no GPU")
-def test_a_network_that_waits_for_the_gpu_cannot_be_recorded(tmp_path: Path):
+def test_a_network_that_waits_for_the_gpu_cannot_be_captured(tmp_path: Path):
     def waiting(net: Any, x: torch.Tensor) -> torch.Tensor:
         return net.conv(x) if x.sum().item() > 0 else net.conv(-x)
 

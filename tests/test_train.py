@@ -22,8 +22,8 @@ import gaternet.step
 from gaternet import checkpoint
 from gaternet.checkpoint import load_model, save_model
 from gaternet.cost import count_macs
-from gaternet.data import DataError, Preprocessing, load_data
-from gaternet.evaluate import ToInput, evaluate, evaluate_saved, gate_metrics
+from gaternet.data import DataError, Preprocessing, ToInput, load_data
+from gaternet.evaluate import evaluate, evaluate_saved, gate_metrics
 from gaternet.gating import gate
 from gaternet.ledger import describe_run
 from gaternet.loader import make_batches
@@ -95,7 +95,7 @@ def test_evaluation_equals_a_recount():
     )
     assert (network.training, network.backbone.training, network.gater.training) == (True, True, False)  # as before
     network.eval()
-    pixels, labels = torch.stack([data.test[i][0] for i in range(360)]), torch.tensor(data.test.labels)
+    pixels, labels = data.test.take(range(360)), torch.tensor(data.test.labels)
     with torch.no_grad():
         logits, gates = network(data.preprocessing.normalize(pixels), return_gates=True)
     ranks = logits.argsort(descending=True)
@@ -122,7 +122,7 @@ def test_saved_model_evaluates_as_in_training(finished, monkeypatch):
     network, metadata = load_model(finished / "last")
     assert isinstance(network, GaterNet)
     test = load_data("digits").test
-    inputs = Preprocessing.from_metadata(metadata).normalize(torch.stack([test[i][0] for i in range(360)]))
+    inputs = Preprocessing.from_metadata(metadata).normalize(test.take(range(360)))
     macs = count_macs(network.eval(), inputs)
     assert (metrics["backbone_macs"], metrics["gater_macs"]) == (macs.backbone, macs.gater)
     assert np.isclose(metrics["gated_macs"], macs.gated.mean())
@@ -251,7 +251,7 @@ def test_a_teacher_sees_images_as_it_did_when_it_learned(finished):
     data = load_data(recipe.data)
     teacher = load_teacher(recipe, data, make_accelerator(CPU))
     assert teacher is not None
-    pixels = torch.stack([torch.as_tensor(data.test[i][0]) for i in range(8)])
+    pixels = data.test.take(range(8))
     known, _ = load_model(finished / "last")
     with torch.no_grad():
         torch.testing.assert_close(teacher(pixels), known.eval()(data.preprocessing.normalize(pixels)))

@@ -4,10 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gaternet.analysis import GateAnalysis, analyze
+    from gaternet.analysis import analyze
     from gaternet.checkpoint import load_pretrained
     from gaternet.cost import count_macs
     from gaternet.export import ExportedModel, export_onnx, export_pt2, quantize_onnx
+    from gaternet.findings import GateAnalysis
     from gaternet.gating import gate
     from gaternet.method import Gater, GaterNet, GateSite, gate_sparsity, improved_semhash
     from gaternet.models import create_model, model_names
@@ -20,7 +21,7 @@ __version__ = "0.1.0"
 # Public name -> its module, imported on first use: PyTorch takes seconds, `gaternet --help` must not.
 _HOMES = {
     "ExportedModel": "gaternet.export",
-    "GateAnalysis": "gaternet.analysis",
+    "GateAnalysis": "gaternet.findings",
     "Gater": "gaternet.method",
     "GateSite": "gaternet.method",
     "GaterNet": "gaternet.method",

@@ -1,190 +1,28 @@
-"""What the gates of a trained model do over a data set, as plain numbers: `analyze`, one streaming pass.
+"""One pass over a data set that gathers what a trained model's gates do there: `analyze`.
 
 The paper's four analyses (section 4.3), and past them: what each gate tells about the class beside what chance would,
-which images open it most surely, what classes cost. `gaternet.forcing` asks what gates are for, and
-`gaternet.report` draws.
+which images open it most surely, what classes cost. `gaternet.findings` holds what is found, `gaternet.forcing` asks
+what gates are for, and `gaternet.report` draws.
 """
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
 
 from gaternet.cost import CostModel, count_dense_macs
-from gaternet.data import Preprocessing, thumbnail
-from gaternet.graph import evaluation_mode, read_graph
-from gaternet.measures import mutual_information, selectivity
+from gaternet.data import Preprocessing
+from gaternet.findings import GateAnalysis, Samples
 from gaternet.method import Gater, GaterNet, require_gated
+from gaternet.modes import evaluation_mode
 
-if TYPE_CHECKING:
-    from gaternet.forcing import Forced
-
-_DRAWN = 10_000_000  # numbers that are drawn at once, to find what chance would show
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Images of the data set, at random or chosen: what is known of each.
-
-    Attributes:
-        index: its place in the data set, (M,).
-        label, prediction: class numbers, (M,); labels are -1 where there are none.
-        gates: which are open, (M, C).
-        macs: of the backbone under these gates, (M,).
-    """
-
-    index: Int[NDArray[np.int64], " m"]
-    label: Int[NDArray[np.int64], " m"]
-    prediction: Int[NDArray[np.int64], " m"]
-    gates: Bool[NDArray[np.bool_], "m gates"]
-    macs: Float[NDArray[np.float64], " m"]
-
-
-@dataclass(frozen=True, repr=False)
-class GateAnalysis:
-    """What `analyze` found in N images with C gates and K classes.
-
-    Where the data has no labels, the predicted class takes their place.
-
-    Attributes:
-        classes: their names.
-        labeled: whether the data has labels.
-        sites: name, conv, start, stop, channels and role of each, as in `GaterNet.sites`.
-        histogram: images with n open gates, for n from 0 to C, (C + 1,).
-        counts: images of each class, (K,).
-        class_open: images of each class that each gate is open for, (K, C).
-        class_right: images of each class that are predicted as such, (K,); without labels the same as `counts`, which
-            says nothing.
-        class_macs: mean MACs of the backbone over the images of each class, (K,); NaN for a class without any.
-        backbone_macs, gater_macs: of one image, all gates open.
-        samples: images drawn at random, without repetition.
-        cheapest, dearest: the images with the fewest and with the most MACs.
-        surest: the images that open each gate with the highest logit, and those that close it with the lowest,
-            (2, E, C), as places in the data set; -1 where there are no more. None for a gater that has no logits.
-        thumbnails: place in the data set -> uint8 image (h, w, 1 or 3), of all images named above.
-        facts: place -> label (or -1), prediction, number of open gates and MACs of these images.
-    """
-
-    classes: tuple[str, ...]
-    labeled: bool
-    sites: tuple[dict[str, Any], ...]
-    histogram: Int[NDArray[np.int64], " numbers"]
-    counts: Int[NDArray[np.int64], " classes"]
-    class_open: Int[NDArray[np.int64], "classes gates"]
-    class_right: Int[NDArray[np.int64], " classes"]
-    class_macs: Float[NDArray[np.float64], " classes"]
-    backbone_macs: int
-    gater_macs: int
-    samples: Samples
-    cheapest: Samples
-    dearest: Samples
-    surest: Int[NDArray[np.int64], "2 extremes gates"] | None
-    thumbnails: dict[int, NDArray[np.uint8]]
-    facts: dict[int, tuple[int, int, int, int]]
-    _chance: dict[Any, Any] = field(default_factory=dict, init=False, compare=False)  # drawn already
-
-    def __repr__(self) -> str:
-        opened, dependent = self.rates.mean(), self.dependent.mean()
-        return (
-            f"GateAnalysis({self.images:,} images, {self.num_gates:,} gates at {len(self.sites)} sites: "
-            f"{opened:.1%} open, {dependent:.1%} dependent)"
-        )
-
-    @property
-    def images(self) -> int:
-        """N."""
-        return int(self.counts.sum())
-
-    @property
-    def num_gates(self) -> int:
-        """C."""
-        return self.class_open.shape[1]
-
-    @property
-    def open_counts(self) -> Int[NDArray[np.int64], " gates"]:
-        """Images that each gate is open for, (C,)."""
-        return self.class_open.sum(0)
-
-    @property
-    def rates(self) -> Float[NDArray[np.float64], " gates"]:
-        """Share of the images that each gate is open for, in [0, 1], (C,)."""
-        return self.open_counts / self.images
-
-    @property
-    def dependent(self) -> Bool[NDArray[np.bool_], " gates"]:
-        """Gates that are open for some images and closed for others, (C,)."""
-        return (self.open_counts > 0) & (self.open_counts < self.images)
-
-    @property
-    def class_rates(self) -> Float[NDArray[np.float64], "classes gates"]:
-        """Share of each class' images that each gate is open for, (K, C); NaN for a class without any."""
-        return np.where(self.counts[:, None] > 0, self.class_open / np.maximum(self.counts, 1)[:, None], math.nan)
-
-    @property
-    def class_densities(self) -> Float[NDArray[np.float64], " classes"]:
-        """Mean share of the gates that an image of each class opens, in [0, 1], (K,); NaN for a class without any."""
-        return self.class_rates.mean(1)
-
-    @property
-    def accuracy(self) -> float | None:
-        """Share of right predictions, in [0, 1]; None without labels."""
-        return int(self.class_right.sum()) / self.images if self.labeled else None
-
-    @property
-    def gated_macs(self) -> float:
-        """Mean MACs of the backbone under the images' gates."""
-        return float(np.nansum(self.class_macs * self.counts) / self.images)
-
-    def save(self, directory: str | Path, *, forced: "Forced | None" = None, title: str = "Gates") -> Path:
-        """Write index.html, a page that shows all this and needs no network, and gates.json; the page's path.
-
-        `forced` is what `gaternet.forcing.force_gates` found, for the page's last part.
-        """
-        from gaternet.report import write_report
-
-        return write_report(self, Path(directory), forced=forced, title=title)
-
-    def information(self) -> Float[NDArray[np.float64], " gates"]:
-        """Mutual information of each gate and the class, in bits, (C,)."""
-        return mutual_information(self.class_open, self.counts)
-
-    def information_by_chance(self, draws: int = 20, seed: int = 0) -> Float[NDArray[np.float64], "draws gates"]:
-        """The same with the labels shuffled, (draws, C): what a gate that knows nothing of the class shows."""
-        return self._by_chance(mutual_information, draws, seed)
-
-    def selectivity(self) -> Float[NDArray[np.float64], " gates"]:
-        """How much a gate is one class', in [0, 1], (C,); see the function `selectivity`."""
-        return selectivity(self.class_open, self.counts)
-
-    def selectivity_by_chance(self, draws: int = 20, seed: int = 0) -> Float[NDArray[np.float64], "draws gates"]:
-        """The same with the labels shuffled, (draws, C)."""
-        return self._by_chance(selectivity, draws, seed)
-
-    def telling_gates(self, number: int) -> Int[NDArray[np.int64], " chosen"]:
-        """The dependent gates that tell most about the class, at most `number`, most first."""
-        told = np.where(self.dependent, self.information(), -1)
-        order = np.argsort(-told, kind="stable")[:number]
-        return order[told[order] >= 0]
-
-    def _by_chance(self, measure: Any, draws: int, seed: int) -> Float[NDArray[np.float64], "draws gates"]:
-        if (measure, draws, seed) in self._chance:
-            return self._chance[measure, draws, seed]
-        generator, found = np.random.default_rng(seed), np.zeros((draws, self.num_gates))
-        # The classes of m images drawn without repetition: just what shuffling gives for a gate that is open m times.
-        for opened in np.unique(self.open_counts[self.dependent]):
-            same = np.flatnonzero(self.open_counts == opened)
-            for some in np.array_split(same, math.ceil(len(same) * draws * len(self.counts) / _DRAWN)):
-                shuffled = generator.multivariate_hypergeometric(self.counts, int(opened), (draws, len(some)))
-                found[:, some] = measure(np.moveaxis(shuffled, -1, 0), self.counts)
-        self._chance[measure, draws, seed] = found
-        return found
+THUMBNAIL = 48  # longest side of a small picture, in pixels
 
 
 @torch.no_grad()
@@ -249,6 +87,21 @@ def images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:
     return images, labels if labels is None else labels.long()
 
 
+def thumbnail(image: Tensor) -> NDArray[np.uint8]:
+    """A small picture (h, w, 1 or 3) of pixels, or of a model's input, which is stretched to 0 to 255."""
+    if image.dtype != torch.uint8:
+        image = image.float()
+        low, high = image.min(), image.max()
+        image = ((image - low) * (255 / (high - low).clamp(min=1e-12))).to(torch.uint8)
+    if image.shape[0] not in (1, 3):
+        image = image[:1]
+    longest = max(image.shape[1:])
+    if longest > THUMBNAIL:
+        size = [max(1, round(side * THUMBNAIL / longest)) for side in image.shape[1:]]
+        image = tv.resize(image, size)
+    return image.permute(1, 2, 0).cpu().numpy()
+
+
 class _Pass:
     """The sums and the selections of one pass."""
 
@@ -268,7 +121,7 @@ class _Pass:
         self.device = next(model.parameters()).device
         self.shape = images.shape[1:]
         example = self._inputs(images[:1])
-        self.cost = CostModel(read_graph(model.backbone, example), model.sites)
+        self.cost = CostModel.of(model, example)
         self.gater_macs = count_dense_macs(model.gater, example)
         self.labeled, self.seen = labels is not None, 0
         self.generator = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Augmentation: of images in memory whole batches at once, where they lie; of files image by image.
+"""Augmentation: of whole batches of images in memory, on their device; or of single images from files.
 
 What becomes of an image is a function of (seed, epoch, its index), so a run that is cut and resumed, or spread over
 several processes, sees the very same pixels. A policy is the exception: in memory it treats eight neighbours of a batch

@@ -91,7 +91,7 @@ class ChannelFlow:
         return self._one_an_image(moved)
 
     def _one_an_image(self, columns: Tensor) -> Tensor:
-        """Where parts of images are stacked as a larger batch, rows no longer say whose gates count."""
+        """The columns, but all `ALIVE` where parts of images are stacked as a larger batch: a row is no image then."""
         kept = columns.ndim > 1 and columns.shape[0] in (1, shape(self.graph.input)[0])
         return _compressed(columns) if kept else _alive(tuple(columns.shape))
 
@@ -129,7 +129,7 @@ def _alive(size: tuple[int, ...]) -> Tensor:
 
 
 def _compressed(columns: Tensor) -> Tensor:
-    """The same, but with 1 for each dimension along which nothing changes, save for the channels'."""
+    """The columns with size 1 in each dimension, but for the channels', along which they are all the same."""
     for dim in range(columns.ndim):
         if dim != 1 and columns.shape[dim] > 1:
             one = columns.narrow(dim, 0, 1)

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from gaternet.channels import ALIVE, gate_columns
-from gaternet.graph import Conv, Graph, evaluation_mode, read_graph, shape
+from gaternet.graph import Conv, Graph, read_graph, shape
 from gaternet.method import GaterNet, GateSite, require_gated
+from gaternet.modes import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,17 @@ class CostModel:
             self.convs.append(ConvCost(conv, flow.of(conv.source), writes))
         self._terms = _Terms(self.convs, self.num_gates)
 
+    @classmethod
+    def of(cls, model: GaterNet, images: Float[Tensor, "batch channels height width"]) -> "CostModel":
+        """Of a GaterNet's backbone, for images of that size; their values do not matter.
+
+        Raises:
+            ValueError: the backbone cannot be exported, or there are no images.
+            TypeError: the model is no GaterNet.
+        """
+        require_gated(model)
+        return cls(read_graph(model.backbone, images[:1]), model.sites)
+
     def __call__(self, gates: Float[Tensor, "batch gates"]) -> Float[Tensor, " batch"]:
         """MACs of each image under its gates (B, C); on their device, in float64 where it has that.
 
@@ -97,14 +109,13 @@ def count_macs(model: GaterNet, images: Float[Tensor, "batch channels height wid
     """Multiply-accumulates of the backbone, of the gater, and of the backbone under each image's own gates.
 
     The model's mode decides the gates, as in `model.gates`: in evaluation they are 0 or 1. Reads the backbone's graph
-    anew each time; to count often, keep a `gaternet.cost.CostModel`.
+    anew each time; to count often, keep a `gaternet.cost.CostModel.of(model, images)`.
 
     Raises:
         ValueError: the backbone cannot be exported, or there are no images.
         TypeError: the model is no GaterNet.
     """
-    require_gated(model)
-    cost = CostModel(read_graph(model.backbone, images[:1]), model.sites)
+    cost = CostModel.of(model, images)
     buffers = [(buffer, buffer.clone()) for buffer in model.gater.buffers()]
     with torch.no_grad():
         gated = cost(model.gates(images))
@@ -153,7 +164,7 @@ class _Terms:
         self.full = sum(cost.conv.macs for cost in convs if not _always_open(cost))
         runs = (constant for side in sides for constant in _runs(side, num_gates + 1))
         self._constants = torch.tensor(weights, dtype=torch.float64), *runs
-        self._moved: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}  # the same where gates were before
+        self._moved: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}  # copies on devices that gates were on
 
     def __call__(self, gates: Float[Tensor, "batch columns"]) -> Float[Tensor, " batch"]:
         place = gates.device, gates.dtype
@@ -171,9 +182,12 @@ def _always_open(cost: ConvCost) -> bool:
 
 
 def _runs(terms: Sequence[Tensor], width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The terms' columns as runs of neighbours: first column, the one behind the last, how often, (runs,) each.
+    """The columns of each term as runs of neighbouring ones, from which `_sums` adds up gates.
 
-    The last are the numbers of runs before each term, and of all, (terms + 1,). Column ALIVE is the last of `width`.
+    Returns:
+        Of each run, (runs,), term after term: its first column, the column behind its last, and how many times the
+        term counts it. Then the number of runs before each term, and of all, (terms + 1,). There are `width` columns;
+        ALIVE, which is negative, is the last of them.
     """
     runs = []
     for columns in terms:

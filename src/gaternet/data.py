@@ -1,33 +1,28 @@
-"""Images to train and to predict on: those of `gaternet.arrays`, folders, single files.
+"""Images to train and to predict on: those of `gaternet.arrays`, of `gaternet.folders`, single files.
 
 Every source ends as two `ImageSet`s of uint8 images (C, H, W) and labels.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from gaternet.arrays import EMBEDDED, TORCHVISION, DataError, digits, read_npz, read_torchvision
 from gaternet.augment import file_transform
+from gaternet.folders import read_folder
 from gaternet.recipe import Augmentation
 
-_ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif")
-THUMBNAIL = 48  # longest side of a small picture, in pixels
-TEST_FOLDERS = ("test", "val", "valid", "validation")
 _KNOWN_STATISTICS = {  # mean and deviation of the training pixels, per channel, in [0, 1]; CIFAR-10's are the paper's
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -57,15 +52,9 @@ class Preprocessing:
         """Number of image channels."""
         return len(self.mean)
 
-    def normalize(
-        self, images: UInt8[Tensor, "batch chans h w"], constants: tuple[Any, Any] | None = None
-    ) -> Float[Tensor, "batch chans h w"]:
-        """Pixels 0 to 255 -> model input, float32, on the same device.
-
-        `constants` are mean and std as tensors there, for one who calls it often: to copy them makes a GPU wait.
-        """
-        mean, std = constants or (list(self.mean), list(self.std))
-        return tv.normalize(tv.to_dtype(images, torch.float32, scale=True), mean, std)
+    def normalize(self, images: UInt8[Tensor, "batch chans h w"]) -> Float[Tensor, "batch chans h w"]:
+        """Pixels 0 to 255 -> model input, float32, on the same device."""
+        return _normalize(images, list(self.mean), list(self.std))
 
     def fit(self, image: UInt8[Tensor, "chans _ _"]) -> UInt8[Tensor, "chans h w"]:
         """Resize and crop the centre, unless the image has the right size."""
@@ -98,6 +87,23 @@ class Preprocessing:
                 f"the model's metadata does not say how images become its input ({error!r}): set model.metadata"
                 "['preprocessing'], a dict of height, width, mean and std, and save it again"
             ) from error
+
+
+@dataclass(frozen=True)
+class ToInput:
+    """`Preprocessing.normalize` for many batches: mean and std stay on the device, since copying them makes it wait."""
+
+    preprocessing: Preprocessing
+    channels_last: bool = True
+    _constants: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, compare=False)
+
+    def __call__(self, images: UInt8[Tensor, "batch chans h w"]) -> Float[Tensor, "batch chans h w"]:
+        device = images.device
+        if device not in self._constants:
+            known = self.preprocessing
+            self._constants[device] = torch.tensor(known.mean, device=device), torch.tensor(known.std, device=device)
+        inputs = _normalize(images, *self._constants[device])
+        return inputs.contiguous(memory_format=torch.channels_last) if self.channels_last else inputs
 
 
 def classes_of(metadata: Mapping[str, Any]) -> list[str]:
@@ -154,6 +160,10 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
             image = self.transform(image)
             generator.set_state(before)
         return image, int(self.labels[index])
+
+    def take(self, indices: Iterable[int]) -> UInt8[Tensor, "n chans h w"]:
+        """Some of the images as one tensor, in the order of the indices; those of files must come out in one size."""
+        return torch.stack([self[index][0] for index in indices])
 
 
 @dataclass(frozen=True)
@@ -254,24 +264,13 @@ def same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
     return list(names) == list(others) or (len(names) == len(others) and numbers in (list(names), list(others)))
 
 
-def thumbnail(image: Tensor) -> NDArray[np.uint8]:
-    """A small picture (h, w, 1 or 3) of pixels, or of a model's input, which is stretched to 0 to 255."""
-    if image.dtype != torch.uint8:
-        image = image.float()
-        low, high = image.min(), image.max()
-        image = ((image - low) * (255 / (high - low).clamp(min=1e-12))).to(torch.uint8)
-    if image.shape[0] not in (1, 3):
-        image = image[:1]
-    longest = max(image.shape[1:])
-    if longest > THUMBNAIL:
-        size = [max(1, round(side * THUMBNAIL / longest)) for side in image.shape[1:]]
-        image = tv.resize(image, size)
-    return image.permute(1, 2, 0).cpu().numpy()
-
-
 def mix_seed(*numbers: int) -> int:
     """One 64-bit seed from several numbers, such that neighbours get unlike seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def _normalize(images: Tensor, mean: Any, std: Any) -> Tensor:
+    return tv.normalize(tv.to_dtype(images, torch.float32, scale=True), mean, std)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -297,30 +296,7 @@ def _statistics(images: UInt8[Tensor, "n c h w"]) -> tuple[tuple[float, ...], tu
 
 
 def _folder(folder: Path, augmentation: Augmentation | None, size: int, seed: int) -> ImageData:
-    test_folder = next((folder / name for name in TEST_FOLDERS if (folder / name).is_dir()), None)
-    if not test_folder and any(path.is_dir() for path in folder.glob("train/*")):
-        raise DataError(
-            f"{folder} has classes under train, but no folder named {', '.join(TEST_FOLDERS[:-1])} or "
-            f"{TEST_FOLDERS[-1]}: add one, or name {folder / 'train'} to hold a tenth of it out"
-        )
-    names = {path.name.lower(): path.name for path in folder.iterdir() if path.is_dir()}
-    parts = [names[name] for name in ("train", "training", "test", "testing", *TEST_FOLDERS[1:]) if name in names]
-    if len(parts) > 1 and not test_folder and parts[0].lower().startswith("train"):
-        raise DataError(f"{folder} has parts {' and '.join(parts)}: call them train and test, or name one of them")
-    train_samples, classes = _list_images(folder / "train" if test_folder else folder)
-    if len(classes) == 1:
-        raise DataError(f"{folder} has one class, {classes[0]!r}, and nothing to tell it from: is it the right folder?")
-    if test_folder:
-        test_samples, test_classes = _list_images(test_folder)
-        if unknown := sorted(set(test_classes) - set(classes)):
-            raise DataError(
-                f"{test_folder} has a class {unknown[0]!r} that the training folder has not: remove or add it"
-            )
-        test_samples = [(path, classes.index(test_classes[label])) for path, label in test_samples]
-    else:
-        train_samples, test_samples = _held_out(train_samples)
-        if not test_samples:
-            raise DataError(f"{folder} has one image a class, too few to hold any out: add a test folder")
+    train_samples, test_samples, classes = read_folder(folder)
     preprocessing = Preprocessing(size, size, *_KNOWN_STATISTICS["imagenet"], crop=0.875)
     transform = preprocessing.fit
     if augmentation is not None:
@@ -331,53 +307,3 @@ def _folder(folder: Path, augmentation: Augmentation | None, size: int, seed: in
         paths, labels = [path for path, _ in samples], [label for _, label in samples]
         sets.append(ImageSet(paths, labels, transform=how, seed=seed))
     return ImageData(sets[0], sets[1], classes, preprocessing)
-
-
-def _held_out(samples: Sequence[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Training samples and test samples: every tenth of all is one of those.
-
-    Where a class would have none of either, it is a tenth of each class, evenly spread, and at least one of two.
-    """
-    test = list(samples[9::10])
-    train = [sample for i, sample in enumerate(samples) if i % 10 != 9]
-    if {label for _, label in train} == {label for _, label in test} == {label for _, label in samples}:
-        return train, test
-    parts: tuple[list[tuple[str, int]], list[tuple[str, int]]] = [], []
-    of_class: dict[int, list[tuple[str, int]]] = {}
-    for sample in samples:
-        of_class.setdefault(sample[1], []).append(sample)
-    for found in of_class.values():
-        count, total = max(len(found) // 10, min(1, len(found) - 1)), len(found)
-        for i, sample in enumerate(found):
-            parts[(i + 1) * count // total > i * count // total].append(sample)
-    return parts
-
-
-class _Images(datasets.ImageFolder):
-    """Without the folders that editors, archives and version control leave behind, which are no classes."""
-
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        """The visible folders."""
-        names = [name for name in super().find_classes(directory)[0] if not _is_left_behind(name)]
-        if not names:
-            raise FileNotFoundError(f"no folder of a class in {directory}")
-        return names, {name: number for number, name in enumerate(names)}
-
-
-def _is_left_behind(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _is_image(path: str) -> bool:
-    """By the names of the file and of the folders that it lies in, below the data's own."""
-    return path.lower().endswith(_ENDINGS) and not any(map(_is_left_behind, path.split(os.sep)))
-
-
-def _list_images(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
-    try:
-        found = _Images(folder, is_valid_file=lambda path: _is_image(path.removeprefix(str(folder))))
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{folder} is no folder of images, one folder a class ({error}): add the missing images"
-        ) from error
-    return found.samples, tuple(found.classes)

@@ -1,43 +1,25 @@
 """Evaluation: accuracy, and what the gates do, over a whole set."""
 
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gaternet.cost import CostModel, count_dense_macs
-from gaternet.data import DataError, ImageSet, Preprocessing, classes_of, load_data, same_classes
-from gaternet.graph import evaluation_mode, read_graph
+from gaternet.data import DataError, ImageSet, Preprocessing, ToInput, classes_of, load_data, same_classes
 from gaternet.loader import Batches, make_batches
 from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
+from gaternet.modes import channels_last_, evaluation_mode
 from gaternet.recipe import Runtime
 from gaternet.run import as_trained, data_of, load_trained
 
 BATCH = 500  # images a step, over all processes together
-
-
-@dataclass(frozen=True)
-class ToInput:
-    """Batches of pixels -> model inputs, on the batches' device, which is not waited for."""
-
-    preprocessing: Preprocessing
-    channels_last: bool = True
-    _constants: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, compare=False)
-
-    def __call__(self, images: UInt8[Tensor, "batch chans h w"]) -> Float[Tensor, "batch chans h w"]:
-        device = images.device
-        if device not in self._constants:
-            known = self.preprocessing
-            self._constants[device] = torch.tensor(known.mean, device=device), torch.tensor(known.std, device=device)
-        inputs = self.preprocessing.normalize(images, self._constants[device])
-        return inputs.contiguous(memory_format=torch.channels_last) if self.channels_last else inputs
 
 
 @torch.no_grad()
@@ -131,15 +113,14 @@ def evaluate_saved(
     images = load_test_set(source, metadata, runtime.data_root)
     batches = make_batches(images, BATCH, runtime, accelerator)
     to_input = ToInput(Preprocessing.from_metadata(metadata))
-    example = to_input(images[0][0][None])
+    example = to_input(images.take([0]))
     if isinstance(network, GaterNet):
-        cost = CostModel(read_graph(network.backbone, example), network.sites)
+        cost = CostModel.of(network, example)
         counts = {"backbone_macs": cost.dense, "gater_macs": count_dense_macs(network.gater, example)}
     else:
         cost, counts = None, {"backbone_macs": count_dense_macs(network, example)}
     counts["parameters"] = sum(p.numel() for p in network.parameters())
-    network = network.to(accelerator.device)
-    network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in PyTorch's stubs)
+    channels_last_(network.to(accelerator.device))
     return evaluate(network, batches, to_input, accelerator, cost) | counts
 
 

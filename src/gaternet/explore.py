@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from gaternet.cost import CostModel
 from gaternet.data import DataError, ImageSet, Preprocessing, classes_of, read_image
 from gaternet.evaluate import load_sets
-from gaternet.graph import read_graph
 from gaternet.method import GaterNet
 from gaternet.report.figures import distinct_names, figure, plotly_names
 from gaternet.report.runs import class_names
@@ -73,7 +72,7 @@ class Explorer:
     ) -> None:
         self.network, self.preprocessing, self.classes = network.eval(), preprocessing, distinct_names(classes)
         self.shown, self.known, self.labels = shown, known, list(labels)
-        self.cost = CostModel(read_graph(network.backbone, preprocessing.normalize(known[:1])), network.sites)
+        self.cost = CostModel.of(network, preprocessing.normalize(known[:1]))
         parts = [preprocessing.normalize(part) for part in known.split(_BATCH)]
         with torch.no_grad():
             self._gates = torch.cat([network.gates(part) > 0.5 for part in parts]).numpy()  # (M, C)
@@ -96,10 +95,8 @@ class Explorer:
         source = data_of(run, metadata, data)
         preprocessing, (train, test) = Preprocessing.from_metadata(metadata), load_sets(source, metadata, data_root)
         order = random.Random(0).sample(range(len(train)), min(images, len(train)))
-        rows = [train[place] for place in order]
-        known = torch.stack([preprocessing.fit(row[0]) for row in rows])
         names = class_names(source, classes_of(metadata))
-        return cls(network, preprocessing, names, test, known, [row[1] for row in rows])
+        return cls(network, preprocessing, names, test, train.take(order), train.labels[order].tolist())
 
     def open(self, path: str | Path) -> Pixels:
         """An image file as the model sees it; DataError if it is no image, or too large."""
@@ -196,7 +193,7 @@ def build_app(explorer: Explorer, title: str) -> Any:
 
     def choices(gates: Gates, layer: str) -> list[tuple[str, int]]:
         site = sites[names.index(layer)]
-        return [(f"{gate} {'open' if gates[gate] else 'shut'}", gate) for gate in range(site.start, site.stop)]
+        return [(f"{gate} {'open' if gates[gate] else 'closed'}", gate) for gate in range(site.start, site.stop)]
 
     def show(state: dict[str, Any], layer: str) -> tuple[Any, ...]:
         pixels, gates, own = state["pixels"], state["gates"], state["own"]
@@ -267,7 +264,7 @@ def build_app(explorer: Explorer, title: str) -> Any:
                 what: gr.Button(text)
                 for what, text in (
                     ("flip", "Flip these gates"),
-                    ("shut", "Shut the layer"),
+                    ("close", "Close the layer"),
                     ("open", "Open the layer"),
                     ("reset", "As the gater says"),
                 )

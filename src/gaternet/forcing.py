@@ -12,14 +12,15 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gaternet.analysis import GateAnalysis, images_and_labels
+from gaternet.analysis import images_and_labels
 from gaternet.data import Preprocessing
-from gaternet.graph import evaluation_mode
+from gaternet.findings import GateAnalysis
 from gaternet.method import GaterNet
+from gaternet.modes import evaluation_mode
 
 SHARE = 0.05  # of the gates that depend on the input: so many are taken from a class
 CHUNK = 100  # images at a time
-SHUT, OPEN = 0, 1  # rows of an effect, and the values of their gates
+CLOSED, OPEN = 0, 1  # rows of an effect, and the values of their gates
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Effect:
     """What forcing does: the share of right predictions for each class, in [0, 1]; NaN for a class without images.
 
     Attributes:
-        forced: with each of R sets of gates shut, and open: (2, R, K).
-        by_chance: with as many gates shut or open that are drawn at random, the mean of several draws, (2, R, K).
+        forced: with each of R sets of gates closed, and open: (2, R, K).
+        by_chance: with as many gates closed or open that are drawn at random, the mean of several draws, (2, R, K).
     """
 
     forced: Float[NDArray[np.float64], "2 sets classes"]
@@ -161,7 +162,7 @@ def force_gates(
         def effect(sets: Sequence[NDArray[np.int64]], of_dependent: bool) -> Effect:
             forced = np.full((2, len(sets), count), np.nan)
             random = forced.copy()
-            for value in (SHUT, OPEN):
+            for value in (CLOSED, OPEN):
                 for row, columns in enumerate(sets):
                     forced[value, row] = force(columns, value)
                     random[value, row] = by_chance(len(columns), of_dependent, value)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from gaternet.cost import count_dense_macs
-from gaternet.graph import run_once
 from gaternet.method import Gater, GaterNet, refuse_gated
 from gaternet.models.create import create_extractor, describe_backbone
+from gaternet.modes import run_once
 from gaternet.sites import Selection, find_sites
 
 OPEN_BIAS = 2.0  # with the paper's noise, 98 % of the hard gates are then open in the first training step
@@ -109,7 +109,7 @@ def gate(
 
 
 def _num_features(extractor: nn.Module, example_input: Tensor) -> int:
-    """h, found by a run on the example."""
+    """How many features the extractor gives an image, found by a run on the example."""
     features = run_once(extractor, example_input, f"the gater's extractor, a {type(extractor).__name__},")
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(example_input):
         given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -121,7 +121,7 @@ def _num_features(extractor: nn.Module, example_input: Tensor) -> int:
 
 
 def _shrink(backbone: nn.Module, example_input: Tensor, decider: int) -> int:
-    """By how much the default gater shrinks images, to keep within its budget, of which D takes `decider`."""
+    """The factor by which the default gater shrinks images to keep within its budget of MACs; `decider` are D's."""
     macs = count_dense_macs(backbone, example_input)
     budget, smallest = _BUDGET * macs - decider, 8 if macs > _LARGE else 16
     channels, height, width = example_input.shape[1:]

@@ -5,12 +5,9 @@ what gating, counting and skipping ask of it: what each convolution is called, w
 which module gives out which tensor, since gates act on the outputs of modules.
 """
 
-import logging
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -21,6 +18,7 @@ from torch.fx import Node
 
 from gaternet.aliasing import in_place, read_what_was_written
 from gaternet.errors import first_line
+from gaternet.modes import evaluation_mode, quiet, without_autocast
 
 # What an operation does to the channels (dimension 1) of a tensor: "keep" acts on each by itself and turns a channel of
 # zeros into one of zeros; "shift" acts on each by itself, but zeros become something else; "view" only moves values.
@@ -68,6 +66,7 @@ class Conv:
         source: its input (B, in_channels, H, W).
         groups: as in nn.Conv2d.
         kernel: (height, width).
+        bias: whether it has one.
     """
 
     name: str
@@ -306,51 +305,6 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
             "torch.export.export on it, and mend what that names or give images of another shape"
         ) from error
     return Graph(backbone, program, example_input)
-
-
-@torch.no_grad()
-def run_once(network: nn.Module, images: Tensor, name: str) -> Any:
-    """What a network gives in evaluation mode; ValueError, which calls it `name`, if it cannot take such images."""
-    try:
-        with evaluation_mode(network):
-            return network(images)
-    except Exception as error:  # the network's own code may raise anything
-        raise ValueError(
-            f"{name} cannot take images {tuple(images.shape)} ({first_line(error)}): give images of another size, or "
-            "shrink them less"
-        ) from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the logs and warnings of exporters, which print whole graphs where they fail."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-@contextmanager
-def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; then each module is in the mode it was in, so that frozen ones stay frozen."""
-    training = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        if training[network]:
-            network.train()  # which may do more than set the mode, such as take weights apart that eval() had merged
-        for module, was in training.items():
-            module.training = was
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """In the precision of weights and images, whatever is around: what is read, skipped or exported stays in it."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def walk(node: Node) -> Iterator[Node]:

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from gaternet import checkpoint, files
 from gaternet.cost import CostModel
-from gaternet.data import ImageData, Preprocessing, classes_of, same_classes
-from gaternet.evaluate import ToInput
+from gaternet.data import ImageData, Preprocessing, ToInput, classes_of, same_classes
 from gaternet.gating import gate
-from gaternet.graph import read_graph
 from gaternet.method import Gater, GaterNet
 from gaternet.models import create_model
 from gaternet.models.create import describe_backbone, other_classifier
+from gaternet.modes import channels_last_
 from gaternet.recipe import Gating, Recipe
 from gaternet.run import find_model, load_trained
 
@@ -112,7 +111,7 @@ def load_teacher(recipe: Recipe, data: ImageData, accelerator: Accelerator) -> C
     if source is None:
         return None
     network, metadata = load_trained(Path(source))
-    network.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    channels_last_(network.to(accelerator.device))
     preprocessing, ours = Preprocessing.from_metadata(metadata), data.preprocessing
     to_input = ToInput(preprocessing)
     sizes = [(p.channels, p.height, p.width) for p in (preprocessing, ours)]
@@ -180,7 +179,7 @@ def make_density(network: GaterNet, gating: Gating, images: Tensor) -> Callable[
     (B, channels, H, W).
     """
     if gating.penalty == "macs":
-        cost = CostModel(read_graph(network.backbone, images[:1]), network.sites)
+        cost = CostModel.of(network, images)
         return lambda gates: (cost(gates).mean()[None] / cost.dense).to(gates.dtype)
     if gating.penalty == "sites":
         slices = list(dict.fromkeys((site.start, site.stop) for site in network.sites))

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 
-class Progress:
-    """How far a run is: weights, optimizer, averages, position. Its `state_dict` is what a checkpoint holds.
+class TrainingState:
+    """Weights, optimizer, averages and position of a training. Its `state_dict` is what a checkpoint holds.
 
     Of several processes each sums what its own images gave; the main one's sums are saved, and stand for all.
 

@@ -1,4 +1,4 @@
-"""A training step: forward, backward and update for one batch; on a GPU it can be recorded once, and then replayed.
+"""A training step: forward, backward and update for one batch; on a GPU it can be captured once, and then replayed.
 
 A small network leaves a GPU waiting for the processor, which launches hundreds of kernels a step. A CUDA graph launches
 them all at once.
@@ -13,13 +13,13 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gaternet.data import ToInput
 from gaternet.errors import first_line
-from gaternet.evaluate import ToInput
 from gaternet.method import Gater, gate_sparsity
 from gaternet.objective import Schedule, distillation_loss, gate_penalty
 from gaternet.recipe import Recipe, Runtime
 
-WARM_UP = 3  # steps before one is recorded: memory, cuDNN's choices and the optimizer's state are settled by then
+WARM_UP = 3  # steps before one is captured: memory, cuDNN's choices and the optimizer's state are settled by then
 
 Sums = dict[str, Tensor]
 
@@ -69,7 +69,7 @@ class TrainingStep:
             group["lr"] = rate * group["scale"]
 
 
-class RecordedStep:
+class CapturedStep:
     """The same step, as a CUDA graph from its fourth call on. Its batches have one size.
 
     What it returns is overwritten by the next call.
@@ -85,17 +85,17 @@ class RecordedStep:
         """See `TrainingStep`.
 
         Raises:
-            ValueError: the step cannot be recorded.
+            ValueError: the step cannot be captured.
         """
         if self._batch is None:
             self._batch = torch.empty_like(images), torch.empty_like(labels)
         for ours, theirs in zip(self._batch, (images, labels), strict=True):
             ours.copy_(theirs)
         for ours, value in zip(self._now, now, strict=True):
-            ours.fill_(value)  # a graph reads numbers where they lay when it was recorded
+            ours.fill_(value)  # a graph reads numbers where they lay when it was captured
         self._calls += 1
         if self._calls == WARM_UP + 1:
-            self._graph.record(self._run)
+            self._graph.capture(self._run)
         sums = self._graph.replay() if self._calls > WARM_UP else self._graph.warm_up(self._run)
         self.step.set_rate(now.rate)  # numbers again, as they are logged and saved
         return sums
@@ -114,15 +114,15 @@ class StepGraph:
         self._result: Sums = {}
 
     def warm_up(self, run: Callable[[], Sums]) -> Sums:
-        """Run it once, on the stream on which it is recorded: the graph of gradients remembers that."""
+        """Run it once, on the stream on which it is captured: the graph of gradients remembers that."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             result = run()
         torch.cuda.current_stream().wait_stream(self._stream)
         return result
 
-    def record(self, run: Callable[[], Sums]) -> None:
-        """Record what it would do.
+    def capture(self, run: Callable[[], Sums]) -> None:
+        """Capture what it would do.
 
         Raises:
             ValueError: it does what no graph can, such as waiting for the GPU. The process should end then.
@@ -143,17 +143,17 @@ class StepGraph:
             ) from error
 
     def replay(self) -> Sums:
-        """Do what was recorded; what it returns lies where it lay before."""
+        """Do what was captured; what it returns lies where it lay before."""
         self._graph.replay()
         return self._result
 
 
-def recorded(step: TrainingStep, runtime: Runtime) -> TrainingStep | RecordedStep:
+def captured(step: TrainingStep, runtime: Runtime) -> TrainingStep | CapturedStep:
     """The step as a CUDA graph, where that is wanted and can be."""
-    return RecordedStep(step) if runtime.cuda_graph and can_be_recorded(step.accelerator) else step
+    return CapturedStep(step) if runtime.cuda_graph and can_be_captured(step.accelerator) else step
 
 
-def can_be_recorded(accelerator: Accelerator) -> bool:
+def can_be_captured(accelerator: Accelerator) -> bool:
     """One process on a GPU, whose optimizer waits for nothing, as one for fp16 does."""
     return accelerator.device.type == "cuda" and accelerator.num_processes == 1 and accelerator.scaler is None
 

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gaternet import checkpoint
-from gaternet.data import ImageData, load_data, mix_seed
+from gaternet.data import ImageData, ToInput, load_data, mix_seed
 from gaternet.errors import first_line
 from gaternet.evaluate import BATCH as EVALUATION_BATCH
-from gaternet.evaluate import ToInput, evaluate
-from gaternet.graph import run_once
+from gaternet.evaluate import evaluate
 from gaternet.loader import make_batches
 from gaternet.machine import (
     collect_signals,
@@ -36,6 +35,7 @@ from gaternet.machine import (
     tensorboard,
 )
 from gaternet.method import Gater, GaterNet
+from gaternet.modes import run_once
 from gaternet.network import (
     GuidedNet,
     build_network,
@@ -50,8 +50,8 @@ from gaternet.objective import schedule, unreached
 from gaternet.progress import TrainingDisplay
 from gaternet.recipe import Recipe, Runtime
 from gaternet.run import STATE, RunDirectory
-from gaternet.state import Progress
-from gaternet.step import TrainingStep, recorded
+from gaternet.state import TrainingState
+from gaternet.step import TrainingStep, captured
 
 
 class TrainingError(RuntimeError):
@@ -135,8 +135,8 @@ def train(
     step = TrainingStep(
         model, optimizer, recipe, accelerator, to_input, density_of=density_of, gater=gater, teacher=teacher
     )
-    step = recorded(step, runtime)
-    progress = Progress(network, optimizer, ema, accelerator, auxiliary)
+    step = captured(step, runtime)
+    progress = TrainingState(network, optimizer, ema, accelerator, auxiliary)
     if runtime.tensorboard:
         import_tensorboard()
     config: dict[str, Any] = {"recipe": asdict(recipe), "images": data.identity(), "seed": seed}
@@ -224,7 +224,7 @@ def train(
 
 
 @contextmanager
-def _loaded(run: RunDirectory, progress: Progress, state: dict[str, Any] | None) -> Iterator[None]:
+def _loaded(run: RunDirectory, progress: TrainingState, state: dict[str, Any] | None) -> Iterator[None]:
     """Training as it was saved, if it was; the run is free again afterwards, also where that cannot be loaded."""
     with closing(run):
         if state is not None:

@@ -247,7 +247,7 @@ def _model_and_images(
 
     network, metadata = load_gated(Path(model), which)
     test = load_test_set(data_of(Path(model), metadata, data), metadata, data_root)
-    pixels = torch.stack([torch.as_tensor(test[i % len(test)][0]) for i in range(count)])
+    pixels = test.take(i % len(test) for i in range(count))
     return network, Preprocessing.from_metadata(metadata).normalize(pixels)
 
 

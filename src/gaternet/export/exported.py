@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from gaternet.errors import first_line
+from gaternet.sessions import start_session
 
 METADATA = "gaternet"  # the key of ours in an ONNX file's metadata
-
-
-class NotRunnableError(ValueError):
-    """What a file holds is no ONNX model that ONNX Runtime can run."""
 
 
 class ExportedModel:
@@ -110,28 +107,3 @@ def _is_ours(metadata: dict[str, Any], pixels: bool, size: list[int | str]) -> b
         and all(isinstance(name, str | int) for name in classes)
         and all(made.get(name) in (None, side) for name, side in zip(("height", "width"), size, strict=False) if fixed)
     )
-
-
-def start_session(model: Path | bytes) -> Any:
-    """An `onnxruntime.InferenceSession` on the CPU, of a file or of a serialized model.
-
-    Raises:
-        OSError: there is no such file.
-        NotRunnableError: it is no ONNX model, or a broken one.
-        ValueError: ONNX Runtime is not installed.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ValueError("ONNX Runtime is not installed: pip install onnxruntime") from error
-    if isinstance(model, Path) and not model.is_file():
-        raise FileNotFoundError(f"there is no file {model}")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # what goes wrong is raised, and need not be printed besides
-    source = str(model) if isinstance(model, Path) else model
-    try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime has its own, which share no base but this one
-        name = "the model" if source is model else model
-        raise NotRunnableError(f"ONNX Runtime cannot run {name} ({first_line(error)})") from error

@@ -1,8 +1,6 @@
 """Exported files with 8-bit weights and activations, and what that does to the gates and to the accuracy."""
 
 import json
-import logging
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaternet.export.exported import METADATA, ExportedModel, start_session
+from gaternet.export.exported import METADATA, ExportedModel
 from gaternet.export.parity import FAULT, ExportError
-from gaternet.export.to_onnx import import_onnx, load_with_gates, run_session
+from gaternet.export.to_onnx import import_onnx, load_with_gates
 from gaternet.files import write_atomically
+from gaternet.modes import quiet
+from gaternet.sessions import run_session, start_session
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,8 @@ def quantize_onnx(
 
     def write(temporary: Path) -> None:
         prepared = temporary.with_suffix(".prepared")
-        before = logging.root.manager.disable
-        logging.disable(logging.CRITICAL)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with quiet():
                 shape_inference.quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
                 proto = onnx.load(prepared)
                 exact = [] if gater else _gater_nodes(proto)
@@ -95,7 +92,6 @@ def quantize_onnx(
                     nodes_to_exclude=exact,
                 )
         finally:
-            logging.disable(before)
             prepared.unlink(missing_ok=True)
         proto = onnx.load(temporary)
         _unround(proto, exact)
@@ -162,7 +158,10 @@ def _gater_nodes(proto: Any) -> list[str]:
 
 
 def _separate(proto: Any, names: list[str]) -> None:
-    """Give nodes copies of the constants that they share with others: the quantiser has no two kinds of one."""
+    """Give the nodes of these names their own copies of constants that other nodes read, too.
+
+    Else the quantiser would turn such a constant into 8 bits for all that read it.
+    """
     shared = {name for node in proto.graph.node if node.name not in names for name in node.input}
     constants = {constant.name: constant for constant in proto.graph.initializer if constant.name in shared}
     copied = set()
@@ -177,7 +176,10 @@ def _separate(proto: Any, names: list[str]) -> None:
 
 
 def _unround(proto: Any, names: list[str]) -> None:
-    """Let nodes read what was before it was rounded: the quantiser gives 8 bits to all that share an input."""
+    """Let the nodes of these names read tensors in float32 again.
+
+    Where the quantiser rounds a tensor to 8 bits for one node, it lets every node that reads it read the rounded one.
+    """
     maker = {output: node for node in proto.graph.node for output in node.output}
     for node in proto.graph.node:
         if node.name in names:

@@ -1,13 +1,12 @@
 """Exporting a run's model with what was saved beside it, compared on its own test images."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from gaternet.data import DataError, ImageSet, Preprocessing
 from gaternet.evaluate import load_sets
@@ -74,7 +73,7 @@ def export_saved(
         raise ValueError(f"{path} does not say what it was trained on: name images to calibrate with, --data")
     preprocessing = Preprocessing.from_metadata(metadata)
     example = torch.zeros(1, preprocessing.channels, preprocessing.height, preprocessing.width, dtype=torch.uint8)
-    held_out = None if sets is None else _stack(sets[1], _spread(sets[1], _HELD_OUT))
+    held_out = None if sets is None else sets[1].take(_spread(sets[1], _HELD_OUT))
     if out is None:
         name = "-".join(["model", *(["skipping"] if form == "skipping" else []), *(["int8"] if int8 else [])])
         out = path / f"{name}.{file_format}"
@@ -90,9 +89,9 @@ def export_saved(
     with tempfile.TemporaryDirectory() as directory:
         exact = Path(directory) / "model.onnx"
         report["compared"] = asdict(export_onnx(model, example, exact, **options))
-        calibration = [_stack(train, part) for part in _parts(_spread(train, _CALIBRATION))]
+        calibration = [train.take(part) for part in _parts(_spread(train, _CALIBRATION))]
         quantize_onnx(exact, out, calibration, gater=int8 == "all")
-        batches = ((_stack(test, part), _labels(test, part)) for part in _parts(_spread(test, images)))
+        batches = ((test.take(part), torch.from_numpy(test.labels[part])) for part in _parts(_spread(test, images)))
         return report | {"int8": asdict(compare_int8(exact, out, batches))}
 
 
@@ -112,13 +111,5 @@ def _spread(images: ImageSet, count: int) -> list[int]:
     return [number * len(images) // count for number in range(count)]
 
 
-def _parts(indices: Sequence[int]) -> Iterator[Sequence[int]]:
+def _parts(indices: list[int]) -> Iterator[list[int]]:
     return (indices[start : start + _BATCH] for start in range(0, len(indices), _BATCH))
-
-
-def _stack(images: ImageSet, indices: Sequence[int]) -> Tensor:
-    return torch.stack([torch.as_tensor(images[i][0]) for i in indices])
-
-
-def _labels(images: ImageSet, indices: Sequence[int]) -> Tensor:
-    return torch.tensor([int(images.labels[i]) for i in indices])

@@ -17,8 +17,8 @@ from gaternet.data import Preprocessing
 from gaternet.errors import first_line
 from gaternet.export.gathered import OpenFilters
 from gaternet.export.parity import FAULT, ExportError, Parity, Run, RunGated, compare, make_images
-from gaternet.graph import quiet, without_autocast
 from gaternet.method import GaterNet
+from gaternet.modes import quiet, without_autocast
 
 Form = Literal["masked", "skipping"]
 _HELD_OUT = 16
@@ -200,15 +200,9 @@ class _Exportable(nn.Module):
         self.model, self.preprocessing, self.backbone, self.gates = model, preprocessing, backbone, gates
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        inputs = images if self.preprocessing is None else _normalize(images, self.preprocessing)
+        inputs = images if self.preprocessing is None else self.preprocessing.normalize(images)
         if not isinstance(self.model, GaterNet):
             return self.model(inputs)
         gates = self.model.gates(inputs)
         logits = (self.backbone or self.model.forward_gated)(inputs, gates)
         return (logits, gates) if self.gates else logits
-
-
-def _normalize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """`Preprocessing.normalize` in operations that every exporter knows."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
-    return (pixels.float() / 255 - mean) / std

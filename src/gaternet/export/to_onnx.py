@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaternet.export.exported import METADATA, NotRunnableError, start_session
+from gaternet.export.exported import METADATA
 from gaternet.export.parity import ExportError, Parity
 from gaternet.export.source import Form, Source
 from gaternet.files import write_atomically
+from gaternet.sessions import NotRunnableError, run_session, start_session
 
 OPSET = 18
 LARGEST = 2**31 - 2**20  # bytes of weights: an ONNX file is one message of Protocol Buffers, which 2 GiB limit
@@ -114,12 +115,6 @@ def load_with_gates(path: Path, num_gates: int) -> Any:
         info = onnx.helper.make_tensor_value_info("gates", onnx.TensorProto.FLOAT, ["batch", num_gates])
         proto.graph.output.append(info)
     return proto
-
-
-def run_session(session: Any, output: str, **inputs: Tensor) -> Tensor:
-    """One output of an ONNX Runtime session, for those of the inputs that it wants."""
-    given = {wanted.name: inputs[wanted.name].numpy() for wanted in session.get_inputs()}
-    return torch.from_numpy(session.run([output], given)[0])
 
 
 def _compare(source: Source, path: Path, images: Tensor) -> Parity:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gaternet.method import GateSite
+from gaternet.models.common import initialize_, number_sites
 
 
 class SqueezeExcite(nn.Module):
@@ -119,11 +120,7 @@ class CifarResNet(nn.Module):
             stages.append(nn.Sequential(*units))
         self.layer1, self.layer2, self.layer3 = stages
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        for module in self.modules():  # the public code's initialisation
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        initialize_(self)
 
     def forward(self, images: Float[Tensor, "batch chans height width"]) -> Float[Tensor, "batch outputs"]:
         x = F.relu(self.bn1(self.conv1(images)), inplace=True)
@@ -133,12 +130,6 @@ class CifarResNet(nn.Module):
 
 def residual_sites(backbone: CifarResNet) -> list[GateSite]:
     """The published sites: the last conv of each residual unit, gated after its BatchNorm, in execution order."""
-    sites: list[GateSite] = []
-    for name, module in backbone.named_modules():
-        if isinstance(module, BasicBlock | Bottleneck):
-            conv = module.get_submodule(module.last_conv)
-            assert isinstance(conv, nn.Conv2d)
-            start = sites[-1].stop if sites else 0
-            stop = start + conv.out_channels
-            sites.append(GateSite(f"{name}.{module.last_norm}", f"{name}.{module.last_conv}", start, stop))
-    return sites
+    units = [(name, unit) for name, unit in backbone.named_modules() if isinstance(unit, BasicBlock | Bottleneck)]
+    places = [(f"{name}.{unit.last_norm}", f"{name}.{unit.last_conv}", "residual") for name, unit in units]
+    return number_sites(backbone, places)

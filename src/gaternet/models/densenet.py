@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gaternet.method import GateSite
+from gaternet.models.common import initialize_, number_sites
 
 
 class DenseLayer(nn.Module):
@@ -66,11 +67,7 @@ class DenseNet(nn.Module):
         self.bn = nn.BatchNorm2d(channels)
         self.num_features = channels
         self.fc = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        initialize_(self)
 
     def forward(self, images: Float[Tensor, "batch chans height width"]) -> Float[Tensor, "batch outputs"]:
         x = self.conv1(images)
@@ -84,14 +81,9 @@ def dense_sites(backbone: DenseNet) -> list[GateSite]:
 
     The paper's counts of gates leave one layer of each block out; which one is not published.
     """
-    sites: list[GateSite] = []
+    convs: list[str] = []
     for block in ("block1", "block2", "block3"):
         layers = backbone.get_submodule(block)
         assert isinstance(layers, nn.Sequential)
-        for number in range(len(layers) - 1):
-            conv = layers.get_submodule(f"{number}.conv2")
-            assert isinstance(conv, nn.Conv2d)
-            start = sites[-1].stop if sites else 0
-            name = f"{block}.{number}.conv2"
-            sites.append(GateSite(name, name, start, start + conv.out_channels, "dense"))
-    return sites
+        convs += [f"{block}.{number}.conv2" for number in range(len(layers) - 1)]
+    return number_sites(backbone, [(conv, conv, "dense") for conv in convs])

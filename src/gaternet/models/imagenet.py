@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from gaternet.method import GateSite
+from gaternet.models.common import number_sites
 
 # name: timm's name
 IMAGENET = {
@@ -52,20 +53,14 @@ def imagenet_sites(backbone: nn.Module) -> list[GateSite]:
     For Inception-v4 only the number of gates is published, 16,608: just so many filters have those convolutions whose
     output one further convolution of the same branch reads, without the network's first.
     """
-    sites: list[GateSite] = []
+    places: list[tuple[str, str, str]] = []
     for name, module in backbone.named_modules():
         if re.fullmatch(r"layer\d\.\d+", name):  # a residual unit
             last = "3" if hasattr(module, "conv3") else "2"
-            norm, conv, role = f"{name}.bn{last}", f"{name}.conv{last}", "residual"
+            places.append((f"{name}.bn{last}", f"{name}.conv{last}", "residual"))
         elif hasattr(module, "conv") and hasattr(module, "bn") and _is_read_in_branch(backbone, name):
-            norm, conv, role = f"{name}.bn", f"{name}.conv", "inner"
-        else:
-            continue
-        filters = backbone.get_submodule(conv)
-        assert isinstance(filters, nn.Conv2d)
-        start = sites[-1].stop if sites else 0
-        sites.append(GateSite(norm, conv, start, start + filters.out_channels, role))
-    return sites
+            places.append((f"{name}.bn", f"{name}.conv", "inner"))
+    return number_sites(backbone, places)
 
 
 def _is_read_in_branch(backbone: nn.Module, name: str) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gaternet.method import GateSite
+from gaternet.models.common import initialize_, number_sites
 
 
 class Branch(nn.Module):
@@ -94,11 +95,7 @@ class ShakeShake(nn.Module):
             self.add_module(f"layer{number}", nn.Sequential(*units))
         self.num_features = channels
         self.fc = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        initialize_(self)
 
     def forward(self, images: Float[Tensor, "batch chans height width"]) -> Float[Tensor, "batch outputs"]:
         x = self.bn1(self.conv1(images))
@@ -109,10 +106,5 @@ class ShakeShake(nn.Module):
 
 def branch_sites(backbone: ShakeShake) -> list[GateSite]:
     """The published sites: the last conv of both branches of each unit, after its BatchNorm, in execution order."""
-    sites: list[GateSite] = []
-    for name, module in backbone.named_modules():
-        if isinstance(module, Branch):
-            start = sites[-1].stop if sites else 0
-            stop = start + module.conv2.out_channels
-            sites.append(GateSite(f"{name}.bn2", f"{name}.conv2", start, stop))
-    return sites
+    branches = [name for name, module in backbone.named_modules() if isinstance(module, Branch)]
+    return number_sites(backbone, [(f"{name}.bn2", f"{name}.conv2", "residual") for name in branches])

@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from gaternet import files
-from gaternet.analysis import GateAnalysis
+from gaternet.findings import GateAnalysis
 from gaternet.report import figures
 from gaternet.report.page import figure_place, page
 

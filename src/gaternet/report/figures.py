@@ -9,8 +9,8 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from gaternet.analysis import GateAnalysis
-from gaternet.forcing import OPEN, SHUT, Forced
+from gaternet.findings import GateAnalysis
+from gaternet.forcing import CLOSED, OPEN, Forced
 from gaternet.report.reading import arrange
 
 # Okabe and Ito's palette, which colour-blind people can tell apart; dark colours first.
@@ -56,7 +56,7 @@ def plotly_names(names: Iterable[str]) -> list[str]:
 
 def units(analysis: GateAnalysis) -> go.Figure:
     """Paper, figure 3: of each gated layer the share of gates that are always off, always on, dependent."""
-    names, shares = plotly_names(site["conv"] for site in analysis.sites), site_shares(analysis)
+    names, shares = plotly_names(site["conv"] for site in analysis.sites), analysis.site_shares
     numbers = list(range(1, len(names) + 1))
     kinds = (("always off", OFF), ("always on", ON), ("dependent on the image", DEPENDENT))
     bars = [
@@ -68,13 +68,6 @@ def units(analysis: GateAnalysis) -> go.Figure:
 
 def _hover(kind: str) -> str:
     return f"layer %{{x}}, %{{customdata}}<br>{kind}: %{{y:.1f}} %<extra></extra>"
-
-
-def site_shares(analysis: GateAnalysis) -> NDArray[np.float64]:
-    """Shares of gates always off, always on and dependent, of each site, in [0, 1], (3, S)."""
-    counts, images = analysis.open_counts, analysis.images
-    kinds = np.stack([counts == 0, counts == images, analysis.dependent])
-    return np.stack([kinds[:, site["start"] : site["stop"]].mean(1) for site in analysis.sites], 1)
 
 
 def samples_per_gate(analysis: GateAnalysis) -> go.Figure:
@@ -215,11 +208,11 @@ def costs_per_sample(analysis: GateAnalysis) -> go.Figure:
 
 
 def forced_sites(analysis: GateAnalysis, forced: Forced) -> go.Figure:
-    """Accuracy with all gates of a layer shut or open, beside as many gates at random."""
+    """Accuracy with all gates of a layer closed or open, beside as many gates at random."""
     numbers, names = list(range(1, len(analysis.sites) + 1)), plotly_names(site["conv"] for site in analysis.sites)
     kinds = (
-        ("layer shut", forced.sites.forced[SHUT], PALETTE[1], "circle", "solid"),
-        ("as many gates shut, at random", forced.sites.by_chance[SHUT], PALETTE[1], "circle-open", "dot"),
+        ("layer closed", forced.sites.forced[CLOSED], PALETTE[1], "circle", "solid"),
+        ("as many gates closed, at random", forced.sites.by_chance[CLOSED], PALETTE[1], "circle-open", "dot"),
         ("layer open", forced.sites.forced[OPEN], PALETTE[0], "diamond", "solid"),
         ("as many gates opened, at random", forced.sites.by_chance[OPEN], PALETTE[0], "diamond-open", "dot"),
     )
@@ -242,8 +235,8 @@ def forced_sites(analysis: GateAnalysis, forced: Forced) -> go.Figure:
 
 
 def forced_site_classes(analysis: GateAnalysis, forced: Forced) -> go.Figure:
-    """Which classes suffer when a layer's gates are shut: at most 30, those that lose most."""
-    change = 100 * (forced.sites.forced[SHUT] - forced.before)  # (S, K)
+    """Which classes suffer when a layer's gates are closed: at most 30, those that lose most."""
+    change = 100 * (forced.sites.forced[CLOSED] - forced.before)  # (S, K)
     present = np.flatnonzero(forced.counts)
     rows = present[np.argsort(change[:, present].min(0), kind="stable")[:30]]
     names = plotly_names(analysis.classes)
@@ -254,9 +247,9 @@ def forced_site_classes(analysis: GateAnalysis, forced: Forced) -> go.Figure:
         colorscale=[[0, PALETTE[1]], [0.5, "#F2F2F2"], [1, PALETTE[0]]],
         zmid=0,
         colorbar={"title": {"text": "points of accuracy", "side": "right"}, "thickness": 12},
-        hovertemplate="%{y}, layer %{x} shut: %{z:+.1f} points<extra></extra>",
+        hovertemplate="%{y}, layer %{x} closed: %{z:+.1f} points<extra></extra>",
     )
-    drawn = figure([heat], "gated layer that is shut", height=160 + 20 * len(rows))
+    drawn = figure([heat], "gated layer that is closed", height=160 + 20 * len(rows))
     drawn.update_yaxes(type="category", autorange="reversed")
     return drawn
 
@@ -266,8 +259,8 @@ def forced_classes(analysis: GateAnalysis, forced: Forced) -> go.Figure:
     places, rows = np.arange(len(forced.classes)), forced.classes
     kinds = (
         ("as they are", forced.before[rows], OFF),
-        ("its own shut", forced.own.forced[SHUT, places, rows], PALETTE[1]),
-        ("as many shut, at random", forced.own.by_chance[SHUT, places, rows], "rgba(213, 94, 0, 0.4)"),
+        ("its own closed", forced.own.forced[CLOSED, places, rows], PALETTE[1]),
+        ("as many closed, at random", forced.own.by_chance[CLOSED, places, rows], "rgba(213, 94, 0, 0.4)"),
         ("its own open", forced.own.forced[OPEN, places, rows], PALETTE[0]),
         ("as many opened, at random", forced.own.by_chance[OPEN, places, rows], "rgba(0, 114, 178, 0.4)"),
     )
@@ -303,10 +296,10 @@ def exchanged_gates(forced: Forced) -> go.Figure:
 
 
 def comparison(runs: Mapping[str, GateAnalysis], row: int) -> go.Figure:
-    """One of `site_shares`' rows, of several runs, along the depth of their networks."""
+    """One row of `GateAnalysis.site_shares`, of several runs, along the depth of their networks."""
     lines, symbols = [], ("circle", "diamond", "square", "x", "triangle-up", "cross")
     for number, (name, analysis) in enumerate(zip(plotly_names(runs), runs.values(), strict=True)):
-        share = site_shares(analysis)[row]
+        share = analysis.site_shares[row]
         depth = (np.arange(len(share)) + 0.5) / len(share)
         marker = {"color": PALETTE[number % len(PALETTE)], "symbol": symbols[number % len(symbols)], "size": 8}
         lines.append(go.Scatter(x=100 * depth, y=100 * share, name=name, mode="lines+markers", marker=marker))

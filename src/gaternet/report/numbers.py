@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from gaternet.analysis import GateAnalysis
-from gaternet.forcing import OPEN, SHUT, Effect, Forced
-from gaternet.report.figures import site_shares
+from gaternet.findings import GateAnalysis
+from gaternet.forcing import CLOSED, OPEN, Effect, Forced
 
 
 def numbers(analysis: GateAnalysis, forced: Forced | None = None) -> dict[str, Any]:
@@ -35,7 +34,7 @@ def numbers(analysis: GateAnalysis, forced: Forced | None = None) -> dict[str, A
         "gater_macs": analysis.gater_macs,
         "gated_macs": analysis.gated_macs,
     }
-    off, on, dependent = site_shares(analysis).tolist()
+    off, on, dependent = analysis.site_shares.tolist()
     per_site = zip(analysis.sites, off, on, dependent, strict=True)
     sites = [{**site, "always_off": a, "always_on": b, "dependent": c} for site, a, b, c in per_site]
     gates = {
@@ -58,7 +57,7 @@ def numbers(analysis: GateAnalysis, forced: Forced | None = None) -> dict[str, A
 def _forced_numbers(forced: Forced) -> dict[str, Any]:
     def effect(of: Effect) -> dict[str, Any]:
         told: dict[str, Any] = {}
-        for name, value in (("shut", SHUT), ("open", OPEN)):
+        for name, value in (("shut", CLOSED), ("open", OPEN)):  # the file's word for closed is shut
             told[name] = _rounded(forced.overall(of.forced[value]))
             told[f"{name}_by_chance"] = _rounded(forced.overall(of.by_chance[value]))
             told[f"{name}_by_class"] = [_rounded(row) for row in of.forced[value]]

@@ -16,8 +16,8 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from gaternet import files
-from gaternet.analysis import GateAnalysis
-from gaternet.forcing import OPEN, SHUT, Forced
+from gaternet.findings import GateAnalysis
+from gaternet.forcing import CLOSED, OPEN, Forced
 from gaternet.report import figures
 from gaternet.report.numbers import numbers
 from gaternet.report.reading import Probe, embed, probe
@@ -31,7 +31,7 @@ _LABELS = {  # of figures that share a heading
     "class-densities": "Share of the gates that each class opens",
     "costs": "MACs of single images",
     "forced-sites": "Accuracy with all gates of a layer forced",
-    "forced-site-classes": "What each class loses where a layer is shut",
+    "forced-site-classes": "What each class loses where a layer is closed",
     "forced-classes": "Accuracy with the gates of a class forced",
     "exchanged-gates": "Predictions under the gates of other images",
 }
@@ -255,8 +255,8 @@ def _sections(
         text = (
             f"{forced.images:,} images with gates forced, so one image is {100 / forced.images:.1f} points. First all "
             f"gates of one layer (dashed: as they are, {100 * forced.accuracy:.1f} %), and which classes suffer "
-            f"when it is shut. Then, of each class, at most {forced.taken:,} dependent gates that it opens more often "
-            "than others do. Each is beside as many gates at random."
+            f"when it is closed. Then, of each class, at most {forced.taken:,} dependent gates that it opens more "
+            "often than others do. Each is beside as many gates at random."
         )
         names = [name for name in ("forced-sites", "forced-site-classes", "forced-classes") if name in drawn]
         sections.append(("What gates are for", text, "".join(map(place, names))))
@@ -312,7 +312,7 @@ def _forced_sayings(analysis: GateAnalysis, forced: Forced) -> dict[int, str]:
     sayings, names = {}, figures.distinct_names(analysis.classes)
     for row, gate in enumerate(forced.gates.tolist()):
         parts = []
-        for word, value in (("shut", SHUT), ("open", OPEN)):
+        for word, value in (("closed", CLOSED), ("open", OPEN)):
             shares, chance = forced.single.forced[value, row], forced.single.by_chance[value, row]
             lost = np.nan_to_num(forced.before - shares)
             worst = int(lost.argmax())

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
-from gaternet.analysis import GateAnalysis
+from gaternet.findings import GateAnalysis
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,15 @@ from torch import Tensor
 from torchvision import datasets
 
 from gaternet import files
-from gaternet.analysis import GateAnalysis, analyze
+from gaternet.analysis import analyze
 from gaternet.data import ImageSet, Preprocessing, classes_of
 from gaternet.evaluate import BATCH, load_test_set
+from gaternet.findings import GateAnalysis
 from gaternet.forcing import force_gates
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
+from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime, data_name
 from gaternet.report.comparison import write_comparison
 from gaternet.report.page import write_report
@@ -84,7 +86,7 @@ def _report_run(
     forced: int,
 ) -> tuple[GateAnalysis, Path]:
     accelerator = make_accelerator(runtime)
-    network.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    channels_last_(network.to(accelerator.device))
     images = load_test_set(source, metadata, runtime.data_root)
     options: dict[str, Any] = {"preprocessing": Preprocessing.from_metadata(metadata)}
     batches = make_batches(images, BATCH, runtime, accelerator)
@@ -114,5 +116,5 @@ def _shuffled(images: ImageSet, number: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of images in random order: folders are sorted by class."""
     order = random.Random(0).sample(range(len(images)), min(number, len(images)))
     for start in range(0, len(order), 100):
-        rows = [images[place] for place in order[start : start + 100]]
-        yield torch.stack([row[0] for row in rows]), torch.tensor([row[1] for row in rows])
+        part = order[start : start + 100]
+        yield images.take(part), torch.from_numpy(images.labels[part])

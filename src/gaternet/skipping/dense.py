@@ -2,12 +2,14 @@
 
 import copy
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from gaternet.modes import channels_last_, quiet
+from gaternet.sessions import start_session
 
 Dense = Callable[[Tensor], Tensor]
 ENGINES = ("eager", "channels_last", "inductor", "onnxruntime", "openvino")
@@ -33,7 +35,7 @@ def build_dense(network: nn.Module, example_input: Tensor, name: str) -> Dense:
     if name == "eager":
         return network
     if name == "channels_last":
-        network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        channels_last_(network)
         return lambda images: network(images.contiguous(memory_format=torch.channels_last))
     if name == "inductor":
         return _inductor(network, example_input)
@@ -54,8 +56,7 @@ def _inductor(network: nn.Module, example_input: Tensor) -> Dense:
 def _onnx(network: nn.Module, example_input: Tensor, directory: str) -> Path:
     path = Path(directory) / "network.onnx"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of onnxscript's own
+        with quiet():
             torch.onnx.export(network, (example_input,), path, dynamo=True, verbose=False)
     except ImportError as error:
         raise ValueError("ONNX is not installed: pip install onnx onnxscript") from error
@@ -63,16 +64,8 @@ def _onnx(network: nn.Module, example_input: Tensor, directory: str) -> Path:
 
 
 def _onnxruntime(network: nn.Module, example_input: Tensor) -> Dense:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ValueError("ONNX Runtime is not installed: pip install onnxruntime") from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
     with tempfile.TemporaryDirectory() as directory:
-        path = _onnx(network, example_input, directory)
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = start_session(_onnx(network, example_input, directory))
     name = session.get_inputs()[0].name
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 

@@ -7,12 +7,13 @@ channels: that is always right, and saves nothing.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.fx.node import map_aggregate
 
 from gaternet.channels import ALIVE
 
@@ -22,7 +23,8 @@ NEVER = -2  # in a pattern, of a channel that no gate opens
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
-class Ref(NamedTuple):
+@dataclass(frozen=True)
+class Ref:
     """In an operation's arguments, the value or constant of that name."""
 
     name: str
@@ -39,7 +41,14 @@ class Call:
     @property
     def reads(self) -> list[str]:
         """Names of the values and constants that it reads."""
-        return list(_names([self.args, self.kwargs]))
+        found: list[str] = []
+
+        def note(arg: Any) -> None:
+            if isinstance(arg, Ref):
+                found.append(arg.name)
+
+        map_aggregate([self.args, self.kwargs], note)
+        return found
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
         """Run it on values by name."""
@@ -47,7 +56,7 @@ class Call:
         def value(arg: Any) -> Any:
             return values[arg.name] if isinstance(arg, Ref) else arg
 
-        args, kwargs = _mapped(self.args, value), _mapped(self.kwargs, value)
+        args, kwargs = map_aggregate(self.args, value), map_aggregate(self.kwargs, value)
         if self.target is _ATTENTION:
             _check_keys(*args, **kwargs)
         return self.target(*args, **kwargs)
@@ -58,7 +67,7 @@ class Call:
         def moved(arg: Any) -> Any:
             return device if isinstance(arg, torch.device) else arg
 
-        return replace(self, args=_mapped(self.args, moved), kwargs=_mapped(self.kwargs, moved))
+        return replace(self, args=map_aggregate(self.args, moved), kwargs=map_aggregate(self.kwargs, moved))
 
 
 @dataclass(frozen=True)
@@ -231,20 +240,3 @@ def _check_keys(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: A
     """For PyTorch does not on CPUs, and reads beyond keys that are fewer than the values."""
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(f"attention needs as many keys as values, but has {key.shape[-2]} and {value.shape[-2]}")
-
-
-def _names(args: Any) -> Iterator[str]:
-    if isinstance(args, Ref):
-        yield args.name
-    elif isinstance(args, list | tuple | dict):
-        for arg in args.values() if isinstance(args, dict) else args:
-            yield from _names(arg)
-
-
-def _mapped(args: Any, change: Callable[[Any], Any]) -> Any:
-    """Arguments with each that is no list or dict changed."""
-    if isinstance(args, list | tuple) and not isinstance(args, Ref):
-        return [_mapped(arg, change) for arg in args]
-    if isinstance(args, dict):
-        return {name: _mapped(arg, change) for name, arg in args.items()}
-    return change(args)

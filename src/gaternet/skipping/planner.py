@@ -106,7 +106,7 @@ class _Planner:
         )
 
     def _add_conv(self, conv: Conv, site: GateSite | None) -> None:
-        weight, bias = (self.constants.get(_node(arg)) for arg in (*conv.node.args, None)[1:3])
+        weight, bias = (self._constant(arg) for arg in (*conv.node.args, None)[1:3])
         varies = any(map(self.graph.varies, conv.node.args[1:3]))
         plain = op(conv.node) == "conv2d" and not any(isinstance(arg, str) for arg in conv.node.args)
         if weight is None or varies or not plain or shape(conv.source)[0] != 1:  # the image makes them, or is cut up
@@ -153,9 +153,9 @@ class _Planner:
     def _add_norm(self, norm: Node) -> None:
         """A BatchNorm that no layer before it does, as a depthwise convolution of single pixels."""
         self._flow.run(norm)
-        ones = torch.ones_like(self.constants[_node(norm.args[4])], dtype=self._dtype)
+        ones = torch.ones_like(self._constant(norm.args[4]), dtype=self._dtype)
         weight, bias = self._folded(norm, ones.reshape(-1, 1, 1, 1), None)
-        step = Step("conv", norm.name, [self._values[_node(norm.args[0])]])
+        step = Step("conv", norm.name, [self._values[self.graph.sources(norm)[0]]])
         name = self.graph.module_of(norm) or norm.name
         step.conv = ConvSpec(name, weight.detach(), bias.detach(), (1, 1), (0, 0), (1, 1), len(weight))
         self._absorb_relu(norm, step)
@@ -165,7 +165,7 @@ class _Planner:
         """Whether the node is a BatchNorm of an image's channels, of the images' precision, by constants."""
         if op(node) != "batch_norm" or node in self._places or any(map(self.graph.varies, node.args[1:5])):
             return False
-        source = _node(node.args[0])
+        (source,) = self.graph.sources(node)
         return len(shape(node)) == 4 and shape(node)[0] == 1 and _dtype(node) == _dtype(source) == self._dtype
 
     def _add(self, node: Node) -> None:
@@ -201,7 +201,7 @@ class _Planner:
 
     def _fold_linear(self, node: Node, step: Step) -> None:
         """Let a linear layer do the BatchNorm behind it."""
-        norm, (weight, bias) = self._norm_behind(node), (self.constants.get(_node(a)) for a in (*node.args, None)[1:3])
+        norm, (weight, bias) = self._norm_behind(node), map(self._constant, (*node.args, None)[1:3])
         if norm is None or weight is None or len(shape(node)) != 2 or len(step.sources) > 1:
             return
         weight, bias = self._folded(norm, weight, bias)
@@ -212,6 +212,7 @@ class _Planner:
 
     def _step(self, node: Node) -> Step:
         graph, name = self.graph, op(node)
+        args: Any = node.args
         sources = graph.sources(node)
         held = [self._pattern_of[self._values[source]] for source in sources]
         step = Step("aten", node.name, list(dict.fromkeys(self._values[source] for source in sources)))
@@ -231,7 +232,7 @@ class _Planner:
             known = held[0] == DENSE or torch.equal(self.patterns[held[0]], self._flow.of(node))
             if factor and known and held[1] in (DENSE, held[0]):
                 kind, step.pattern = "scale", held[0]
-        elif name == "cat" and (*node.args, 0)[1] in (1, -3) and list(_first(node)) == sources:
+        elif name == "cat" and (*args, 0)[1] in (1, -3) and list(args[0]) == sources:
             # A part that is held dense must have no gates, else the open channels of the whole are not those held.
             kinds = [p != DENSE or self._pattern(s) == DENSE for p, s in zip(held, sources, strict=True)]
             kind, step.pattern = ("cat", self._pattern(node)) if all(kinds) else (kind, DENSE)
@@ -283,7 +284,7 @@ class _Planner:
     def _folded(self, norm: Node, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weight (out, in, ...) and bias of a layer together with the evaluation-mode BatchNorm behind it."""
         wide = torch.promote_types(weight.dtype, torch.float32)
-        found = (self.constants.get(_node(arg)) for arg in norm.args[1:5])
+        found = (self._constant(arg) for arg in norm.args[1:5])
         gamma, beta, mean, var = (None if value is None else value.to(wide) for value in found)
         assert mean is not None
         assert var is not None
@@ -292,6 +293,10 @@ class _Planner:
         shift = (0 if beta is None else beta) + ((0 if bias is None else bias) - mean) * scale
         folded = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
         return folded.to(weight.dtype), shift.to(weight.dtype)
+
+    def _constant(self, arg: Any) -> Any:
+        """The value of an operation's argument, where no image changes it; else None."""
+        return self.constants.get(arg)
 
     def _refs(self, args: Any) -> Any:
         def ref(node: Node) -> Any:
@@ -306,15 +311,6 @@ class _Planner:
         names = {name for step in self.steps if step.call is not None for name in step.call.reads}
         found = {node.name: value.detach().clone() for node, value in self.constants.items() if node.name in names}
         return found | self._made
-
-
-def _first(node: Node) -> Any:
-    return node.args[0]
-
-
-def _node(arg: Any) -> Any:
-    """An argument that is a node, or None."""
-    return arg
 
 
 def _dtype(node: Node) -> torch.dtype | None:

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gaternet.files import read_json, staged, write_json
-from gaternet.graph import evaluation_mode, read_graph, without_autocast
+from gaternet.graph import read_graph
 from gaternet.method import Gater, GaterNet, require_gated
+from gaternet.modes import evaluation_mode, without_autocast
 from gaternet.skipping.engines import Backbone, KernelName, make_program, time_engines
 from gaternet.skipping.native import NativeProgram
 from gaternet.skipping.plan import Plan

@@ -4,7 +4,6 @@ A graph that was read with a single image has its batch size, 1, in the argument
 is *stacked* where running it on the stacked values of several images gives the stacked results.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,11 +33,12 @@ _RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 def is_stacked(graph: Graph, node: Node) -> bool:
     """Whether the node's operation, with `stacked_args`, treats a batch as it would treat its images one by one."""
     name, sources = op(node), graph.sources(node)
+    args: Any = node.args
     if not all(map(_one, [node, *sources])):
         return False
     size = shape(sources[0])
     if name in _BY_IMAGE:
-        return sources == [node.args[0]]  # no weights that the image makes
+        return sources == [args[0]]  # no weights that the image makes
     if name in _PAIRS:
         ranks = {len(shape(value)) for value in [node, *sources]}
         others = [shape(arg) for arg in node.all_input_nodes if arg not in sources]
@@ -46,14 +46,14 @@ def is_stacked(graph: Graph, node: Node) -> bool:
     if name == "cat" and any(arg not in sources for arg in node.all_input_nodes):
         return False  # a constant, one for all images
     if name in _ALONG:
-        dims: Any = (*node.args, *[None] * 3)[_ALONG[name]]
+        dims: Any = (*args, *[None] * 3)[_ALONG[name]]
         dims = dims if isinstance(dims, list | tuple) else [0 if dims is None else dims]
         rank = len(size) or len(shape(node))
         return bool(dims) and rank > 1 and all(dim % rank != 0 for dim in dims)
     if name == "permute":
-        return _dims(node)[0] == 0
+        return args[1][0] == 0
     if name == "transpose":
-        return all(dim % len(size) != 0 for dim in node.args[1:3])  # pyright: ignore[reportOperatorIssue]
+        return all(dim % len(size) != 0 for dim in args[1:3])
     return node.target in _RESHAPES
 
 
@@ -87,8 +87,3 @@ def _one(node: Node) -> bool:
     value: Any = node.meta.get("val")
     parts = value if isinstance(value, list | tuple) else [value]
     return all(getattr(part, "ndim", 0) > 0 and part.shape[0] == 1 for part in parts)
-
-
-def _dims(node: Node) -> Sequence[int]:
-    dims: Any = node.args[1]
-    return dims

@@ -1,0 +1,62 @@
+"""How a network runs: in evaluation mode, in its own precision, without logs; and how its weights lie in memory."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gaternet.errors import first_line
+
+
+@torch.no_grad()
+def run_once(network: nn.Module, images: Tensor, name: str) -> Any:
+    """What a network gives in evaluation mode; ValueError, which calls it `name`, if it cannot take such images."""
+    try:
+        with evaluation_mode(network):
+            return network(images)
+    except Exception as error:  # the network's own code may raise anything
+        raise ValueError(
+            f"{name} cannot take images {tuple(images.shape)} ({first_line(error)}): give images of another size, or "
+            "shrink them less"
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the logs and warnings of exporters, which print whole graphs where they fail."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; then each module is in the mode it was in, so that frozen ones stay frozen."""
+    training = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        if training[network]:
+            network.train()  # which may do more than set the mode, such as take weights apart that eval() had merged
+        for module, was in training.items():
+            module.training = was
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """In the precision of weights and images, whatever is around: what is read, skipped or exported stays in it."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+def channels_last_(network: nn.Module) -> None:
+    """Let weights lie as NHWC in memory; with images that do, convolutions are faster on most devices."""
+    network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in PyTorch's stubs)
