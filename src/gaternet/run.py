@@ -158,8 +158,8 @@ class RunDirectory:
 
     def _remove_leftovers(self) -> None:
         """What a killed run was about to write."""
-        written = (CONFIG, METRICS, STATE, *(f"{model}/{checkpoint.WEIGHTS}" for model in ("last", "best")))
-        for path in map(self.path.joinpath, written):
+        saved = (f"{model}/{name}" for model in ("last", "best") for name in (checkpoint.CONFIG, checkpoint.WEIGHTS))
+        for path in map(self.path.joinpath, (CONFIG, METRICS, STATE, *saved)):
             for temporary in path.parent.glob(f".{path.name}.*.tmp"):
                 with suppress(OSError):
                     temporary.unlink()
