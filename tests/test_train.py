@@ -382,13 +382,6 @@ def test_a_network_of_other_classes_is_refused_before_anything_is_written(tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_one_image_a_step_is_refused_before_anything_is_written(tmp_path):
-    said = "one image a step, in a process, is too few for BatchNorm1d: raise batch_size"
-    with pytest.raises(ValueError, match=said):
-        train(small("resnet8_gated", batch_size=1), tmp_path / "run", CPU)
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_model_without_names_of_its_classes_says_so(tmp_path):
     model: Any = create_model("resnet8", 10, 1)
     metadata = load_data("digits").metadata()

@@ -91,7 +91,7 @@ def train(
     Raises:
         ValueError: the recipe, the data or the run directory cannot be used.
         OSError: nothing more can be written, say because the disk is full; what was saved stays whole.
-        TrainingError: the loss is no number any more. `Stopped`: a signal came.
+        TrainingError: the loss is no number any more, or memory is full. `Stopped`: a signal came.
     """
     if seed < 0:
         raise ValueError(f"seed must be at least 0, not {seed}")
@@ -104,15 +104,16 @@ def train(
     if len(data.train) < recipe.batch_size:
         raise ValueError(f"batch_size {recipe.batch_size} is more than the {len(data.train)} training images: lower it")
     built_from = recipe if network is None else None
-    network = build_network(recipe, data, seed) if network is None else network
-    network.to(accelerator.device)
+    with _fitting():
+        network = build_network(recipe, data, seed) if network is None else network
+        network.to(accelerator.device)
     data = prepared_for(data, network, built_from)
     to_input = ToInput(data.preprocessing, runtime.channels_last)
     example = to_input(data.test[0][0][None].to(accelerator.device))
     _check_outputs(run_once(network, example, "the network"), data)
-    if recipe.batch_size == accelerator.num_processes and any(isinstance(m, nn.BatchNorm1d) for m in network.modules()):
-        raise ValueError("one image a step, in a process, is too few for BatchNorm1d: raise batch_size")
     set_training_mode(network, recipe)
+    if recipe.batch_size == accelerator.num_processes:
+        _check_one_image(network, example)
     if runtime.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     decay = recipe.optimizer.ema_decay
@@ -272,6 +273,34 @@ def _check_outputs(logits: Any, data: ImageData) -> None:
         raise ValueError(f"the network gives {given} for an image, but must give logits of {len(data.classes)} classes")
 
 
+def _check_one_image(network: nn.Module, image: Tensor) -> None:
+    """That a network can learn from one image (1, C, H, W) at a time; it stays as it is."""
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}  # which BatchNorm changes
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(network, buffers, (image,))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            "one image a step, in a process, is too few for BatchNorm, which would see one value of each channel: "
+            "raise batch_size"
+        ) from error
+
+
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """TrainingError where what is made does not fit into memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, TypeError) as error:
+        if not _fills_memory(error) and "verflow" not in str(error):  # of sizes above 64 bits, which no memory has
+            raise
+        raise TrainingError(
+            f"the network does not fit into memory ({first_line(error)}): name a smaller one, or a lower --bottleneck"
+        ) from error
+
+
 def _way(accelerator: Accelerator) -> dict[str, Any]:
     return {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
 
@@ -332,10 +361,14 @@ class _Clock:
         self.save = time.monotonic()
 
 
+def _fills_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in first_line(error)
+
+
 def _explained(error: Exception) -> TrainingError | None:
     """What can be done about the usual failures of a machine; None for other errors."""
     text = first_line(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
+    if _fills_memory(error):
         return TrainingError(
             f"memory is full ({text}): go on with --resume once other programs are gone, or start anew with a lower "
             "--batch-size or --image-size, in another --out"
