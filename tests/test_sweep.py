@@ -320,6 +320,14 @@ def test_time_runs_out(tmp_path):
     assert [job.state for job in jobs] == ["stopped", "waiting"]
 
 
+def test_numbers_that_say_nothing_are_refused(tmp_path):
+    options: tuple[dict[str, Any], ...] = ({"minutes": float("nan")}, {"minutes": -1.0}, {"at_once": 0})
+    for each in options:
+        with pytest.raises(ValueError, match="must be at least"):
+            sweep(make_jobs([PLAIN], [0], tmp_path), tmp_path / "ledger.jsonl", CPU, **each)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_training_writes_its_own_line(tmp_path, gaternet_command):
     words = ["train", "digits_resnet20", "--epochs", "1", "--cpu", "--out", str(tmp_path / "run")]
     subprocess.run([*gaternet_command, *words, "--ledger", tmp_path / "a" / "ledger.jsonl"], check=True)

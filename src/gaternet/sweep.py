@@ -153,9 +153,14 @@ def sweep(
         The ledger's lines of the jobs, in their order.
 
     Raises:
+        ValueError: an argument is out of range, or the ledger damaged; no run was begun.
         Stopped: time was up, or a signal came; the same call goes on.
         TrainingError: some runs failed; the others are finished.
     """
+    if at_once < 1:
+        raise ValueError(f"at_once must be at least 1, not {at_once}")
+    if minutes is not None and not minutes >= 0:  # NaN is neither, and no time would ever be up
+        raise ValueError(f"minutes must be at least 0, not {minutes}")
     runtime = runtime or Runtime()
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     gpus = [] if runtime.cpu else _visible_gpus()
