@@ -83,6 +83,13 @@ def test_one_option_varies_at_a_time_and_seeds_come_one_after_another(tmp_path):
     assert jobs[0].path == tmp_path / "digits_resnet20" / "seed0"
 
 
+def test_values_that_would_share_a_directory_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"teacher a/b and a_b would both be trained in .*,teacher=a_b: rename one"):
+        make_jobs([PLAIN], [0], tmp_path, {"teacher": ["a/b", "a_b"]})
+    same = {"lr": [PLAIN.optimizer.lr], "data": ["digits"], "noise_std": [0.5]}  # of which the last acts on gates
+    assert len(make_jobs([PLAIN, PLAIN], [0], tmp_path, same)) == 1
+
+
 def test_ledger_says_what_was_measured(swept):
     out, lines = swept
     assert [(line["recipe"], line["options"].get("noise_std")) for line in lines] == [

@@ -122,14 +122,24 @@ def make_jobs(
 
     Each has its directory, out/RECIPE,OPTION=VALUE/seedN. The seeds go one after another, so that a sweep that is cut
     has whole ones.
+
+    Raises:
+        ValueError: two of them would have one directory, and are not the same.
     """
     variants: dict[str, Recipe] = {}
     for recipe in recipes:
         changes = [{}, *({name: value} for name, values in (vary or {}).items() for value in values)]
         for variant in (override(recipe, change) for change in changes):
-            options = changed_options(variant).items()
-            words = [recipe.name, *(f"{name}={value}".replace("/", "_") for name, value in options)]
-            variants.setdefault(",".join(words), variant)  # a value that the recipe has anyway is no other variant
+            options = changed_options(variant)
+            words = [recipe.name, *(f"{name}={value}".replace("/", "_") for name, value in options.items())]
+            name = ",".join(words)
+            first = changed_options(variants.setdefault(name, variant))
+            if first != options:  # else it has a value that the recipe has anyway, and is no other variant
+                option = next(option for option in options if first.get(option) != options[option])
+                raise ValueError(
+                    f"{option} {first.get(option)} and {options[option]} would both be trained in {out / name}: "
+                    "rename one, or train them in sweeps of their own"
+                )
     return [Job(recipe, seed, out / name / f"seed{seed}") for seed in seeds for name, recipe in variants.items()]
 
 
