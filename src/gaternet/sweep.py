@@ -22,7 +22,7 @@ from gaternet.ledger import changed_options, check_ledger, find_line, train_flag
 from gaternet.machine import PARENT, collect_signals, shared_gpu
 from gaternet.progress import summary
 from gaternet.recipe import Recipe, Runtime, override
-from gaternet.run import CONFIG, RunDirectory
+from gaternet.run import CONFIG, METRICS, RunDirectory
 from gaternet.train import Stopped, TrainingError
 
 _FRAME = " │╭╮╰╯─"  # which errors in options come in
@@ -43,6 +43,8 @@ class Job:
         self._process: subprocess.Popen[bytes] | None = None
         self._printed = 0  # bytes of log.txt from before
         self._refusal = ""  # why it could not begin
+        self._epochs: list[dict[str, Any]] = []
+        self._read: tuple[int, int] | None = None  # when its metrics were changed, and their size, when they were read
 
     def start(self, runtime: Runtime, ledger: Path, environment: Mapping[str, str]) -> None:
         """Begin or resume the run, unless it is in the ledger; what it prints goes to log.txt in its directory.
@@ -107,12 +109,22 @@ class Job:
 
     def row(self) -> list[str]:
         """For the overview: name, state, epochs, and what the last of them gave, or why it failed."""
-        epochs = RunDirectory(self.path).epochs()
+        epochs = self._finished_epochs()
         done = f"{len(epochs)}/{self.recipe.epochs}"
         names = ("loss", "accuracy", "density")
         tested = {name: epochs[-1][f"test_{name}"] for name in names if f"test_{name}" in epochs[-1]} if epochs else {}
         gave = self.last_words() if self.state == "failed" else summary(tested) if tested else ""
         return [self.name, self.state, done, gave]
+
+    def _finished_epochs(self) -> list[dict[str, Any]]:
+        """Their metrics; the file, which may be long, is read when it has changed."""
+        try:
+            found = (self.path / METRICS).stat()
+        except OSError:  # not begun yet
+            return []
+        if self._read != (now := (found.st_mtime_ns, found.st_size)):
+            self._read, self._epochs = now, RunDirectory(self.path).epochs()
+        return self._epochs
 
 
 def make_jobs(
