@@ -157,11 +157,11 @@ def test_unfinished_runs_are_refused(tmp_path):
 
 
 def test_a_failing_run_is_reported_and_does_not_keep_the_others_from_finishing(tmp_path, capsys):
-    good, bad = override(PLAIN, SHORT), override(PLAIN, {**SHORT, "data": str(tmp_path / "none.npz")})
-    with pytest.raises(TrainingError, match=r"1 of 2 runs failed, digits_resnet20,.* with: error: no file .*none.npz"):
+    good, bad = override(PLAIN, SHORT), override(PLAIN, {**SHORT, "batch_size": 2000})
+    with pytest.raises(TrainingError, match=r"1 of 2 runs failed, digits_resnet20,.* with: error: batch_size 2000 is"):
         sweep(make_jobs([bad, good], [0], tmp_path), tmp_path / "ledger.jsonl", CPU)
     assert len(read_ledger(tmp_path / "ledger.jsonl")) == 1
-    assert re.search(r"/seed0  failed  0/1  error: no file .*none.npz", capsys.readouterr().out)
+    assert re.search(r"/seed0  failed  0/1  error: batch_size 2000 is more", capsys.readouterr().out)
 
 
 def test_a_run_that_cannot_begin_does_not_keep_the_others_from_finishing(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from gaternet.data import check_source
 from gaternet.files import make_folder
 from gaternet.ledger import changed_options, check_ledger, find_line, train_flags
 from gaternet.machine import PARENT, collect_signals, shared_gpu
+from gaternet.models.create import create_backbone, create_extractor, create_model
 from gaternet.progress import summary
 from gaternet.recipe import Recipe, Runtime, override
-from gaternet.run import CONFIG, METRICS, RunDirectory
+from gaternet.recipes import find_recipe
+from gaternet.run import CONFIG, METRICS, STATE, RunDirectory, find_model
 from gaternet.train import Stopped, TrainingError
 
 _FRAME = " │╭╮╰╯─"  # which errors in options come in
@@ -175,7 +178,7 @@ def sweep(
         The ledger's lines of the jobs, in their order.
 
     Raises:
-        ValueError: an argument is out of range, or the ledger damaged; no run was begun.
+        ValueError: an argument is out of range, the ledger is damaged, or see `check_jobs`; no run was begun.
         Stopped: time was up, or a signal came; the same call goes on.
         TrainingError: some runs failed; the others are finished.
     """
@@ -189,6 +192,7 @@ def sweep(
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
     waiting, running = deque(jobs), dict[int, Job]()
     check_ledger(ledger)
+    check_jobs(jobs, ledger)
     sharing = shared_gpu() if len(gpus) == 1 and at_once > 1 else nullcontext({})
     with sharing as shared, _Overview(jobs) as overview, collect_signals() as received, _ended(running):
         while waiting or running:
@@ -215,6 +219,59 @@ def sweep(
         raise TrainingError(f"{len(bad)} of {len(jobs)} runs failed, {bad[0].name} with: {bad[0].last_words()}")
     lines = [find_line(ledger, job.path) for job in jobs]
     return [line for line in lines if line is not None]
+
+
+def check_jobs(jobs: Sequence[Job], ledger: Path) -> None:
+    """Find out what would keep jobs from being trained, as far as that takes no time; those in the ledger are not.
+
+    Raises:
+        ValueError: a model cannot be built, or there are no such data, teacher or weights, and no earlier job makes
+            them.
+    """
+    built, made = list[Recipe](), list[Path]()
+    for job in jobs:
+        try:
+            done = find_line(ledger, job.path) is not None
+        except (ValueError, OSError):  # its directory is damaged, which keeps no other from being trained
+            done = True
+        try:
+            if not done:
+                if job.recipe not in built:
+                    _check_model(job.recipe)
+                    built.append(job.recipe)
+                check_source(job.recipe.data)
+                _check_starts(job, made)
+        except ValueError as error:
+            raise ValueError(f"{job.name} cannot be trained: {error}") from error
+        made.append(job.path.resolve())
+
+
+def _check_model(recipe: Recipe) -> None:
+    """Builds it without its numbers, where PyTorch can; the data decide how many classes it has, and where gates lie.
+
+    How it is named to the process that trains it is checked as well.
+    """
+    find_recipe(recipe.name)
+    train_flags(changed_options(recipe))
+    gating = recipe.gating
+    with torch.device("meta"), suppress(RuntimeError, TypeError):
+        if recipe.model is not None:
+            create_model(recipe.model, **recipe.gater_options())
+        else:
+            create_backbone(str(recipe.backbone))
+            create_extractor("resnet20" if gating.extractor == "auto" else gating.extractor, shrink=gating.shrink or 1)
+
+
+def _check_starts(job: Job, made: Collection[Path]) -> None:
+    """That what a run learns from is there, or in one of the directories that are `made` before."""
+    recipe, starts = job.recipe, []
+    if not (job.path / STATE).exists():  # else it goes on without them
+        starts = [recipe.gating.backbone_from, recipe.gating.extractor_from if recipe.gated else None]
+    for source in (recipe.distillation.teacher, *starts):
+        if source is None or any(Path(source).resolve().is_relative_to(path) for path in made):
+            continue
+        if source not in starts or not Path(source).is_file():  # a file of weights is no teacher
+            find_model(Path(source))
 
 
 def _visible_gpus() -> list[str]:
