@@ -1,6 +1,6 @@
 """A run directory: what one training run leaves behind.
 
-    config.json     recipe, runtime, seed, versions, machine, command; and where else the run went on
+    config.json     recipe, runtime, seed, preprocessing, versions, machine, command; where else the run went on
     metrics.jsonl   one line every few steps and one an epoch
     last/, best/    the model after the last epoch, and after the one with the highest test accuracy
     training.pt     what `--resume` continues from
@@ -92,6 +92,12 @@ class RunDirectory:
                 text = "".join(json.dumps(line) + "\n" for line in kept)
                 files.write_atomically(self.path / METRICS, lambda temporary: temporary.write_text(text))
             return state
+
+    def preprocessing(self) -> dict[str, Any] | None:
+        """How images became inputs in a run that has a state to go on from; None for others, and an older version's."""
+        if not (self.path / CONFIG).exists() or not (self.path / STATE).exists():
+            return None
+        return files.read_json(self.path / CONFIG).get("preprocessing")
 
     def note_data(self, data: str) -> None:
         """Say in the config where the images lie now."""

@@ -104,10 +104,12 @@ def train(
     if len(data.train) < recipe.batch_size:
         raise ValueError(f"batch_size {recipe.batch_size} is more than the {len(data.train)} training images: lower it")
     built_from = recipe if network is None else None
+    known = RunDirectory(Path(run_dir)).preprocessing() if resume else None
     with _fitting():
-        network = build_network(recipe, data, seed) if network is None else network
+        if network is None:
+            network = build_network(recipe, data, seed, trained=known is None)  # else the saved state has its weights
         network.to(accelerator.device)
-    data = prepared_for(data, network, built_from)
+    data = prepared_for(data, network, built_from, known)
     to_input = ToInput(data.preprocessing, runtime.channels_last)
     example = to_input(data.test[0][0][None].to(accelerator.device))
     _check_outputs(run_once(network, example, "the network"), data)
@@ -143,7 +145,8 @@ def train(
     config: dict[str, Any] = {"recipe": asdict(recipe), "images": data.identity(), "seed": seed}
     if not built_from:
         config["network"] = type(network.backbone if isinstance(network, GaterNet) else network).__name__
-    run, state = _open_run(Path(run_dir), config, runtime, resume, accelerator)  # all faults were found
+    about = {"runtime": asdict(runtime), "preprocessing": asdict(data.preprocessing), **_way(accelerator)}
+    run, state = _open_run(Path(run_dir), config, about, resume, accelerator)  # all faults were found
 
     record: dict[str, Any] = {}
     main = accelerator.is_main_process
@@ -254,15 +257,18 @@ def _unwrapped(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
 
 
 def _open_run(
-    path: Path, config: Mapping[str, Any], runtime: Runtime, resume: bool, accelerator: Accelerator
+    path: Path, config: Mapping[str, Any], about: Mapping[str, Any], resume: bool, accelerator: Accelerator
 ) -> tuple[RunDirectory, dict[str, Any] | None]:
-    """A run directory, begun or continued, and the state to go on from, if there is one."""
+    """A run directory, begun or continued, and the state to go on from, if there is one.
+
+    What is told `about` a new one may be otherwise when it goes on, unlike its `config`.
+    """
     run, state = RunDirectory(path), None
     with accelerator.main_process_first():  # the others read what the main process has put in order
         if resume:
             state = run.resume(config, accelerator.is_main_process)
         elif accelerator.is_main_process:
-            run.start({**config, "runtime": asdict(runtime), **_way(accelerator)})
+            run.start({**config, **about})
     return run, state
 
 
