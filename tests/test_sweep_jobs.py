@@ -101,6 +101,31 @@ def test_runs_may_learn_from_what_is_there_and_from_what_earlier_ones_make(tmp_p
         check_jobs(jobs[::-1], Path("ledger.jsonl"))
 
 
+def test_a_run_waits_for_what_it_learns_from_and_others_do_not(tmp_path, monkeypatch):
+    events, watched = [], {}
+
+    def start(job: Job, *rest: object) -> None:
+        events.append(("begins", job))
+        job.state = "running"
+
+    def watch(job: Job) -> None:
+        watched[job] = watched.get(job, 0) + 1
+        if watched[job] == 3:
+            events.append(("ends", job))
+            job.state = "finished"
+
+    monkeypatch.setattr(Job, "start", start)
+    monkeypatch.setattr(Job, "watch", watch)
+    recipes = [PLAIN]
+    for learns_from in ("extractor_from", "teacher"):  # of the one before
+        recipes.append(override(GATED, {learns_from: str(make_jobs(recipes, [0], tmp_path)[-1].path)}))
+    first, follower, last, other = jobs = make_jobs([*recipes, GATED], [0], tmp_path)
+    sweep(jobs, tmp_path / "ledger.jsonl", at_once=2)
+    assert [job for what, job in events if what == "begins"] == [first, other, follower, last]
+    for earlier, later in ((first, follower), (follower, last)):
+        assert events.index(("ends", earlier)) < events.index(("begins", later))
+
+
 def test_a_run_that_goes_on_needs_no_weights_to_start_from(tmp_path):
     recipe = override(GATED, {"backbone_from": "none", "extractor_from": "none"})
     (job,) = make_jobs([recipe], [0], tmp_path)

@@ -197,8 +197,8 @@ def sweep(
     with sharing as shared, _Overview(jobs) as overview, collect_signals() as received, _ended(running):
         while waiting or running:
             for slot in range(at_once):
-                if slot not in running and waiting:
-                    running[slot] = waiting.popleft()
+                if slot not in running and (job := _next(waiting, running.values())):
+                    running[slot] = job
                     environment = {"OMP_NUM_THREADS": threads, **shared}
                     if len(gpus) > 1:
                         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
@@ -264,14 +264,32 @@ def _check_model(recipe: Recipe) -> None:
 
 def _check_starts(job: Job, made: Collection[Path]) -> None:
     """That what a run learns from is there, or in one of the directories that are `made` before."""
-    recipe, starts = job.recipe, []
-    if not (job.path / STATE).exists():  # else it goes on without them
-        starts = [recipe.gating.backbone_from, recipe.gating.extractor_from if recipe.gated else None]
-    for source in (recipe.distillation.teacher, *starts):
-        if source is None or any(Path(source).resolve().is_relative_to(path) for path in made):
-            continue
-        if source not in starts or not Path(source).is_file():  # a file of weights is no teacher
+    for source in _sources(job):
+        if not _lies_in(source, made) and (source == job.recipe.distillation.teacher or not Path(source).is_file()):
             find_model(Path(source))
+
+
+def _sources(job: Job) -> list[str]:
+    """The teacher and the weights, from which a run that goes on does not start, that are read when it begins."""
+    recipe, sources = job.recipe, [job.recipe.distillation.teacher]
+    if not (job.path / STATE).exists():
+        sources += [recipe.gating.backbone_from, recipe.gating.extractor_from if recipe.gated else None]
+    return [source for source in sources if source]
+
+
+def _lies_in(source: str, directories: Collection[Path]) -> bool:
+    return any(Path(source).resolve().is_relative_to(path) for path in directories)
+
+
+def _next(waiting: deque[Job], running: Collection[Job]) -> Job | None:
+    """Takes the first that reads nothing of what others are still to make."""
+    unfinished = [job.path.resolve() for job in running]
+    for job in waiting:
+        if not any(_lies_in(source, unfinished) for source in _sources(job)):
+            waiting.remove(job)
+            return job
+        unfinished.append(job.path.resolve())
+    return None
 
 
 def _visible_gpus() -> list[str]:
