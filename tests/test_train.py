@@ -19,7 +19,7 @@ from torch import nn
 from training_runs import CPU, assert_same_weights, exit_codes, free_port, records, small, weights
 
 import gaternet.step
-from gaternet import checkpoint
+from gaternet import files
 from gaternet.checkpoint import load_model, save_model
 from gaternet.cost import count_macs
 from gaternet.data import DataError, Preprocessing, load_data
@@ -204,7 +204,7 @@ def assert_equal(part: nn.Module, expected: nn.Module | dict[str, torch.Tensor])
 
 
 def test_a_folder_is_free_again_where_a_run_could_not_be_started(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "write_json", Mock(side_effect=OSError("no space left")))
+    monkeypatch.setattr(files, "write_json", Mock(side_effect=OSError("no space left")))
     refused = RunDirectory(tmp_path)
     with pytest.raises(OSError, match="no space left"):
         refused.start({})
