@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from gaternet.augment import DRAWS, GREY, augment_batch, file_transform
-from gaternet.data import ImageSet, load_data
+from gaternet.data import DataError, ImageSet, load_data
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.recipe import Augmentation, Runtime
@@ -167,6 +167,18 @@ def test_signals_to_all_processes_leave_those_that_read_files_alone(folder, acce
     assert worker.pid is not None
     os.kill(worker.pid, signum)
     assert len([*first, *epoch]) == 10
+
+
+def test_processes_that_read_files_end_with_the_error_of_one_of_them(folder, accelerator):
+    """Also while somebody holds the error, as Python's prompt and notebooks do."""
+    data = load_data(str(folder), Augmentation(), 8)
+    os.truncate(folder / "train" / "dog" / "4.png", 40)
+    for workers in (0, 2):
+        batches = make_batches(data.train, 1, replace(CPU, workers=workers), accelerator, seed=0)
+        with pytest.raises(DataError, match=r"^cannot read image \S+4.png") as held:
+            list(batches.epoch())
+        assert multiprocessing.active_children() == []
+        assert (len(held.traceback) > 3) == (workers == 0)  # where it arose, if that was here
 
 
 def test_files_are_augmented_as_seed_epoch_and_index_say(folder, accelerator):

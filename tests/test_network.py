@@ -1,6 +1,9 @@
 """What a recipe builds: a gated backbone of others', its starting weights, frozen parts, the penalty's weights."""
 
 import dataclasses
+import json
+import shutil
+import signal
 import statistics
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from training_runs import small
+from training_runs import assert_same_weights, send_signal_after, small
 
 from gaternet.checkpoint import load_model, save_model
 from gaternet.cost import CostModel, count_macs
@@ -22,7 +25,7 @@ from gaternet.models import create_model
 from gaternet.network import build_network, make_density, make_optimizer, prepared_for
 from gaternet.recipe import Gating, Recipe, Runtime, override
 from gaternet.recipes import find_recipe
-from gaternet.train import train
+from gaternet.train import Stopped, train
 
 CPU = Runtime(cpu=True, precision="no", log_every=1)
 
@@ -325,6 +328,51 @@ def test_finetuning_resumes_to_the_same_weights(tmp_path: Path, monkeypatch):
     train(recipe, tmp_path / "cut", CPU, resume=True)
     whole, cut = (load_model(tmp_path / name / "last")[0].state_dict() for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def cut_after(steps: int, recipe: Recipe, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        send_signal_after(patched, steps, signal.SIGTERM)
+        with pytest.raises(Stopped):
+            train(recipe, path, CPU)
+
+
+def test_a_run_goes_on_without_the_weights_that_it_started_from(tmp_path, monkeypatch):
+    plain: Any = create_model("resnet20", 10, 1)
+    inputs = {"height": 8, "width": 8, "mean": (0.12345678901234,), "std": (0.3,)}
+    save_model(plain, tmp_path / "start" / "last", {"backbone": plain.gaternet_source, "preprocessing": inputs})
+    start, cut = str(tmp_path / "start"), tmp_path / "cut"
+    recipe = finetune(epochs=2, backbone_from=start, extractor_from=f"{start}/last/model.safetensors")
+    train(recipe, tmp_path / "whole", CPU)
+    cut_after(8, recipe, cut, monkeypatch)
+    shutil.rmtree(start)
+    config = json.loads((cut / "config.json").read_text())
+    (cut / "config.json").write_text(json.dumps({**config, "preprocessing": None}))
+    with pytest.raises(ValueError, match=f"no run or saved model {start}"):
+        train(recipe, cut, CPU, resume=True)  # an older version's, which did not keep how images became its inputs
+    (cut / "config.json").write_text(json.dumps(config))
+    train(recipe, cut, CPU, resume=True)
+    assert_same_weights(tmp_path / "whole", cut)
+    assert load_model(cut / "last")[1]["preprocessing"]["mean"] == [0.12345678901234]
+
+
+def test_a_run_goes_on_without_a_download(tmp_path, monkeypatch):
+    create, asked = timm.create_model, []
+    monkeypatch.setattr(timm, "create_model", lambda *a, pretrained, **b: asked.append(pretrained) or create(*a, **b))
+    recipe = finetune(epochs=2, backbone="timm:test_resnet", image_size=32, pretrained=True)
+    cut_after(3, recipe, tmp_path / "cut", monkeypatch)
+    assert asked.count(True) == 1
+    train(recipe, tmp_path / "cut", CPU, resume=True)
+    assert asked.count(True) == 1
+
+
+def test_a_run_goes_on_with_its_teacher_alone(tmp_path, monkeypatch):
+    train(small("resnet20", epochs=1), tmp_path / "teacher", CPU)
+    recipe = small("resnet20", teacher=str(tmp_path / "teacher"))
+    cut_after(3, recipe, tmp_path / "cut", monkeypatch)
+    shutil.rmtree(tmp_path / "teacher")
+    with pytest.raises(ValueError, match=r"no run or saved model .*teacher"):
+        train(recipe, tmp_path / "cut", CPU, resume=True)
 
 
 def test_a_recipes_options_reach_the_gater_of_a_published_model():

@@ -170,7 +170,8 @@ class Given(nn.Module):
         return tuple(self.outputs)
 
 
-def test_a_step_descends_the_loss_by_hand():
+def test_a_step_descends_the_loss_by_hand(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # exported for some other training
     recipe = Recipe(
         "own",
         optimizer=Optimizer(label_smoothing=0.3),

@@ -83,6 +83,13 @@ def test_one_option_varies_at_a_time_and_seeds_come_one_after_another(tmp_path):
     assert jobs[0].path == tmp_path / "digits_resnet20" / "seed0"
 
 
+def test_values_that_would_share_a_directory_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"teacher a/b and a_b would both be trained in .*,teacher=a_b: rename one"):
+        make_jobs([PLAIN], [0], tmp_path, {"teacher": ["a/b", "a_b"]})
+    same = {"lr": [PLAIN.optimizer.lr], "data": ["digits"], "noise_std": [0.5]}  # of which the last acts on gates
+    assert len(make_jobs([PLAIN, PLAIN], [0], tmp_path, same)) == 1
+
+
 def test_ledger_says_what_was_measured(swept):
     out, lines = swept
     assert [(line["recipe"], line["options"].get("noise_std")) for line in lines] == [
@@ -150,11 +157,11 @@ def test_unfinished_runs_are_refused(tmp_path):
 
 
 def test_a_failing_run_is_reported_and_does_not_keep_the_others_from_finishing(tmp_path, capsys):
-    good, bad = override(PLAIN, SHORT), override(PLAIN, {**SHORT, "data": str(tmp_path / "none.npz")})
-    with pytest.raises(TrainingError, match=r"1 of 2 runs failed, digits_resnet20,.* with: error: no file .*none.npz"):
+    good, bad = override(PLAIN, SHORT), override(PLAIN, {**SHORT, "batch_size": 2000})
+    with pytest.raises(TrainingError, match=r"1 of 2 runs failed, digits_resnet20,.* with: error: batch_size 2000 is"):
         sweep(make_jobs([bad, good], [0], tmp_path), tmp_path / "ledger.jsonl", CPU)
     assert len(read_ledger(tmp_path / "ledger.jsonl")) == 1
-    assert re.search(r"/seed0  failed  0/1  error: no file .*none.npz", capsys.readouterr().out)
+    assert re.search(r"/seed0  failed  0/1  error: batch_size 2000 is more", capsys.readouterr().out)
 
 
 def test_a_run_that_cannot_begin_does_not_keep_the_others_from_finishing(tmp_path, monkeypatch):
@@ -318,6 +325,14 @@ def test_time_runs_out(tmp_path):
     with pytest.raises(Stopped, match=r"stopped after 0 minutes, with all saved; 0 of 2 runs"):
         sweep(jobs, tmp_path / "ledger.jsonl", CPU, minutes=0.0)
     assert [job.state for job in jobs] == ["stopped", "waiting"]
+
+
+def test_numbers_that_say_nothing_are_refused(tmp_path):
+    options: tuple[dict[str, Any], ...] = ({"minutes": float("nan")}, {"minutes": -1.0}, {"at_once": 0})
+    for each in options:
+        with pytest.raises(ValueError, match="must be at least"):
+            sweep(make_jobs([PLAIN], [0], tmp_path), tmp_path / "ledger.jsonl", CPU, **each)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_training_writes_its_own_line(tmp_path, gaternet_command):

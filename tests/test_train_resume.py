@@ -63,7 +63,7 @@ def test_killed_run_resumes_from_its_last_checkpoint_to_the_same_weights(finishe
 def test_what_a_kill_left_half_written_is_removed_and_nothing_else(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    left = [run / ".training.pt.77.tmp", run / "last" / ".model.safetensors.77.tmp"]
+    left = [run / f"{name}.77.tmp" for name in (".training.pt", "last/.model.safetensors", "best/.config.json")]
     others = [run / ".notes.txt.77.tmp", run / "training.pt.tmp"]
     for path in (*left, *others):
         path.write_bytes(b"half")

@@ -17,8 +17,8 @@ import gaternet.train
 build = gaternet.train.build_network
 
 
-def build_with_fixed_norms(*args):
-    network = build(*args)
+def build_with_fixed_norms(*args, **options):
+    network = build(*args, **options)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.constant_(module.weight, 0.7)  # for sums of many residual units not to grow

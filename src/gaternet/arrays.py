@@ -81,8 +81,6 @@ def read_npz(path: Path) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
             if missing := [name for name in names if name not in file.files]:
                 raise DataError(f"{path} has no array {missing[0]}: it must hold {', '.join(names)}")
             arrays = {name: np.asarray(file[name]) for name in names}
-    except FileNotFoundError as error:
-        raise DataError(f"no file {path}: check --data") from error
     except DataError:
         raise
     except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:

@@ -210,6 +210,7 @@ def load_data(
     Raises:
         DataError: there is no such data, or it cannot be used; the message names the mend.
     """
+    check_source(source)
     if source in EMBEDDED:
         arrays, classes, known = digits(), tuple(map(str, range(10))), None
     elif source in TORCHVISION:
@@ -217,14 +218,8 @@ def load_data(
         known = _KNOWN_STATISTICS[source]
     elif source.endswith(".npz"):
         arrays, classes, known = *read_npz(Path(source)), None
-    elif Path(source).is_dir():
-        return _folder(Path(source), augmentation, image_size or 224, seed)
     else:
-        names = ", ".join([*EMBEDDED, *TORCHVISION])
-        raise DataError(
-            f"no data {source!r}: it is not one of {names}, nor a .npz file, nor a folder that exists; "
-            "name yours with --data"
-        )
+        return _folder(Path(source), augmentation, image_size or 224, seed)
     images, labels, test_images, test_labels = arrays
     if image_size is not None:
         resize = v2.Resize([image_size, image_size])
@@ -240,6 +235,18 @@ def load_data(
         classes,
         Preprocessing(height, width, mean, std),
     )
+
+
+def check_source(source: str) -> None:
+    """DataError if there are no data of that name, see `load_data`; torchvision's may be still to be downloaded."""
+    if source.endswith(".npz") and not Path(source).exists():
+        raise DataError(f"no file {source}: check --data")
+    if source not in (*EMBEDDED, *TORCHVISION) and not source.endswith(".npz") and not Path(source).is_dir():
+        names = ", ".join([*EMBEDDED, *TORCHVISION])
+        raise DataError(
+            f"no data {source!r}: it is not one of {names}, nor a .npz file, nor a folder that exists; "
+            "name yours with --data"
+        )
 
 
 def read_image(path: str | Path, channels: int) -> UInt8[Tensor, "chans h w"]:

@@ -80,7 +80,12 @@ class FileBatches:
         loader.set_epoch(epoch)  # would set another one itself
         if self._sampler is not None:  # which it does not reach where it skips for one process of several
             self._sampler.set_epoch(epoch)
-        return iter(loader)
+        try:
+            yield from loader
+        except BaseException as error:
+            if self._loader.num_workers:  # what holds the error would hold the frames where it arose, and so them
+                error.__traceback__ = None
+            raise
 
 
 Batches = MemoryBatches | FileBatches

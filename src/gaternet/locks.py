@@ -8,6 +8,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+_held: set[int] = set()  # the descriptors of this process' locks
+
 
 def lock_folder(path: Path, wait: bool) -> int | None:
     """A file descriptor that holds the lock until `unlock_folder`; None where the system or the disk has no locks.
@@ -26,11 +28,23 @@ def lock_folder(path: Path, wait: bool) -> int | None:
     except OSError:  # a file system without locks
         os.close(handle)
         return None
+    _held.add(handle)
     return handle
 
 
 def unlock_folder(handle: int) -> None:
-    """Let go of a lock, also where processes that were forked meanwhile have copies of its descriptor."""
-    if fcntl is not None:
+    """Let go of a lock, also where there are copies of its descriptor; nothing in a process that was forked since."""
+    if fcntl is not None and handle in _held:
+        _held.remove(handle)
         fcntl.flock(handle, fcntl.LOCK_UN)
-    os.close(handle)
+        os.close(handle)
+
+
+def _close_copies() -> None:
+    """In a process that was just forked: what it inherited would hold the lock of one that is killed."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_close_copies)

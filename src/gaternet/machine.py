@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch import Tensor
 
 from gaternet.recipe import Runtime
@@ -39,7 +39,10 @@ def make_accelerator(runtime: Runtime) -> Accelerator:
     cpu = runtime.cpu or not torch.accelerator.is_available()  # said outright, or torchrun's processes would not meet
     pinned = torch.cuda.is_available() and not cpu  # as the loader's batches are: their copies need no waiting
     loading = DataLoaderConfiguration(even_batches=False, non_blocking=pinned)  # no image twice
-    accelerator = Accelerator(mixed_precision=precision, cpu=cpu, dataloader_config=loading)
+    whole = GradientAccumulationPlugin(num_steps=1)  # or the environment might say by what gradients are divided
+    accelerator = Accelerator(
+        mixed_precision=precision, cpu=cpu, dataloader_config=loading, gradient_accumulation_plugin=whole
+    )
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("fp16 needs a GPU, for its gradients must be scaled: use --precision bf16 or no")
     return accelerator

@@ -21,24 +21,27 @@ from gaternet.recipe import Gating, Recipe
 from gaternet.run import find_model, load_trained
 
 
-def build_network(recipe: Recipe, data: ImageData, seed: int) -> nn.Module:
-    """The recipe's model with weights drawn from `seed`, or taken from where the recipe says."""
+def build_network(recipe: Recipe, data: ImageData, seed: int, trained: bool = True) -> nn.Module:
+    """The recipe's model with weights drawn from `seed`, or taken from where the recipe says.
+
+    Without `trained` they are drawn anyway: others are to take their place.
+    """
     torch.manual_seed(seed)
     shape: dict[str, Any] = {"num_classes": len(data.classes), "in_chans": data.preprocessing.channels}
     gating = recipe.gating
     if recipe.model is not None:
         network = create_model(recipe.model, **shape, **recipe.gater_options())
     else:
-        backbone = create_model(str(recipe.backbone), **shape, pretrained=recipe.pretrained)
+        backbone = create_model(str(recipe.backbone), **shape, pretrained=recipe.pretrained and trained)
         if isinstance(backbone, GaterNet):
             raise ValueError(f"backbone must be a plain network to gate, but {recipe.backbone} is gated already")
         sizes = data.preprocessing.channels, data.preprocessing.height, data.preprocessing.width
         network = gate_as(gating, backbone.train(), torch.zeros(2, *sizes))
     gated = isinstance(network, GaterNet)
-    if gating.backbone_from:
+    if gating.backbone_from and trained:
         backbone = network.backbone if gated else network
         _start_from(backbone, gating.backbone_from, "backbone", len(data.classes))
-    if gating.extractor_from:
+    if gating.extractor_from and trained:
         if not gated:
             raise ValueError(f"{recipe.model} has no gater that could start from {gating.extractor_from}")
         _start_from(network.gater.get_submodule("extractor"), gating.extractor_from, "extractor", 0)
@@ -125,17 +128,20 @@ def load_teacher(recipe: Recipe, data: ImageData, accelerator: Accelerator) -> C
     return ask
 
 
-def prepared_for(data: ImageData, network: nn.Module, recipe: Recipe | None = None) -> ImageData:
+def prepared_for(
+    data: ImageData, network: nn.Module, recipe: Recipe | None = None, known: Mapping[str, Any] | None = None
+) -> ImageData:
     """The data, normalised as the network's trained weights want it.
 
-    As it was where backbone_from was trained, if that was saved, or else by the network's `pretrained_cfg`, timm's,
-    where it has one. With a recipe that starts from no trained weights, the data as it is.
+    As is `known`, a preprocessing, of a run that goes on; or as it was where backbone_from was trained, if that was
+    saved; or else by the network's `pretrained_cfg`, timm's, where it has one. With a recipe that starts from no
+    trained weights, the data as it is.
     """
     source = recipe.gating.backbone_from if recipe else None
     if recipe and not (source or recipe.pretrained):
         return data
     backbone = network.backbone if isinstance(network, GaterNet) else network
-    config: Any = (source and _saved_preprocessing(Path(source))) or getattr(backbone, "pretrained_cfg", None)
+    config: Any = known or (source and _saved_preprocessing(Path(source))) or getattr(backbone, "pretrained_cfg", None)
     if not config or len(config["mean"]) != data.preprocessing.channels:
         return data
     mean, std = tuple(config["mean"]), tuple(config["std"])

@@ -1,6 +1,6 @@
 """A run directory: what one training run leaves behind.
 
-    config.json     recipe, runtime, seed, versions, machine, command; and where else the run went on
+    config.json     recipe, runtime, seed, preprocessing, versions, machine, command; where else the run went on
     metrics.jsonl   one line every few steps and one an epoch
     last/, best/    the model after the last epoch, and after the one with the highest test accuracy
     training.pt     what `--resume` continues from
@@ -93,6 +93,12 @@ class RunDirectory:
                 files.write_atomically(self.path / METRICS, lambda temporary: temporary.write_text(text))
             return state
 
+    def preprocessing(self) -> dict[str, Any] | None:
+        """How images became inputs in a run that has a state to go on from; None for others, and an older version's."""
+        if not (self.path / CONFIG).exists() or not (self.path / STATE).exists():
+            return None
+        return files.read_json(self.path / CONFIG).get("preprocessing")
+
     def note_data(self, data: str) -> None:
         """Say in the config where the images lie now."""
         config = files.read_json(self.path / CONFIG)
@@ -158,8 +164,8 @@ class RunDirectory:
 
     def _remove_leftovers(self) -> None:
         """What a killed run was about to write."""
-        written = (CONFIG, METRICS, STATE, *(f"{model}/{checkpoint.WEIGHTS}" for model in ("last", "best")))
-        for path in map(self.path.joinpath, written):
+        saved = (f"{model}/{name}" for model in ("last", "best") for name in (checkpoint.CONFIG, checkpoint.WEIGHTS))
+        for path in map(self.path.joinpath, (CONFIG, METRICS, STATE, *saved)):
             for temporary in path.parent.glob(f".{path.name}.*.tmp"):
                 with suppress(OSError):
                     temporary.unlink()

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from gaternet.data import check_source
 from gaternet.files import make_folder
 from gaternet.ledger import changed_options, check_ledger, find_line, train_flags
 from gaternet.machine import PARENT, collect_signals, shared_gpu
+from gaternet.models.create import create_backbone, create_extractor, create_model
 from gaternet.progress import summary
 from gaternet.recipe import Recipe, Runtime, override
-from gaternet.run import CONFIG, RunDirectory
+from gaternet.recipes import find_recipe
+from gaternet.run import CONFIG, METRICS, STATE, RunDirectory, find_model
 from gaternet.train import Stopped, TrainingError
 
 _FRAME = " │╭╮╰╯─"  # which errors in options come in
@@ -43,6 +46,8 @@ class Job:
         self._process: subprocess.Popen[bytes] | None = None
         self._printed = 0  # bytes of log.txt from before
         self._refusal = ""  # why it could not begin
+        self._epochs: list[dict[str, Any]] = []
+        self._read: tuple[int, int] | None = None  # when its metrics were changed, and their size, when they were read
 
     def start(self, runtime: Runtime, ledger: Path, environment: Mapping[str, str]) -> None:
         """Begin or resume the run, unless it is in the ledger; what it prints goes to log.txt in its directory.
@@ -107,12 +112,22 @@ class Job:
 
     def row(self) -> list[str]:
         """For the overview: name, state, epochs, and what the last of them gave, or why it failed."""
-        epochs = RunDirectory(self.path).epochs()
+        epochs = self._finished_epochs()
         done = f"{len(epochs)}/{self.recipe.epochs}"
         names = ("loss", "accuracy", "density")
         tested = {name: epochs[-1][f"test_{name}"] for name in names if f"test_{name}" in epochs[-1]} if epochs else {}
         gave = self.last_words() if self.state == "failed" else summary(tested) if tested else ""
         return [self.name, self.state, done, gave]
+
+    def _finished_epochs(self) -> list[dict[str, Any]]:
+        """Their metrics; the file, which may be long, is read when it has changed."""
+        try:
+            found = (self.path / METRICS).stat()
+        except OSError:  # not begun yet
+            return []
+        if self._read != (now := (found.st_mtime_ns, found.st_size)):
+            self._read, self._epochs = now, RunDirectory(self.path).epochs()
+        return self._epochs
 
 
 def make_jobs(
@@ -122,14 +137,24 @@ def make_jobs(
 
     Each has its directory, out/RECIPE,OPTION=VALUE/seedN. The seeds go one after another, so that a sweep that is cut
     has whole ones.
+
+    Raises:
+        ValueError: two of them would have one directory, and are not the same.
     """
     variants: dict[str, Recipe] = {}
     for recipe in recipes:
         changes = [{}, *({name: value} for name, values in (vary or {}).items() for value in values)]
         for variant in (override(recipe, change) for change in changes):
-            options = changed_options(variant).items()
-            words = [recipe.name, *(f"{name}={value}".replace("/", "_") for name, value in options)]
-            variants.setdefault(",".join(words), variant)  # a value that the recipe has anyway is no other variant
+            options = changed_options(variant)
+            words = [recipe.name, *(f"{name}={value}".replace("/", "_") for name, value in options.items())]
+            name = ",".join(words)
+            first = changed_options(variants.setdefault(name, variant))
+            if first != options:  # else it has a value that the recipe has anyway, and is no other variant
+                option = next(option for option in options if first.get(option) != options[option])
+                raise ValueError(
+                    f"{option} {first.get(option)} and {options[option]} would both be trained in {out / name}: "
+                    "rename one, or train them in sweeps of their own"
+                )
     return [Job(recipe, seed, out / name / f"seed{seed}") for seed in seeds for name, recipe in variants.items()]
 
 
@@ -153,21 +178,27 @@ def sweep(
         The ledger's lines of the jobs, in their order.
 
     Raises:
+        ValueError: an argument is out of range, the ledger is damaged, or see `check_jobs`; no run was begun.
         Stopped: time was up, or a signal came; the same call goes on.
         TrainingError: some runs failed; the others are finished.
     """
+    if at_once < 1:
+        raise ValueError(f"at_once must be at least 1, not {at_once}")
+    if minutes is not None and not minutes >= 0:  # NaN is neither, and no time would ever be up
+        raise ValueError(f"minutes must be at least 0, not {minutes}")
     runtime = runtime or Runtime()
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     gpus = [] if runtime.cpu else _visible_gpus()
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
     waiting, running = deque(jobs), dict[int, Job]()
     check_ledger(ledger)
+    check_jobs(jobs, ledger)
     sharing = shared_gpu() if len(gpus) == 1 and at_once > 1 else nullcontext({})
     with sharing as shared, _Overview(jobs) as overview, collect_signals() as received, _ended(running):
         while waiting or running:
             for slot in range(at_once):
-                if slot not in running and waiting:
-                    running[slot] = waiting.popleft()
+                if slot not in running and (job := _next(waiting, running.values())):
+                    running[slot] = job
                     environment = {"OMP_NUM_THREADS": threads, **shared}
                     if len(gpus) > 1:
                         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
@@ -188,6 +219,77 @@ def sweep(
         raise TrainingError(f"{len(bad)} of {len(jobs)} runs failed, {bad[0].name} with: {bad[0].last_words()}")
     lines = [find_line(ledger, job.path) for job in jobs]
     return [line for line in lines if line is not None]
+
+
+def check_jobs(jobs: Sequence[Job], ledger: Path) -> None:
+    """Find out what would keep jobs from being trained, as far as that takes no time; those in the ledger are not.
+
+    Raises:
+        ValueError: a model cannot be built, or there are no such data, teacher or weights, and no earlier job makes
+            them.
+    """
+    built, made = list[Recipe](), list[Path]()
+    for job in jobs:
+        try:
+            done = find_line(ledger, job.path) is not None
+        except (ValueError, OSError):  # its directory is damaged, which keeps no other from being trained
+            done = True
+        try:
+            if not done:
+                if job.recipe not in built:
+                    _check_model(job.recipe)
+                    built.append(job.recipe)
+                check_source(job.recipe.data)
+                _check_starts(job, made)
+        except ValueError as error:
+            raise ValueError(f"{job.name} cannot be trained: {error}") from error
+        made.append(job.path.resolve())
+
+
+def _check_model(recipe: Recipe) -> None:
+    """Builds it without its numbers, where PyTorch can; the data decide how many classes it has, and where gates lie.
+
+    How it is named to the process that trains it is checked as well.
+    """
+    find_recipe(recipe.name)
+    train_flags(changed_options(recipe))
+    gating = recipe.gating
+    with torch.device("meta"), suppress(RuntimeError, TypeError):
+        if recipe.model is not None:
+            create_model(recipe.model, **recipe.gater_options())
+        else:
+            create_backbone(str(recipe.backbone))
+            create_extractor("resnet20" if gating.extractor == "auto" else gating.extractor, shrink=gating.shrink or 1)
+
+
+def _check_starts(job: Job, made: Collection[Path]) -> None:
+    """That what a run learns from is there, or in one of the directories that are `made` before."""
+    for source in _sources(job):
+        if not _lies_in(source, made) and (source == job.recipe.distillation.teacher or not Path(source).is_file()):
+            find_model(Path(source))
+
+
+def _sources(job: Job) -> list[str]:
+    """The teacher and the weights, from which a run that goes on does not start, that are read when it begins."""
+    recipe, sources = job.recipe, [job.recipe.distillation.teacher]
+    if not (job.path / STATE).exists():
+        sources += [recipe.gating.backbone_from, recipe.gating.extractor_from if recipe.gated else None]
+    return [source for source in sources if source]
+
+
+def _lies_in(source: str, directories: Collection[Path]) -> bool:
+    return any(Path(source).resolve().is_relative_to(path) for path in directories)
+
+
+def _next(waiting: deque[Job], running: Collection[Job]) -> Job | None:
+    """Takes the first that reads nothing of what others are still to make."""
+    unfinished = [job.path.resolve() for job in running]
+    for job in waiting:
+        if not any(_lies_in(source, unfinished) for source in _sources(job)):
+            waiting.remove(job)
+            return job
+        unfinished.append(job.path.resolve())
+    return None
 
 
 def _visible_gpus() -> list[str]:

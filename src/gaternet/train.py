@@ -91,7 +91,7 @@ def train(
     Raises:
         ValueError: the recipe, the data or the run directory cannot be used.
         OSError: nothing more can be written, say because the disk is full; what was saved stays whole.
-        TrainingError: the loss is no number any more. `Stopped`: a signal came.
+        TrainingError: the loss is no number any more, or memory is full. `Stopped`: a signal came.
     """
     if seed < 0:
         raise ValueError(f"seed must be at least 0, not {seed}")
@@ -104,15 +104,18 @@ def train(
     if len(data.train) < recipe.batch_size:
         raise ValueError(f"batch_size {recipe.batch_size} is more than the {len(data.train)} training images: lower it")
     built_from = recipe if network is None else None
-    network = build_network(recipe, data, seed) if network is None else network
-    network.to(accelerator.device)
-    data = prepared_for(data, network, built_from)
+    known = RunDirectory(Path(run_dir)).preprocessing() if resume else None
+    with _fitting():
+        if network is None:
+            network = build_network(recipe, data, seed, trained=known is None)  # else the saved state has its weights
+        network.to(accelerator.device)
+    data = prepared_for(data, network, built_from, known)
     to_input = ToInput(data.preprocessing, runtime.channels_last)
     example = to_input(data.test[0][0][None].to(accelerator.device))
     _check_outputs(run_once(network, example, "the network"), data)
-    if recipe.batch_size == accelerator.num_processes and any(isinstance(m, nn.BatchNorm1d) for m in network.modules()):
-        raise ValueError("one image a step, in a process, is too few for BatchNorm1d: raise batch_size")
     set_training_mode(network, recipe)
+    if recipe.batch_size == accelerator.num_processes:
+        _check_one_image(network, example)
     if runtime.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     decay = recipe.optimizer.ema_decay
@@ -142,7 +145,8 @@ def train(
     config: dict[str, Any] = {"recipe": asdict(recipe), "images": data.identity(), "seed": seed}
     if not built_from:
         config["network"] = type(network.backbone if isinstance(network, GaterNet) else network).__name__
-    run, state = _open_run(Path(run_dir), config, runtime, resume, accelerator)  # all faults were found
+    about = {"runtime": asdict(runtime), "preprocessing": asdict(data.preprocessing), **_way(accelerator)}
+    run, state = _open_run(Path(run_dir), config, about, resume, accelerator)  # all faults were found
 
     record: dict[str, Any] = {}
     main = accelerator.is_main_process
@@ -253,15 +257,18 @@ def _unwrapped(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
 
 
 def _open_run(
-    path: Path, config: Mapping[str, Any], runtime: Runtime, resume: bool, accelerator: Accelerator
+    path: Path, config: Mapping[str, Any], about: Mapping[str, Any], resume: bool, accelerator: Accelerator
 ) -> tuple[RunDirectory, dict[str, Any] | None]:
-    """A run directory, begun or continued, and the state to go on from, if there is one."""
+    """A run directory, begun or continued, and the state to go on from, if there is one.
+
+    What is told `about` a new one may be otherwise when it goes on, unlike its `config`.
+    """
     run, state = RunDirectory(path), None
     with accelerator.main_process_first():  # the others read what the main process has put in order
         if resume:
             state = run.resume(config, accelerator.is_main_process)
         elif accelerator.is_main_process:
-            run.start({**config, "runtime": asdict(runtime), **_way(accelerator)})
+            run.start({**config, **about})
     return run, state
 
 
@@ -270,6 +277,34 @@ def _check_outputs(logits: Any, data: ImageData) -> None:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] != len(data.classes):
         given = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise ValueError(f"the network gives {given} for an image, but must give logits of {len(data.classes)} classes")
+
+
+def _check_one_image(network: nn.Module, image: Tensor) -> None:
+    """That a network can learn from one image (1, C, H, W) at a time; it stays as it is."""
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}  # which BatchNorm changes
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(network, buffers, (image,))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            "one image a step, in a process, is too few for BatchNorm, which would see one value of each channel: "
+            "raise batch_size"
+        ) from error
+
+
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """TrainingError where what is made does not fit into memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, TypeError) as error:
+        if not _fills_memory(error) and "verflow" not in str(error):  # of sizes above 64 bits, which no memory has
+            raise
+        raise TrainingError(
+            f"the network does not fit into memory ({first_line(error)}): name a smaller one, or a lower --bottleneck"
+        ) from error
 
 
 def _way(accelerator: Accelerator) -> dict[str, Any]:
@@ -332,10 +367,14 @@ class _Clock:
         self.save = time.monotonic()
 
 
+def _fills_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in first_line(error)
+
+
 def _explained(error: Exception) -> TrainingError | None:
     """What can be done about the usual failures of a machine; None for other errors."""
     text = first_line(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
+    if _fills_memory(error):
         return TrainingError(
             f"memory is full ({text}): go on with --resume once other programs are gone, or start anew with a lower "
             "--batch-size or --image-size, in another --out"

@@ -1,0 +1,146 @@
+"""Jobs of a sweep: what it shows of them, and what it finds out before the first begins."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gaternet.sweep
+from gaternet.checkpoint import save_model
+from gaternet.models import create_model
+from gaternet.recipe import Recipe, override
+from gaternet.recipes import RECIPES, find_recipe
+from gaternet.run import RunDirectory
+from gaternet.sweep import Job, check_jobs, make_jobs, sweep
+
+PLAIN, GATED = find_recipe("digits_resnet20"), find_recipe("digits_resnet20_gated")
+
+
+def test_metrics_are_read_when_they_have_changed(tmp_path, monkeypatch):
+    job, read, epochs = Job(PLAIN, 0, tmp_path), [], RunDirectory.epochs
+    monkeypatch.setattr(RunDirectory, "epochs", lambda run: read.append(run.path) or epochs(run))
+    assert job.row()[2:] == ["0/20", ""]
+    line = {"kind": "epoch", "step": 5, "test_loss": 1.0, "test_accuracy": 0.5}
+    for finished in (1, 2):
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for _ in range(3):
+            assert job.row()[2:] == [f"{finished}/20", "loss 1.0000 acc 50.00%"]
+        assert len(read) == finished
+    (tmp_path / "metrics.jsonl").unlink()  # a run that was removed, and is begun anew
+    assert job.row()[2:] == ["0/20", ""]
+
+
+def check(out: Path, *recipes: Recipe) -> None:
+    check_jobs(make_jobs(recipes, [0], out), out / "ledger.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": "resnet21_gated"}, r"resnet21_gated.*/seed0 cannot be trained: unknown model 'resnet21_gated': did"),
+        ({"extractor": "resnet21"}, "unknown model of timm 'resnet21'"),
+        ({"backbone": "resnet20_gated"}, "unknown model 'resnet20_gated'"),
+        ({"backbone": "timm:resnet181"}, "unknown model of timm 'resnet181'"),
+        ({"backbone": "resnet20", "extractor": "resnet21"}, "unknown model of timm 'resnet21'"),
+        ({"data": "none.npz"}, "data=none.npz/seed0 cannot be trained: no file none.npz: check --data"),
+        ({"data": "digit"}, "no data 'digit': it is not one of digits, "),
+        ({"teacher": "none"}, "teacher=none/seed0 cannot be trained: no run or saved model none"),
+        ({"teacher": "weights.pth"}, "no run or saved model weights.pth"),
+        ({"backbone_from": "none"}, "no run or saved model none"),
+        ({"extractor_from": "none"}, "no run or saved model none"),
+    ],
+)
+def test_what_cannot_be_trained_is_named_before_any_run(tmp_path, monkeypatch, changes, said):
+    monkeypatch.chdir(tmp_path)
+    Path("weights.pth").write_bytes(b"")
+    jobs = make_jobs([PLAIN, override(GATED, changes)], [0], Path("runs"))
+    with pytest.raises(ValueError, match=said):
+        sweep(jobs, Path("ledger.jsonl"))
+    assert not Path("runs").exists()
+    assert [job.state for job in jobs] == ["waiting"] * 2
+
+
+def test_a_recipe_that_no_command_repeats_is_named_before_any_run(tmp_path):
+    with pytest.raises(ValueError, match="mine,data=digits/seed0 cannot be trained: unknown recipe 'mine'"):
+        check(tmp_path, Recipe("mine", data="digits"))
+    with pytest.raises(ValueError, match="cannot be trained: --image-size cannot be taken back on the command line"):
+        check(tmp_path, override(find_recipe("imagenette64_resnet18"), {"image_size": None, "data": "digits"}))
+
+
+def test_every_recipe_could_be_trained(tmp_path):
+    for recipe in RECIPES.values():
+        check(tmp_path, replace(recipe, data="digits"))
+
+
+def test_what_pytorch_builds_with_real_numbers_alone_is_left_to_the_run(tmp_path, monkeypatch):
+    def built(*args: Any, **options: Any) -> nn.Module:
+        assert torch.zeros(1).item() == 0
+        return nn.Identity()
+
+    monkeypatch.setattr(gaternet.sweep, "create_model", built)
+    check(tmp_path, GATED)
+
+
+def test_runs_may_learn_from_what_is_there_and_from_what_earlier_ones_make(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network: Any = create_model("resnet20", 10, 1)
+    save_model(network, Path("saved"), {"backbone": network.gaternet_source})
+    for source in ("saved", "saved/model.safetensors"):
+        check(tmp_path, override(GATED, {"backbone_from": source, "extractor_from": source}))
+    check(tmp_path, override(GATED, {"teacher": "saved"}))
+    made = str(make_jobs([PLAIN], [0], Path("runs"))[0].path)
+    follower = override(GATED, {"teacher": made, "backbone_from": f"{made}/last/model.safetensors"})
+    jobs = make_jobs([PLAIN, follower], [0], tmp_path / "runs")
+    check_jobs(jobs, Path("ledger.jsonl"))
+    with pytest.raises(ValueError, match="no run or saved model"):
+        check_jobs(jobs[::-1], Path("ledger.jsonl"))
+
+
+def test_a_run_waits_for_what_it_learns_from_and_others_do_not(tmp_path, monkeypatch):
+    events, watched = [], {}
+
+    def start(job: Job, *rest: object) -> None:
+        events.append(("begins", job))
+        job.state = "running"
+
+    def watch(job: Job) -> None:
+        watched[job] = watched.get(job, 0) + 1
+        if watched[job] == 3:
+            events.append(("ends", job))
+            job.state = "finished"
+
+    monkeypatch.setattr(Job, "start", start)
+    monkeypatch.setattr(Job, "watch", watch)
+    recipes = [PLAIN]
+    for learns_from in ("extractor_from", "teacher"):  # of the one before
+        recipes.append(override(GATED, {learns_from: str(make_jobs(recipes, [0], tmp_path)[-1].path)}))
+    first, follower, last, other = jobs = make_jobs([*recipes, GATED], [0], tmp_path)
+    sweep(jobs, tmp_path / "ledger.jsonl", at_once=2)
+    assert [job for what, job in events if what == "begins"] == [first, other, follower, last]
+    for earlier, later in ((first, follower), (follower, last)):
+        assert events.index(("ends", earlier)) < events.index(("begins", later))
+
+
+def test_a_run_that_goes_on_needs_no_weights_to_start_from(tmp_path):
+    recipe = override(GATED, {"backbone_from": "none", "extractor_from": "none"})
+    (job,) = make_jobs([recipe], [0], tmp_path)
+    job.path.mkdir(parents=True)
+    (job.path / "training.pt").write_bytes(b"")
+    check_jobs([job], tmp_path / "ledger.jsonl")
+    (job.path / "training.pt").unlink()
+    with pytest.raises(ValueError, match="no run or saved model none"):
+        check_jobs([job], tmp_path / "ledger.jsonl")
+
+
+def test_a_plain_network_takes_no_notice_of_where_a_gater_starts(tmp_path):
+    check(tmp_path, override(PLAIN, {"extractor_from": "none"}))
+
+
+def test_what_is_in_the_ledger_is_not_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(gaternet.sweep, "find_line", lambda ledger, path: {"data": "none"})
+    check(tmp_path, override(PLAIN, {"data": "none.npz"}))
