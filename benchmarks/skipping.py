@@ -45,14 +45,23 @@ from gaternet.skipping.specialise import Specialised, prune
 RESULT = RESULTS / "skipping.json"
 GPU_RESULT = RESULT.with_name("skipping_gpu.json")
 DENSITIES = (1.0, 0.75, 0.5, 0.25)
+OTHERS = (  # groups, groups with SE, concatenations, depthwise convolutions
+    "resnext50_32x4d",
+    "regnety_016",
+    "densenet121",
+    "inception_v4",
+    "efficientnet_b0",
+    "mobilenetv2_100",
+    "mobilenetv3_large_100",
+)
 
 
-def resnet50(group_size: int = 1) -> GaterNet:
-    """timm's ResNet-50 with fresh weights; time does not depend on them."""
+def fresh(name: str, group_size: int = 1) -> GaterNet:
+    """A network of timm's with fresh weights, on which time does not depend, and with all its filters gated."""
     import timm
 
     torch.manual_seed(0)
-    backbone = timm.create_model("resnet50").eval()
+    backbone = timm.create_model(name).eval()
     return gaternet.gate(backbone, torch.zeros(1, 3, 224, 224), sites="all", group_size=group_size).eval()
 
 
@@ -156,7 +165,7 @@ def on_gpu(rounds: int) -> None:
     found: dict[str, Any] = {**describe_machine(), "command": f"python benchmarks/skipping.py --gpu --rounds {rounds}"}
     found |= {"rounds": rounds, "parts": []}
     for dtype in (torch.bfloat16, torch.float32):
-        model = resnet50().to("cuda", dtype)
+        model = fresh("resnet50").to("cuda", dtype)
         for batch in (64, 1):
             images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
             engines = ("eager", "channels_last", "inductor")
@@ -179,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trained", action="append", default=[], help="NAME=RUN=DATA=PLAIN")
     parser.add_argument("--rounds", type=int, default=9, help="turns at 16 images or more; at one, three times as many")
-    parts = ("resnet50", "planning", "bounds", "groups")
+    parts = ("resnet50", "planning", "bounds", "groups", "others")
     parser.add_argument("--part", choices=parts, action="append", help="measure this, keep what is recorded of others")
     parser.add_argument("--gpu", action="store_true", help="measure on a GPU, and nothing else")
     args = parser.parse_args()
@@ -191,7 +200,7 @@ def main() -> None:
     machine = describe_machine()["machine"]
     if args.part and found.get("machine", machine) != machine:
         parser.error(f"the other parts were measured on another machine, {found['machine']}: measure all of them")
-    model = resnet50()
+    model = fresh("resnet50")
     if "resnet50" in wanted:
         images = torch.randn(16, 3, 224, 224, generator=torch.Generator().manual_seed(0))
         timings = []
@@ -205,8 +214,14 @@ def main() -> None:
     if "groups" in wanted:
         images = torch.zeros(1, 3, 224, 224)
         found["groups"] = {
-            str(size): rows(bench(resnet50(size), images, (0.5,), ("openvino",), rounds=3 * args.rounds, note=print))
-            for size in (1, 4, 8, 16)
+            str(size): rows(bench(model, images, (0.5,), ("openvino",), rounds=3 * args.rounds, note=print))
+            for size, model in ((size, fresh("resnet50", size)) for size in (1, 4, 8, 16))
+        }
+    if "others" in wanted:
+        images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        found["others"] = {
+            name: rows(bench(fresh(name), images, (1.0, 0.5, 0.25), rounds=3 * args.rounds, note=print))
+            for name in OTHERS
         }
     if wanted:
         command = f"python benchmarks/skipping.py --rounds {args.rounds}"

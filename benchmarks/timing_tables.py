@@ -55,6 +55,8 @@ def skipping() -> str:
     columns = ("macs", "alone", "skipped")
     shares = [[f"{100 * row['density']:.0f} %", *(f"{row[name]:.2f}" for name in columns)] for row in found["bounds"]]
     text += table(["open", "MACs", "alone", "skipped"], shares)
+    text += "\n### Other networks, one image of 224 pixels, all sites, random gates\n\n"
+    text += other_networks(found["others"])
     for model in found.get("trained", []):
         images, right = model["images"], model["right"]
         text += f"\n### {model['model']} on {model['data']}, trained, under its own gates\n\n"
@@ -67,6 +69,20 @@ def skipping() -> str:
         text += f"`{model['command']}`, medians of {model['rounds']} turns:\n\n"
         text += timing_table(model["timings"], {})
     return text + "\n### On a GPU\n\n" + skipping_on_gpu()
+
+
+def other_networks(found: dict[str, list[dict[str, Any]]]) -> str:
+    """A row for each network: the fastest dense engine, and under open gates and fewer how long skipping takes."""
+    rows = []
+    for name, timings in found.items():
+        dense = min((row for row in timings if row["name"].startswith("dense")), key=lambda row: row["median"])
+        cells = [f"`{name}`", dense["name"].removeprefix("dense: "), f"{dense['median']:.1f}"]
+        for row in sorted((row for row in timings if row["name"] == "skipped"), key=lambda row: -row["density"]):
+            share = f"{row['macs'] / dense['macs']:.2f}, " if row["density"] < 1 else ""
+            cells.append(f"{share}{row['over_dense']:.2f}")
+        rows.append(cells)
+    titles = ["network", "dense", "ms", "open: x dense", "half open: MACs, x dense", "a quarter: MACs, x dense"]
+    return table(titles, rows)
 
 
 def skipping_on_gpu() -> str:
