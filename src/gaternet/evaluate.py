@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +17,7 @@ from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
 from gaternet.modes import channels_last_, evaluation_mode
 from gaternet.recipe import Runtime
-from gaternet.run import as_trained, data_of, load_trained
+from gaternet.run import Which, as_trained, data_of, load_trained
 
 BATCH = 500  # images a step, over all processes together
 
@@ -91,7 +91,7 @@ def gate_metrics(network: GaterNet, rates: Float[Tensor, " gates"]) -> dict[str,
 
 def evaluate_saved(
     path: Path,
-    which: Literal["last", "best"] = "last",
+    which: Which = "last",
     data: str | None = None,
     runtime: Runtime | None = None,
 ) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -26,7 +26,7 @@ from gaternet.evaluate import load_sets
 from gaternet.method import GaterNet
 from gaternet.report.figures import distinct_names, figure, plotly_names
 from gaternet.report.runs import class_names
-from gaternet.run import data_of, load_gated
+from gaternet.run import Which, data_of, load_gated
 
 MAX_BYTES, MAX_PIXELS = 10 * 2**20, 40_000_000  # of an image that is uploaded
 _BATCH = 250
@@ -81,7 +81,7 @@ class Explorer:
     def of_run(
         cls,
         run: Path,
-        which: Literal["last", "best"] = "last",
+        which: Which = "last",
         data: str | None = None,
         data_root: str | None = None,
         images: int = 2000,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gaternet.data import Preprocessing, classes_of
 from gaternet.export.exported import ExportedModel
 from gaternet.method import GaterNet
-from gaternet.run import load_trained
+from gaternet.run import Which, load_trained
 
 _BATCH = 64
 
@@ -33,7 +33,7 @@ class Prediction:
     num_gates: int | None
 
 
-def load(path: Path, which: Literal["last", "best"] = "last") -> tuple[nn.Module | ExportedModel, dict[str, Any]]:
+def load(path: Path, which: Which = "last") -> tuple[nn.Module | ExportedModel, dict[str, Any]]:
     """What `predict` takes: the model of a run, a saved model, or an exported one, and its metadata.
 
     A model that was saved in half precision computes in float32, which its inputs are.

@@ -231,8 +231,8 @@ class Runtime:
     compile: bool = option(False, "compile the model with torch.compile")
     cuda_graph: bool = option(
         True,
-        "on one GPU: record the training step as a CUDA graph, and replay that; needs some memory, and must be off for "
-        "networks that wait for the GPU, or whose Python code does something else from step to step",
+        "on one GPU: capture the training step as a CUDA graph, and replay that; needs some memory, and must be off "
+        "for networks that wait for the GPU, or whose Python code does something else from step to step",
     )
     workers: int | None = option(None, "processes that read image files; default: one a core, at most 8")
     log_every: int = option(20, "steps between lines in metrics.jsonl")

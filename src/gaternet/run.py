@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from gaternet.locks import lock_folder, unlock_folder
 from gaternet.method import GaterNet
 from gaternet.recipe import Recipe, Runtime, data_name
 
+Which = Literal["last", "best"]  # model of a run: of the last epoch, or of the one with the highest test accuracy
 CONFIG, METRICS, STATE = "config.json", "metrics.jsonl", "training.pt"
 _PACKAGES = ("gaternet", "torchvision", "accelerate", "numpy")
 
@@ -184,7 +185,7 @@ class RunDirectory:
         return lines
 
 
-def find_model(path: Path, which: str = "last") -> Path:
+def find_model(path: Path, which: Which = "last") -> Path:
     """The folder of the saved model that `path` means: a saved model itself, or a run's `last` or `best`.
 
     Raises:
@@ -201,7 +202,7 @@ def find_model(path: Path, which: str = "last") -> Path:
     raise ValueError(f"{path} is neither a run nor a saved model: name a folder that gaternet train made")
 
 
-def load_trained(path: Path, which: str = "last") -> tuple[nn.Module, dict[str, Any]]:
+def load_trained(path: Path, which: Which = "last") -> tuple[nn.Module, dict[str, Any]]:
     """The model that `path` means, see `find_model`, and its metadata.
 
     It is in evaluation mode and in float32, as its inputs are, in whatever precision it was saved.
@@ -210,7 +211,7 @@ def load_trained(path: Path, which: str = "last") -> tuple[nn.Module, dict[str, 
     return model.float(), metadata
 
 
-def load_gated(path: Path, which: str = "last") -> tuple[GaterNet, dict[str, Any]]:
+def load_gated(path: Path, which: Which = "last") -> tuple[GaterNet, dict[str, Any]]:
     """`load_trained` of a gated network; ValueError for a plain one."""
     model, metadata = load_trained(path, which)
     if not isinstance(model, GaterNet):

@@ -35,7 +35,7 @@ from gaternet.machine import (
     tensorboard,
 )
 from gaternet.method import Gater, GaterNet
-from gaternet.modes import run_once
+from gaternet.modes import channels_last_, run_once
 from gaternet.network import (
     GuidedNet,
     build_network,
@@ -117,7 +117,7 @@ def train(
     if recipe.batch_size == accelerator.num_processes:
         _check_one_image(network, example)
     if runtime.channels_last:
-        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        channels_last_(network)
     decay = recipe.optimizer.ema_decay
     ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
     learner, auxiliary = network, None
@@ -139,7 +139,7 @@ def train(
         model, optimizer, recipe, accelerator, to_input, density_of=density_of, gater=gater, teacher=teacher
     )
     step = captured(step, runtime)
-    progress = TrainingState(network, optimizer, ema, accelerator, auxiliary)
+    training = TrainingState(network, optimizer, ema, accelerator, auxiliary)
     if runtime.tensorboard:
         import_tensorboard()
     config: dict[str, Any] = {"recipe": asdict(recipe), "images": data.identity(), "seed": seed}
@@ -151,65 +151,65 @@ def train(
     record: dict[str, Any] = {}
     main = accelerator.is_main_process
     with (
-        _loaded(run, progress, state),
+        _loaded(run, training, state),
         _unwrapped(model, accelerator),
-        TrainingDisplay(recipe.epochs, steps_per_epoch, progress.step, quiet=not main) as display,
-        tensorboard(run.path if runtime.tensorboard and main else None, progress.step) as board,
+        TrainingDisplay(recipe.epochs, steps_per_epoch, training.step, quiet=not main) as display,
+        tensorboard(run.path if runtime.tensorboard and main else None, training.step) as board,
         collect_signals() as received,
     ):
         if resume and main:
             run.note_data(recipe.data)
-            if progress.epoch < recipe.epochs:
-                run.note_place(progress.epoch + 1, progress.step, _way(accelerator))
-        if progress.epoch == recipe.epochs:
+            if training.epoch < recipe.epochs:
+                run.note_place(training.epoch + 1, training.step, _way(accelerator))
+        if training.epoch == recipe.epochs:
             return run.epochs()[-1]
         for line in (_title(recipe, network, data, accelerator), *unreached(recipe)):
             display.line(line)
-        for epoch in range(progress.epoch, recipe.epochs):
+        for epoch in range(training.epoch, recipe.epochs):
             set_training_mode(network, recipe)
-            clock = _Clock(recipe.batch_size, progress.step, progress.seconds)
+            clock = _Clock(recipe.batch_size, training.step, training.seconds)
             metrics: dict[str, float] = {}
-            for images, labels in train_batches.epoch(epoch, progress.step - epoch * steps_per_epoch):
-                seed_step(mix_seed(seed, progress.step, accelerator.process_index), accelerator.device)
-                now = schedule(recipe, progress.step, steps_per_epoch)
-                progress.add(step(images, labels, now))
+            for images, labels in train_batches.epoch(epoch, training.step - epoch * steps_per_epoch):
+                seed_step(mix_seed(seed, training.step, accelerator.process_index), accelerator.device)
+                now = schedule(recipe, training.step, steps_per_epoch)
+                training.add(step(images, labels, now))
                 if ema is not None:
                     ema.update_parameters(network)
 
-                ends = progress.step == (epoch + 1) * steps_per_epoch
-                logs = ends or progress.step % runtime.log_every == 0
+                ends = training.step == (epoch + 1) * steps_per_epoch
+                logs = ends or training.step % runtime.log_every == 0
                 if logs:
-                    window, metrics = progress.means(accelerator)
-                    _check_loss(window, epoch, progress.step)
-                    metrics["images_per_second"] = clock.images_per_second(progress.step)
-                    display.step(epoch, progress.step, metrics)
+                    window, metrics = training.means(accelerator)
+                    _check_loss(window, epoch, training.step)
+                    metrics["images_per_second"] = clock.images_per_second(training.step)
+                    display.step(epoch, training.step, metrics)
                     if main:
                         norms = _gradient_norms(network)
-                        run.log({"kind": "step", "step": progress.step, "epoch": epoch + 1, **window, **norms})
+                        run.log({"kind": "step", "step": training.step, "epoch": epoch + 1, **window, **norms})
                 if ends:
                     break  # saved below, with the evaluation
-                progress.seconds = clock.since_start()
+                training.seconds = clock.since_start()
                 stops = should_stop(received, accelerator, logs)
                 if stops or clock.since_save() >= 60 * runtime.save_minutes:
-                    _check_weights(network, epoch, progress.step)
-                    run.save_state(progress.state_dict(), main)
+                    _check_weights(network, epoch, training.step)
+                    run.save_state(training.state_dict(), main)
                     clock.saved()
                 if stops:
                     accelerator.wait_for_everyone()  # where one process ends, its launcher ends the others
-                    raise _stopped(received, run, epoch, progress.step)
+                    raise _stopped(received, run, epoch, training.step)
 
-            _check_weights(network, epoch, progress.step)
+            _check_weights(network, epoch, training.step)
             judged = ema.module if ema is not None else network
             if accelerator.num_processes > 1:  # each saw other images: agree on BatchNorm's statistics
                 broadcast([*network.buffers(), *judged.buffers()])
             with torch.compiler.set_stance("force_eager"):  # evaluation is not worth a compilation of its own
                 tested = evaluate(judged, test_batches, to_input, accelerator)
             display.epoch(epoch, metrics, tested)
-            record = {"kind": "epoch", "epoch": epoch + 1, "step": progress.step, "lr": optimizer.param_groups[0]["lr"]}
+            record = {"kind": "epoch", "epoch": epoch + 1, "step": training.step, "lr": optimizer.param_groups[0]["lr"]}
             record |= {f"train_{name}": value for name, value in metrics.items()}
             record |= {f"test_{name}": value for name, value in tested.items()}
             record["seconds"] = clock.since_start()
-            is_best = progress.end_epoch(tested["accuracy"])
+            is_best = training.end_epoch(tested["accuracy"])
             if main:
                 run.log(record)
                 metadata = model_metadata(recipe, network, data, seed, epoch + 1, tested)
@@ -218,22 +218,22 @@ def train(
                 if board is not None:
                     for name, value in record.items():
                         if isinstance(value, float):
-                            board.add_scalar(name.replace("_", "/", 1), value, progress.step)
-            run.save_state(progress.state_dict(), main)
+                            board.add_scalar(name.replace("_", "/", 1), value, training.step)
+            run.save_state(training.state_dict(), main)
             if epoch + 1 < recipe.epochs and should_stop(received, accelerator, True):
                 accelerator.wait_for_everyone()
-                raise _stopped(received, run, epoch, progress.step)
+                raise _stopped(received, run, epoch, training.step)
     accelerator.wait_for_everyone()  # what follows may read what the main process has still to write
     return record
 
 
 @contextmanager
-def _loaded(run: RunDirectory, progress: TrainingState, state: dict[str, Any] | None) -> Iterator[None]:
+def _loaded(run: RunDirectory, training: TrainingState, state: dict[str, Any] | None) -> Iterator[None]:
     """Training as it was saved, if it was; the run is free again afterwards, also where that cannot be loaded."""
     with closing(run):
         if state is not None:
             try:
-                progress.load_state_dict(state)
+                training.load_state_dict(state)
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{run.path / STATE} does not fit this run ({first_line(error)}): it is damaged, or of another "

@@ -13,7 +13,7 @@ from gaternet.evaluate import load_sets
 from gaternet.export import compare_int8, export_onnx, export_pt2, quantize_onnx
 from gaternet.export.source import Form
 from gaternet.method import GaterNet
-from gaternet.run import load_trained, trained_on
+from gaternet.run import Which, load_trained, trained_on
 
 FileFormat = Literal["onnx", "pt2"]
 Int8 = Literal["backbone", "all"]
@@ -22,7 +22,7 @@ _HELD_OUT, _CALIBRATION, _BATCH = 64, 512, 64
 
 def export_saved(
     path: Path,
-    which: Literal["last", "best"] = "last",
+    which: Which = "last",
     out: Path | None = None,
     *,
     file_format: FileFormat | None = None,

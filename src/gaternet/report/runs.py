@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime, data_name
 from gaternet.report.comparison import write_comparison
 from gaternet.report.page import write_report
-from gaternet.run import data_of, load_gated
+from gaternet.run import Which, data_of, load_gated
 
 _NAMES = {
     "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
@@ -32,7 +32,7 @@ _NAMES = {
 
 def report_runs(
     runs: Sequence[Path],
-    which: Literal["last", "best"] = "last",
+    which: Which = "last",
     data: str | None = None,
     out: Path | None = None,
     runtime: Runtime | None = None,
