@@ -45,20 +45,22 @@ struct Conv {
 struct List {
     const int32_t *numbers;
     int64_t count;
+
+    // How many of them come before channel `channel` of all.
+    int64_t before(int64_t channel) const {
+        return numbers ? std::lower_bound(numbers, numbers + count, channel) - numbers : channel;
+    }
 };
 
 // A group's part of a list: `width` channels of all, numbered from its own first on, at places `start` to `stop` of all.
 struct Group {
     std::vector<int32_t> numbers;
-    int64_t start, stop;
+    const int64_t start, stop;
 
-    Group(List all, int64_t group, int64_t width) : start(group * width), stop(start + width) {
-        if (!all.numbers) return;
-        const int32_t *end = all.numbers + all.count;
-        const int32_t *from = std::lower_bound(all.numbers, end, start), *to = std::lower_bound(from, end, stop);
-        if (to - from < width)
-            for (const int32_t *number = from; number < to; number++) numbers.push_back(*number - start);
-        start = from - all.numbers, stop = to - all.numbers;
+    Group(List all, int64_t group, int64_t width)
+        : start(all.before(group * width)), stop(all.before((group + 1) * width)) {
+        if (stop - start == width) return;
+        for (int64_t place = start; place < stop; place++) numbers.push_back(all.numbers[place] - group * width);
     }
 
     List list() const { return {numbers.empty() ? nullptr : numbers.data(), stop - start}; }

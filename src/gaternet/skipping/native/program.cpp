@@ -89,9 +89,7 @@ struct Runner {
             case POINTWISE: pointwise(op.function, pixels, x, y, writes.count); break;
             case SCALE: scale(pixels, x, at(op.other), y, writes.count, s.height * s.width); break;
             case CAT: {  // x behind those channels of y that come before channel `pad_width`
-                const int32_t *end = writes.numbers + writes.count;
-                const int64_t start =
-                    writes.numbers ? std::lower_bound(writes.numbers, end, s.pad_width) - writes.numbers : s.pad_width;
+                const int64_t start = writes.before(s.pad_width);
                 for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++)
                     std::memcpy(y.data + pixel * y.room + start, x.data + pixel * x.room, reads.count * sizeof(float));
                 break;
@@ -136,7 +134,7 @@ struct Runner {
             if (out.start == out.stop) continue;
             // Behind the group's filters lie those that come next, or that another of the team writes.
             const int64_t next = whole ? end : group + 1;
-            const int64_t room = next == groups ? y.room : Group(writes, next, filters).start;
+            const int64_t room = next == groups ? y.room : writes.before(next * filters);
             Conv part = conv;
             part.weights += group * weights;
             if (part.bias) part.bias += group * filters;
