@@ -146,6 +146,7 @@ def trained(name: str, run: str, data: str, plain: str, rounds: int) -> dict[str
     for batch in (1, 64):
         timings += bench(model, images[:batch], calibration=calibration, rounds=rounds)
     return {
+        **describe_machine(),
         "model": name,
         "data": data_name(data),
         "images": len(test),

@@ -66,7 +66,8 @@ def skipping() -> str:
         text += ", ".join(f"{right[way]:,} ({100 * right[way] / images:.2f} %) are right {way}" for way in ways) + ". "
         text += f"{len(model['kept'])} subnetworks keep {kept} % of the "
         text += f"filters; one of them fits {100 * model['fitting']:.0f} % of the test images.\n\n"
-        text += f"`{model['command']}`, medians of {model['rounds']} turns:\n\n"
+        text += f"`{model['command']}` at commit {model['commit']}, {machine_of(model)}, medians of "
+        text += f"{model['rounds']} turns:\n\n"
         text += timing_table(model["timings"], {})
     return text + "\n### On a GPU\n\n" + skipping_on_gpu()
 
