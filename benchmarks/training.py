@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from gaternet.cost import count_dense_macs
 from gaternet.data import ImageSet, Preprocessing, ToInput, mix_seed
 from gaternet.loader import make_batches
-from gaternet.machine import make_accelerator, seed_step
+from gaternet.machine import make_accelerator, seed_step, tuned_convolutions
 from gaternet.method import GaterNet
 from gaternet.models import create_model
 from gaternet.modes import channels_last_
@@ -101,6 +101,7 @@ class Stepper:
         return count_dense_macs(self.network, self.example)
 
 
+@tuned_convolutions()
 def main() -> None:
     """Measure, print one table, write one JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

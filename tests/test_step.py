@@ -198,3 +198,14 @@ def test_a_step_descends_the_loss_by_hand(monkeypatch: pytest.MonkeyPatch):
     expected = {"loss": loss, "penalty": penalty, "auxiliary_loss": guessed, "density": gates.mean()}
     for name, value in expected.items():
         torch.testing.assert_close(sums[name], 6 * value.detach())
+
+
+def test_convolutions_are_tuned_while_a_run_lasts(tmp_path, monkeypatch):
+    before, seen = torch.backends.cudnn.benchmark, []
+    evaluate = gaternet.train.evaluate
+    monkeypatch.setattr(
+        gaternet.train, "evaluate", lambda *args: seen.append(torch.backends.cudnn.benchmark) or evaluate(*args)
+    )
+    train(RECIPES["plain"], tmp_path / "run", CPU)
+    assert set(seen) == {True}
+    assert torch.backends.cudnn.benchmark is before

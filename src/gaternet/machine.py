@@ -68,6 +68,17 @@ def _has_fast_bf16(cpu: bool) -> bool:
 
 
 @contextmanager
+def tuned_convolutions() -> Iterator[None]:
+    """cuDNN tries its algorithms on each new size of a convolution, and keeps the fastest; what was set comes back."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@contextmanager
 def shared_gpu() -> Iterator[dict[str, str]]:
     """The environment of processes whose kernels are to run side by side on the one GPU that this process sees.
 

@@ -33,6 +33,7 @@ from gaternet.machine import (
     seed_step,
     should_stop,
     tensorboard,
+    tuned_convolutions,
 )
 from gaternet.method import Gater, GaterNet
 from gaternet.modes import channels_last_, run_once
@@ -66,6 +67,7 @@ class Stopped(TrainingError):  # noqa: N818 (it is no failure)
         self.signum = signum
 
 
+@tuned_convolutions()
 def train(
     recipe: Recipe,
     run_dir: str | Path,
