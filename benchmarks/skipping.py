@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from pretrained_cifar_resnet import ResNet, load
 from tables import RESULTS
+from timing_tables import GPU_PRECISIONS
 
 import gaternet
 from gaternet.checkpoint import load_model
@@ -165,13 +166,12 @@ def on_gpu(rounds: int) -> None:
     """ResNet-50 under random gates on a GPU; what is measured is written at once."""
     found: dict[str, Any] = {**describe_machine(), "command": f"python benchmarks/skipping.py --gpu --rounds {rounds}"}
     found |= {"rounds": rounds, "parts": []}
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype, precision in zip((torch.bfloat16, torch.float32), GPU_PRECISIONS, strict=True):
         model = fresh("resnet50").to("cuda", dtype)
         for batch in (64, 1):
             images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
             engines = ("eager", "channels_last", "inductor")
             timings = bench(model, images, DENSITIES, engines, rounds=rounds, seconds=0.1, note=print)
-            precision = "bfloat16" if dtype == torch.bfloat16 else "float32, convolutions in TF32"
             found["parts"].append({"precision": precision, "timings": rows(timings)})
             GPU_RESULT.write_text(json.dumps(found, indent=2) + "\n")
             print_rows(rows(timings))

@@ -7,7 +7,8 @@ backward, SGD. Steps of the plain backbone, of the gater's extractor alone and o
 process, so that a machine whose speed drifts slows all three alike; medians are compared. Multiply-accumulates (MACs)
 are counted by PyTorch's FlopCounterMode. `overhead` is the time of a gated step over that of its two parts: what gates
 and bookkeeping cost. `outside` is the share of a step's time in which no kernel runs, from PyTorch's profiler: on a
-CPU the time outside of aten's operators, on a GPU that in which it is idle.
+CPU the time outside of aten's operators, on a GPU that in which it is idle: at most that much, for the profiler slows
+the processor and not the GPU.
 """
 
 import argparse
@@ -85,7 +86,7 @@ class Stepper:
         """Share of the time in which no kernel runs, in [0, 1]."""
         on_gpu = self.accelerator.device.type == "cuda"
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-        with profile(activities=kinds) as found:
+        with profile(activities=kinds, acc_events=True) as found:
             start = time.perf_counter()
             for _ in range(steps):
                 self.step()

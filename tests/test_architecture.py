@@ -116,6 +116,7 @@ def top_level_imports(path: Path) -> set[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             found |= {name.removeprefix("gaternet.") for name in names}
     known = set(FLOORS)
+    found.discard("__version__")
     return {name if name in known else name.rsplit(".", 1)[0] for name in found}
 
 

@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import gaternet.run
 from gaternet import cli
 from gaternet.evaluate import evaluate_saved
 from gaternet.ledger import add_run, changed_options, describe_run, find_line, read_ledger, train_flags
 from gaternet.recipe import Recipe, Runtime, override
 from gaternet.recipes import RECIPES, find_recipe
-from gaternet.run import RunDirectory, describe_machine
+from gaternet.run import RunDirectory
 from gaternet.sweep import Job, make_jobs, sweep
 from gaternet.train import Stopped, TrainingError, train
 
@@ -112,27 +111,6 @@ def test_ledger_says_what_was_measured(swept):
     assert line["machine"]["cores"] >= 1
     assert lines[0]["gates"] is lines[0]["gated_macs"] is None
     assert "noise_std" not in lines[0]["options"]
-
-
-def test_commit_is_marked_where_code_was_changed_but_not_by_the_ledger(tmp_path, monkeypatch):
-    def git(*words):
-        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a", *words], check=True)
-
-    names = ["src/run.py", "docs/results/runs.jsonl", "README.md"]
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("a")
-    monkeypatch.setattr(gaternet.run, "__file__", str(tmp_path / "src" / "run.py"))
-    git("init", "--quiet")
-    assert describe_machine()["commit"] is None  # this code is no part of it
-    git("add", ".")
-    git("commit", "--quiet", "--message", "first")
-    clean = describe_machine()["commit"]
-    assert len(clean) == 12
-    for name in reversed(names):
-        assert describe_machine()["commit"] == clean
-        (tmp_path / name).write_text("b")
-    assert describe_machine()["commit"] == f"{clean}-dirty"
 
 
 def test_what_is_in_the_ledger_is_not_run_again(swept):

@@ -24,14 +24,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gaternet import checkpoint, files
+from gaternet import __version__, checkpoint, files
 from gaternet.locks import lock_folder, unlock_folder
 from gaternet.method import GaterNet
 from gaternet.recipe import Recipe, Runtime, data_name
 
 Which = Literal["last", "best"]  # model of a run: of the last epoch, or of the one with the highest test accuracy
 CONFIG, METRICS, STATE = "config.json", "metrics.jsonl", "training.pt"
-_PACKAGES = ("gaternet", "torchvision", "accelerate", "numpy")
+_PACKAGES = ("torchvision", "accelerate", "numpy")
 
 
 class RunDirectory:
@@ -249,6 +249,7 @@ def describe_machine() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,  # with the kind of build, unlike the package's metadata
+            "gaternet": __version__,  # it need not be installed
             **{name: version(name) for name in _PACKAGES},
         },
         "commit": _commit(),
