@@ -2,8 +2,14 @@
 
 import subprocess
 
+import pytest
+from training_runs import CPU, small
+
 import gaternet.run
+from gaternet.ledger import add_run, describe_run
 from gaternet.run import describe_machine
+from gaternet.sweep import make_jobs
+from gaternet.train import train
 
 
 def test_commit_is_marked_where_code_was_changed_but_not_by_the_ledger(tmp_path, monkeypatch):
@@ -34,3 +40,19 @@ def test_code_that_runs_where_it_lies_is_not_installed(monkeypatch):
 
     monkeypatch.setattr(gaternet.run, "version", installed)
     assert describe_machine()["versions"]["gaternet"] == gaternet.__version__
+
+
+def test_a_folder_of_another_program_is_no_run(tmp_path):
+    (job,) = make_jobs([small("resnet8")], [0], tmp_path)
+    job.path.mkdir(parents=True)
+    (job.path / "config.json").write_text('{"model_type": "bert"}')
+    ledger = tmp_path / "ledger.jsonl"
+    for use in (
+        lambda: train(small("resnet8"), job.path, CPU, resume=True),
+        lambda: add_run(ledger, job.path),
+        lambda: describe_run(job.path),
+    ):
+        with pytest.raises(ValueError, match=r"config.json is of no run, but of another program: name another folder"):
+            use()
+    job.start(CPU, ledger, {})  # of a sweep, whose others go on
+    assert job.state == "failed"

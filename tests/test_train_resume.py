@@ -278,10 +278,10 @@ def test_what_a_machine_usually_fails_with_is_explained(tmp_path, monkeypatch, e
 
 def test_two_processes_cannot_train_one_run(finished, tmp_path):
     run = RunDirectory(tmp_path / "run")
-    run.start({})
+    run.start({"recipe": {}})
     before = (tmp_path / "run" / "config.json").read_text()
     with pytest.raises(ValueError, match="another process is training in"):
-        RunDirectory(tmp_path / "run").resume({})
+        RunDirectory(tmp_path / "run").resume({"recipe": {}})
     with pytest.raises(ValueError, match="another process is training in"):
         RunDirectory(tmp_path / "run").start({"seed": 1})
     assert (tmp_path / "run" / "config.json").read_text() == before
@@ -290,7 +290,7 @@ def test_two_processes_cannot_train_one_run(finished, tmp_path):
         RunDirectory(tmp_path / "run").start({"seed": 1})
     assert (tmp_path / "run" / "config.json").read_text() == before
     again = RunDirectory(tmp_path / "run")
-    assert again.resume({}) is None
+    assert again.resume({"recipe": {}}) is None
     again.close()
 
 

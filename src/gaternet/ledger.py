@@ -69,7 +69,8 @@ def describe_run(path: Path, runtime: Runtime | None = None) -> dict[str, Any]:
     """
     if not (path / CONFIG).exists():
         raise ValueError(f"{path} holds no run: gaternet train makes runs, by default under runs/")
-    config, epochs = files.read_json(path / CONFIG), RunDirectory(path).epochs()
+    run = RunDirectory(path)
+    config, epochs = run.config(), run.epochs()
     if "network" in config:
         raise ValueError(
             f"{path} trained a {config['network']} that was given to it in Python: no command repeats that, so the "
@@ -133,7 +134,7 @@ def find_line(ledger: Path, path: Path) -> dict[str, Any] | None:
     """The line of the run in `path`; None if there is none."""
     if not (path / CONFIG).exists():
         return None
-    config = files.read_json(path / CONFIG)
+    config = RunDirectory(path).config()
     recipe = config["recipe"]
     run = {"recipe": recipe["name"], "options": changed_options(recipe), "seed": config["seed"]}
     run["started"] = config.get("started")

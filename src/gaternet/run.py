@@ -59,10 +59,10 @@ class RunDirectory:
         """
         if not (self.path / CONFIG).exists():
             raise ValueError(f"{self.path} holds no run to resume: leave --resume out to start one")
-        before = files.read_json(self.path / CONFIG)
+        before = self.config()
         now, defaults = (json.loads(json.dumps(c)) for c in (config, {"recipe": dataclasses.asdict(Recipe(""))}))
         for each in (before, now):
-            each.get("recipe", {}).pop("paper", None)  # the same options may have been given otherwise
+            each["recipe"].pop("paper", None)  # the same options may have been given otherwise
         if images := before.get("images"):  # an older version's run has none: its data must lie where they lay
             if changed := _first_difference(images, now["images"], {}):
                 raise ValueError(
@@ -94,15 +94,27 @@ class RunDirectory:
                 files.write_atomically(self.path / METRICS, lambda temporary: temporary.write_text(text))
             return state
 
+    def config(self) -> dict[str, Any]:
+        """What the run was started with, and how.
+
+        Raises:
+            ValueError: it is damaged, or of another program.
+            FileNotFoundError: there is no run here.
+        """
+        found = files.read_json(self.path / CONFIG)
+        if not isinstance(found.get("recipe"), dict):
+            raise ValueError(f"{self.path / CONFIG} is of no run, but of another program: name another folder")
+        return found
+
     def preprocessing(self) -> dict[str, Any] | None:
         """How images became inputs in a run that has a state to go on from; None for others, and an older version's."""
         if not (self.path / CONFIG).exists() or not (self.path / STATE).exists():
             return None
-        return files.read_json(self.path / CONFIG).get("preprocessing")
+        return self.config().get("preprocessing")
 
     def note_data(self, data: str) -> None:
         """Say in the config where the images lie now."""
-        config = files.read_json(self.path / CONFIG)
+        config = self.config()
         if config["recipe"]["data"] != data:
             files.write_json(self.path / CONFIG, {**config, "recipe": {**config["recipe"], "data": data}})
 
@@ -113,7 +125,7 @@ class RunDirectory:
 
         `way` has "precision" and "processes".
         """
-        config = files.read_json(self.path / CONFIG)
+        config = self.config()
         found = {"epoch": epoch, "step": step, **way, "started": _now(), **describe_machine()}
         earlier = [place for place in config.get("resumed", []) if place.get("step", -1) < step]
         before = {**found, **config, **(earlier or [{}])[-1]}  # an older version's config has less
