@@ -80,6 +80,38 @@ def test_images_that_change_each_others_results_are_refused(name, act):
         gaternet.skip(model, THREE)
 
 
+def add_one(module: nn.Module, inputs: Any, output: Any) -> Any:
+    return output + 1
+
+
+def add_one_behind(model: GaterNet) -> GaterNet:
+    model.backbone.get_submodule("one").register_forward_hook(add_one)
+    return model
+
+
+UNPLANNED: dict[str, Callable[[], GaterNet]] = {
+    "images that are exchanged": lambda: gated(Net(lambda net, x: net.one(x).flip(0), one=conv(3, 8))),
+    "by the number of images": lambda: gated(
+        Net(lambda net, x: net.one(x) * 2 if len(x) > 1 else net.one(x), one=conv(3, 8))
+    ),
+    "a hook behind the gates": lambda: add_one_behind(
+        gated(Net(lambda net, x: net.two(net.one(x)), one=conv(3, 8), two=conv(8, 8)))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNPLANNED)
+def test_what_a_plan_does_not_see_is_refused(name):
+    model = UNPLANNED[name]()
+    for engine in ("slice", "auto"):
+        with pytest.raises(ValueError, match=r"computes something else than its plan.*use the model itself"):
+            gaternet.skip(model, THREE, engine)
+    gates = random_gates(model, 0.5)
+    assert torch.equal(
+        gaternet.skip(model, THREE, "mask").forward_gated(THREE, gates), model.forward_gated(THREE, gates)
+    )
+
+
 @pytest.mark.parametrize(
     "act",
     [

@@ -22,6 +22,8 @@ from gaternet.skipping.saved import load_plan, save_plan
 from gaternet.skipping.specialise import Specialised, choose_kept
 
 Engine = Literal["auto", "slice", "specialise", "mask"]
+_TRIED = 3  # images on which a plan is compared with its model
+_TOLERANCE = {torch.float32: 0.02, torch.float64: 0.02}  # of the largest logit: far above rounding, below what is wrong
 
 
 class Skipper(nn.Module):
@@ -201,7 +203,8 @@ def skip(
 
     Raises:
         ValueError: the backbone cannot be exported, or gives other than one tensor (B, ...), or lets images change each
-            other's results; or "specialise" has no calibration or one of another shape.
+            other's results, or computes something else than its plan, which is tried; or "specialise" has no
+            calibration or one of another shape.
         TypeError: the model is no GaterNet.
     """
     require_gated(model)
@@ -227,22 +230,48 @@ def skip(
             gater = make_program(make_plan(read_graph(model.gater, example_input[:1])), kernels)
         except ValueError:  # it runs as it is
             gater = copy.deepcopy(model.gater)
-        if engine == "slice":
-            program = make_program(plan, kernels)
-            return Skipper(program.plan, gater, program, engine, hard)
-        engines: dict[str, Backbone] = {"mask": model.forward_gated}
-        if calibration is not None:
+        engines: dict[str, Backbone] = {}
+        if calibration is not None and engine != "slice":
             specialised = Specialised(plan, choose_kept(calibration, subnetworks), kernels)
-            if engine == "specialise":
-                return Skipper(specialised.plan, gater, specialised, engine, hard)
-            engines |= {"slice": specialised.fallback, "specialise": specialised}
+            sliced, engines["specialise"] = specialised.fallback, specialised
         else:
-            engines["slice"] = make_program(plan, kernels)
+            sliced = make_program(plan, kernels)
+        engines["slice"] = sliced
+        _try(sliced, model, example_input)
+        if engine != "auto":
+            return Skipper(sliced.plan, gater, engines[engine], engine, hard)
+        engines["mask"] = model.forward_gated
         with torch.no_grad(), without_autocast(example_input.device.type):  # as they will run
             timings = time_engines(engines, example_input, gater(example_input))
         best = min(timings, key=timings.__getitem__)
         if best == "mask":
             engines["mask"] = copy.deepcopy(model).forward_gated
-        skipper = Skipper(getattr(engines["slice"], "plan", plan), gater, engines[best], best, hard)
+        skipper = Skipper(sliced.plan, gater, engines[best], best, hard)
         skipper.timings = timings
         return skipper
+
+
+@torch.no_grad()
+def _try(program: Backbone, model: GaterNet, example_input: Tensor) -> None:
+    """Compare a program with the model, on random images under random gates; ValueError where they differ.
+
+    A plan knows what a run of one image without gates shows. Code that decides by the number of images, and hooks that
+    act behind the gates, are not seen there.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(_TRIED, *example_input.shape[1:], generator=generator).to(example_input)
+    gates = (torch.rand(_TRIED, model.num_gates, generator=generator) < 0.5).to(example_input)
+    with without_autocast(images.device.type):
+        try:
+            expected = model.forward_gated(images, gates).double()
+        except (RuntimeError, ValueError):  # it takes single images alone
+            images, gates = images[:1], gates[:1]
+            expected = model.forward_gated(images, gates).double()
+        found = program(images, gates).double()
+    tolerance = _TOLERANCE.get(example_input.dtype, 0.2)
+    scale = expected.nan_to_num(0, 0, 0).abs().max().item()
+    if found.shape != expected.shape or not torch.allclose(found, expected, tolerance, tolerance * scale, True):
+        raise ValueError(
+            "the backbone computes something else than its plan: it may decide something by the number of images, "
+            "exchange them, or have a hook behind its gates; use the model itself, engine='mask'"
+        )
