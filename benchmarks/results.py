@@ -44,6 +44,7 @@ from gaternet.recipe import Recipe, data_name
 from gaternet.recipes import RECIPES, find_recipe
 
 LEDGER = RESULTS / "runs.jsonl"
+FULL_PRECISION = "All in full precision: errors differ a little from those above of runs in bf16."
 
 
 def paper_rows(ledger: list[dict[str, Any]]) -> str:
@@ -253,7 +254,7 @@ def generalisation() -> str:
         size = f"{lines[0]['parameters'] / 1e6:.2f}M"
         rows.append([as_code(recipe, options), size, str(len(lines)), *(f"{share:.1f}" for share in shares)])
     text = "`python benchmarks/generalisation.py`: errors in %, of each corruption the mean of three strengths "
-    text += f"({machines_of(recorded)}).\n\n"
+    text += f"({machines_of(recorded)}). {FULL_PRECISION}\n\n"
     titles = ["recipe", "size", "n", "train", "test", "gap", *kinds, "corrupted"]
     return text + table(titles, rows)
 
@@ -275,7 +276,8 @@ def averaged() -> str:
         f"`{recorded[0]['command']}`: the probabilities of two plain networks with other seeds are averaged. Together "
     )
     text += "they have as many parameters and MACs as a gated network whose extractor is as large as its backbone, or "
-    text += f"the Wider one. Pairs share networks, so they have a range and no deviation ({machines_of(recorded)}).\n\n"
+    text += f"the Wider one. Pairs share networks, so they have a range and no deviation ({machines_of(recorded)}). "
+    text += f"{FULL_PRECISION}\n\n"
     return text + table(["recipe", "size of two", "error %, alone", "error %, two averaged"], rows)
 
 
@@ -294,7 +296,7 @@ def exchanged_gates() -> str:
         f"`{recorded[0]['command']}`: % of {recorded[0]['images']:,} test images that the backbone predicts rightly "
         "under their own gates, under each gate as it is for most images, and under the gates of another image of the "
         "same class; then, under the gates of an image of another class, those predicted as the class of the image, "
-        f"and as the class of the one that the gates were made for ({machines_of(recorded)}).\n\n"
+        f"and as the class of the one that the gates were made for ({machines_of(recorded)}). {FULL_PRECISION}\n\n"
     )
     titles = ["recipe", "epochs", "n", "own", "usual", "same class", "other class: image's", "other class: gates'"]
     return text + table(titles, rows)

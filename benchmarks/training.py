@@ -75,7 +75,7 @@ class Stepper:
     def step(self) -> None:
         """One timed step."""
         start = time.perf_counter()
-        seed_step(mix_seed(0, self.state.step), self.accelerator.device)
+        seed_step(mix_seed("step", 0, self.state.step, 0), self.accelerator.device)
         images, labels = next(self.batches)
         self.state.add(self.train(images, labels, schedule(self.recipe, self.state.step, 390)))
         if self.accelerator.device.type == "cuda":

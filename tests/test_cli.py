@@ -153,7 +153,8 @@ def test_an_exported_file_predicts_what_the_run_does(run, tmp_path, capsys, monk
     assert "equal to the model on 64 test images" in call("export", run, "--format", "pt2", "--out", tmp_path / "m.pt2")
     for arguments, message in {
         ("predict", tmp_path / "m.pt2", images[0]): "may hold pickled objects",
-        ("predict", images[0], images[0]): "ONNX Runtime cannot run",
+        ("predict", images[0], images[0]): "name a run, a saved model or an .onnx file that was exported",
+        ("sites", run, "--in-chans", "3"): "takes images of 1 channels: leave --in-chans out",
         ("export", run, "--out", tmp_path / "m.pt"): "m.pt is neither .onnx nor .pt2",
         ("export", run, "--out", tmp_path / "m.onnx", "--format", "pt2"): "m.onnx is to be a file of pt2: name it",
         ("export", run, "--int8", "all", "--format", "pt2"): "int8 is for ONNX files of the masked form",

@@ -314,10 +314,12 @@ def test_extremely_long_images_take_no_memory(monkeypatch, axis):
     assert (preprocessing.fit(strip.transpose(2, axis)).int() - expected).abs().max() <= 2
 
 
-def test_mixed_seeds_of_neighbours_are_unlike():
-    seeds = {mix_seed(a, b, c) for a in range(8) for b in range(8) for c in range(8)}
+def test_mixed_seeds_are_unlike():
+    seeds = {mix_seed("step", a, b, c) for a in range(8) for b in range(8) for c in range(8)}
     assert len(seeds) == 512
-    assert mix_seed(0, 1) != mix_seed(1, 0)
+    others = [mix_seed("step", 0, 1), mix_seed("step", 1, 0), mix_seed("order", 0, 1), mix_seed("step", 0, 1, 0)]
+    others += [mix_seed("step", 3 + 7 * 2**32, 5), mix_seed("step", 3, 7, 5)]
+    assert len({*others}) == len(others)
     assert all(0 <= seed < 2**64 for seed in seeds)
 
 

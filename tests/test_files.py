@@ -86,6 +86,25 @@ def test_a_failing_write_keeps_the_old_file_and_nothing_else(tmp_path, old):
     assert contents(tmp_path) == ({"file": b"old"} if old else {})
 
 
+def test_an_error_that_is_not_of_writing_stays_what_it_is(tmp_path):
+    def write(temporary: Path) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        write_atomically(tmp_path / "file", write)
+    assert contents(tmp_path) == {}
+
+
+def test_a_full_disk_is_said_by_torch_save_in_its_own_way(tmp_path, monkeypatch):
+    def fail(state: object, path: Path) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match=r"cannot write .*training.pt \(PytorchStreamWriter failed.*free some space"):
+        save_state(tmp_path / "training.pt", {})
+    assert contents(tmp_path) == {}
+
+
 def test_a_write_during_another_has_a_file_of_its_own(tmp_path):
     def write(temporary: Path) -> None:
         temporary.write_text("first")

@@ -94,6 +94,17 @@ def test_processes_share_each_batch(accelerator, monkeypatch):
             assert torch.equal(part[step][1], labels[rank::3])
 
 
+def test_a_process_without_an_image_of_the_last_batch_gets_none(accelerator, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    sizes = []
+    for rank in range(2):
+        monkeypatch.setattr(Accelerator, "process_index", rank)
+        sizes.append(
+            [len(labels) for _, labels in make_batches(numbered(5, Augmentation()), 4, CPU, accelerator).epoch()]
+        )
+    assert sizes == [[2, 1], [2]]
+
+
 def slowly(image: Tensor, options: Augmentation, draws: list[float]) -> Tensor:
     """One image's crop, flip and cutout, the obvious way."""
     height, width = image.shape[1:]

@@ -364,3 +364,11 @@ def test_training_modes_stay_as_they_were(net, fails, training):
     with pytest.raises(ValueError, match="cannot be exported") if fails else nullcontext():
         find_sites(net, IMAGES)
     assert [module.training for module in net.modules()] == before
+
+
+def test_a_mean_over_everything_mixes_channels():
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = net.one(x)
+        return net.two(x - x.mean(dim=None, keepdim=True))
+
+    assert reasons(Net(forward, one=conv(3, 1), two=conv(1, 8))) == {}

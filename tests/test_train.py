@@ -22,11 +22,10 @@ import gaternet.step
 from gaternet import files
 from gaternet.checkpoint import load_model, save_model
 from gaternet.cost import count_macs
-from gaternet.data import DataError, Preprocessing, ToInput, load_data
-from gaternet.evaluate import evaluate, evaluate_saved, gate_metrics
+from gaternet.data import DataError, Preprocessing, load_data
+from gaternet.evaluate import evaluate_saved, gate_metrics
 from gaternet.gating import gate
 from gaternet.ledger import describe_run
-from gaternet.loader import make_batches
 from gaternet.machine import collect_signals, make_accelerator, tensorboard
 from gaternet.method import GaterNet
 from gaternet.models import create_model
@@ -82,35 +81,6 @@ def test_two_machines_give_the_loss_curve_of_one(tmp_path):
     last = [records(tmp_path / run, "epoch")[-1] for run in ("one", "two")]
     assert last[0]["test_images"] == last[1]["test_images"] == 360
     np.testing.assert_allclose(last[1]["test_loss"], last[0]["test_loss"], rtol=1e-3)
-
-
-def test_evaluation_equals_a_recount():
-    data = load_data("digits")
-    network = create_model("resnet20_gated", 10, 1)
-    assert isinstance(network, GaterNet)
-    network.gater.eval()  # frozen
-    accelerator = make_accelerator(CPU)
-    metrics = evaluate(
-        network, make_batches(data.test, 100, CPU, accelerator), ToInput(data.preprocessing), accelerator
-    )
-    assert (network.training, network.backbone.training, network.gater.training) == (True, True, False)  # as before
-    network.eval()
-    pixels, labels = data.test.take(range(360)), torch.tensor(data.test.labels)
-    with torch.no_grad():
-        logits, gates = network(data.preprocessing.normalize(pixels), return_gates=True)
-    ranks = logits.argsort(descending=True)
-    assert metrics["images"] == 360
-    assert np.isclose(metrics["loss"], nn.functional.cross_entropy(logits, labels).item(), rtol=1e-4)
-    assert np.isclose(metrics["accuracy"], (ranks[:, 0] == labels).double().mean().item(), atol=1e-9)
-    assert np.isclose(metrics["top5_accuracy"], (ranks[:, :5] == labels[:, None]).any(1).double().mean().item())
-    rates = gates.double().mean(0)
-    assert np.isclose(metrics["density"], rates.mean().item())
-    assert np.isclose(metrics["dependent"], ((rates > 0) & (rates < 1)).double().mean().item())
-    assert np.isclose(metrics["always_on"] + metrics["always_off"] + metrics["dependent"], 1)
-    assert np.isclose(metrics["site_density"][2], rates[32:48].mean().item(), atol=1e-4)
-    varying = rates[(rates > 0) & (rates < 1)].numpy()
-    bits = -varying * np.log2(varying) - (1 - varying) * np.log2(1 - varying)
-    assert np.isclose(metrics["entropy"], bits.sum() / network.num_gates)
 
 
 def test_saved_model_evaluates_as_in_training(finished, monkeypatch):

@@ -1,5 +1,6 @@
 """What our own recipes add to the training of gates: a classifier on E, open samples, and what changes with time."""
 
+import copy
 import signal
 from dataclasses import replace
 
@@ -85,6 +86,16 @@ def test_open_samples_are_part_of_training_and_not_of_its_penalty(tmp_path):
     first, second = (records(tmp_path / name, "step")[0] for name in ("own", "open"))
     assert first["density"] == second["density"] < 0.4
     assert first["loss"] != second["loss"]
+
+
+def test_the_seed_decides_where_the_guide_of_a_given_network_starts(tmp_path):
+    network, losses = create_model("resnet8_gated", 10, 1, extractor="resnet8"), []
+    for number, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(number)
+        recipe = small(auxiliary_weight=1.0, noise_std=0.0, epochs=1)
+        train(recipe, tmp_path / str(number), CPU, seed, network=copy.deepcopy(network))
+        losses.append(records(tmp_path / str(number), "step")[0]["auxiliary_loss"])
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_the_gates_noise_falls_and_their_slope_rises(tmp_path, monkeypatch):

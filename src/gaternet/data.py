@@ -3,6 +3,7 @@
 Every source ends as two `ImageSet`s of uint8 images (C, H, W) and labels.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -156,7 +157,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         if self.transform is not None:
             generator = torch.default_generator  # what torchvision's transforms draw from
             before = generator.get_state()
-            generator.manual_seed(mix_seed(self.seed, self.epoch, index))
+            generator.manual_seed(mix_seed("image", self.seed, self.epoch, index))
             image = self.transform(image)
             generator.set_state(before)
         return image, int(self.labels[index])
@@ -271,9 +272,9 @@ def same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
     return list(names) == list(others) or (len(names) == len(others) and numbers in (list(names), list(others)))
 
 
-def mix_seed(*numbers: int) -> int:
-    """One 64-bit seed from several numbers, such that neighbours get unlike seeds."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+def mix_seed(purpose: str, *numbers: int) -> int:
+    """One 64-bit seed from several numbers: unlike those of other purposes, of neighbours, and of more numbers."""
+    return int.from_bytes(hashlib.blake2b(repr((purpose, numbers)).encode(), digest_size=8).digest())
 
 
 def _normalize(images: Tensor, mean: Any, std: Any) -> Tensor:

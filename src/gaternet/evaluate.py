@@ -54,10 +54,11 @@ def evaluate(
             with accelerator.autocast():
                 if isinstance(network, GaterNet):
                     logits, gates = network(to_input(images), return_gates=True)
-                    opened += gates.float().sum(0)
-                    macs = macs if cost is None else (cost(gates) / cost.dense).sum()
                 else:
-                    logits = network(to_input(images))
+                    logits, gates = network(to_input(images)), None
+            if gates is not None:
+                opened += gates.float().sum(0)
+                macs = macs if cost is None else (cost(gates) / cost.dense).sum()
             logits = logits.float()
             ranks = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
             loss = F.cross_entropy(logits, labels, reduction="sum")

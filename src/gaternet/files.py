@@ -43,7 +43,7 @@ def write_atomically(path: Path, write: Callable[[Path], T]) -> T:
             os.fsync(file.fileno())
         temporary.replace(path)
         return result
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own
+    except (OSError, SafetensorError) as error:
         raise cannot_write(path, error) from error
     finally:
         with suppress(OSError):  # where there can be no such file, the error is that of writing
@@ -99,7 +99,14 @@ def staged(directory: Path, keep: Collection[str] = ()) -> Iterator[Path]:
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write training state (tensors, numbers, strings, and lists and dicts of them), atomically."""
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+    def write(temporary: Path) -> None:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # so it says that the disk is full
+            raise OSError(first_line(error)) from error
+
+    write_atomically(path, write)
 
 
 def load_tensors(path: Path) -> dict[str, Any]:

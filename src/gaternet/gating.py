@@ -47,8 +47,8 @@ def gate(
         group_size: number of neighbouring filters that share a gate, the paper's is 1. Larger groups make skipping
             faster and choice coarser.
         bottleneck: width of the middle of the gater's D. Default: 8 for images up to 64 pixels, else 256, see `Gater`.
-        open: start with every gate open, so that the model begins as the plain backbone. Default: the paper's start,
-            with about half of the gates open.
+        open: start with every gate open, so that the model begins as the plain backbone (but for noise while it
+            trains). Default: the paper's start, with about half of the gates open.
         batch_norm, initial_bias, noise_std, hard_probability: see `Gater`.
 
     Returns:

@@ -182,7 +182,7 @@ class Graph:
             value = args[-1] if isinstance(args[-1], int | float) else 0
             return "keep" if value == 0 and len(args[1]) <= 4 and len(before) == 4 else None
         if name in ("mean", "sum", "amax") and len(before) == 4 and len(args) > 1:
-            dims = [args[1]] if isinstance(args[1], int) else args[1]
+            dims = [args[1]] if isinstance(args[1], int) else args[1] or range(4)
             return "keep" if {dim % 4 for dim in dims} <= {2, 3} else None
         if name == "mul":
             return "keep"

@@ -38,14 +38,18 @@ class MemoryBatches:
         order, draws = torch.arange(count), torch.zeros(count, DRAWS)
         if seed is not None:
             order = EpochSampler(count, seed, epoch).order()
-            draws = torch.rand(count, DRAWS, generator=torch.Generator().manual_seed(mix_seed(seed, epoch, 1)))
+            draws = torch.rand(
+                count, DRAWS, generator=torch.Generator().manual_seed(mix_seed("augmentation", seed, epoch))
+            )
         order, draws = order.to(device), draws.to(device)
         rank, processes = self._accelerator.process_index, self._accelerator.num_processes
         for step in range(skip, len(self)):
             index = order[step * self._size : (step + 1) * self._size][rank::processes]
+            if not len(index):  # of a last batch that has fewer images than there are processes
+                break
             images = self._images[index]
             if self._augmentation is not None and seed is not None:
-                part = mix_seed(seed, epoch, step, rank)
+                part = mix_seed("policy", seed, epoch, step, rank)
                 images = augment_batch(images, self._augmentation, draws[index], part)
             yield images, self._labels[index]
 
@@ -145,4 +149,6 @@ class EpochSampler(Sampler[int]):
 
     def order(self) -> Tensor:
         """The epoch's items, (size,)."""
-        return torch.randperm(self.size, generator=torch.Generator().manual_seed(mix_seed(self.seed, self.epoch)))
+        return torch.randperm(
+            self.size, generator=torch.Generator().manual_seed(mix_seed("order", self.seed, self.epoch))
+        )

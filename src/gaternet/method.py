@@ -166,7 +166,8 @@ class GateSite:
     """Where a slice of the gates acts on the backbone.
 
     Attributes:
-        name: the module whose output (B, channels, H, W) is scaled: the BatchNorm after the gated filters.
+        name: the module whose output (B, channels, H, W) is scaled: the BatchNorm after the gated filters, or
+            their convolution where none follows.
         conv: the convolution that holds the gated filters.
         start, stop: the site's columns of the gates (B, C).
         group_size: number of neighbouring filters that share a gate, the paper's is 1.

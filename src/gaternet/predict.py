@@ -12,6 +12,7 @@ from gaternet.data import Preprocessing, classes_of
 from gaternet.export.exported import ExportedModel
 from gaternet.method import GaterNet
 from gaternet.run import Which, load_trained
+from gaternet.sessions import NotRunnableError
 
 _BATCH = 64
 
@@ -51,7 +52,10 @@ def load(path: Path, which: Which = "last") -> tuple[nn.Module | ExportedModel, 
         classes_of(metadata)  # says what is wrong with it
         Preprocessing.from_metadata(metadata)
         return model, metadata
-    exported = ExportedModel(path)
+    try:
+        exported = ExportedModel(path)
+    except NotRunnableError as error:
+        raise ValueError(f"{error}: name a run, a saved model or an .onnx file that was exported") from error
     if missing := {"classes", "preprocessing"} - exported.metadata.keys():
         raise ValueError(f"{path} was exported without its {min(missing)}: export it again with metadata=...")
     Preprocessing.from_metadata(exported.metadata)

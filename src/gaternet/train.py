@@ -1,8 +1,8 @@
 """Training: one visible loop on Accelerate (CPU, one GPU, or many processes and machines).
 
-Every random draw of a step is a function of (seed, step, process), the order of the images and their augmentation one
-of (seed, epoch). So no generator's state needs saving, and a run that is killed and resumed ends with the same weights:
-bit for bit where sums always come in the same order, as on a CPU.
+Every random draw of a step is a function of (seed, step, process), the order of the images one of (seed, epoch), and so
+is their augmentation, but for policies (`gaternet.augment`). So no generator's state needs saving, and a run that is
+killed and resumed ends with the same weights: bit for bit where sums always come in the same order, as on a CPU.
 """
 
 import math
@@ -110,6 +110,8 @@ def train(
     with _fitting():
         if network is None:
             network = build_network(recipe, data, seed, trained=known is None)  # else the saved state has its weights
+        else:
+            torch.manual_seed(seed)  # as `build_network` does
         network.to(accelerator.device)
     data = prepared_for(data, network, built_from, known)
     to_input = ToInput(data.preprocessing, runtime.channels_last)
@@ -172,7 +174,7 @@ def train(
             clock = _Clock(recipe.batch_size, training.step, training.seconds)
             metrics: dict[str, float] = {}
             for images, labels in train_batches.epoch(epoch, training.step - epoch * steps_per_epoch):
-                seed_step(mix_seed(seed, training.step, accelerator.process_index), accelerator.device)
+                seed_step(mix_seed("step", seed, training.step, accelerator.process_index), accelerator.device)
                 now = schedule(recipe, training.step, steps_per_epoch)
                 training.add(step(images, labels, now))
                 if ema is not None:

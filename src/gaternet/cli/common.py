@@ -72,11 +72,10 @@ def _exit_code(error: Exception) -> int | None:
         return 2
     if isinstance(error, OSError):
         return 1
-    from gaternet.train import Stopped, TrainingError
-
-    if isinstance(error, Stopped):
-        return 128 + error.signum
-    return 1 if isinstance(error, TrainingError) else None
+    train = sys.modules.get("gaternet.train")  # which raised it, or else may be unable to be imported now
+    if isinstance(error, getattr(train, "Stopped", ())):
+        return 128 + getattr(error, "signum", 0)
+    return 1 if isinstance(error, getattr(train, "TrainingError", ())) else None
 
 
 def escaped(text: str) -> str:

@@ -308,7 +308,6 @@ void unpack_weights(const float *from, int64_t groups, int64_t filters, int64_t 
 }
 
 // Lists of open channels: for each image and pattern, those whose gate is open; column -1 is always open, -2 never.
-// `numbers` needs room for one more than it holds.
 void open_channels(const float *gates, int64_t images, int64_t num_gates, const int64_t *columns, const int64_t *offsets,
                    int64_t patterns, int32_t *counts, int32_t *numbers) {
     for (int64_t image = 0; image < images; image++)
