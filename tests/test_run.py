@@ -1,12 +1,18 @@
 """What a run notes of the machine and the code."""
 
+import importlib.metadata
+import json
 import subprocess
 
 import pytest
+import torch
 from training_runs import CPU, small
 
+import gaternet.cli
 import gaternet.run
+from gaternet.checkpoint import save_model
 from gaternet.ledger import add_run, describe_run
+from gaternet.models import create_model
 from gaternet.run import describe_machine
 from gaternet.sweep import make_jobs
 from gaternet.train import train
@@ -33,13 +39,23 @@ def test_commit_is_marked_where_code_was_changed_but_not_by_the_ledger(tmp_path,
     assert describe_machine()["commit"] == f"{clean}-dirty"
 
 
-def test_code_that_runs_where_it_lies_is_not_installed(monkeypatch):
-    def installed(name):
-        assert name != "gaternet", "no package"
-        return "1"
+def test_code_that_runs_where_it_lies_is_not_installed(tmp_path, monkeypatch, capsys):
+    installed = importlib.metadata.distribution
 
-    monkeypatch.setattr(gaternet.run, "version", installed)
+    def distribution(name):
+        if name == "gaternet":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
     assert describe_machine()["versions"]["gaternet"] == gaternet.__version__
+    model = create_model("resnet8", 10, 1)
+    save_model(model, tmp_path / "saved", {})
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["gaternet"] == gaternet.__version__
+    gaternet.export_pt2(model, torch.zeros(2, 1, 8, 8), tmp_path / "model.pt2")
+    with pytest.raises(SystemExit):
+        gaternet.cli.app(["--version"])
+    assert capsys.readouterr().out == f"{gaternet.__version__}\n"
 
 
 def test_a_folder_of_another_program_is_no_run(tmp_path):

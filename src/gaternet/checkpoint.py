@@ -9,7 +9,6 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save_model as save_safetensors
 from torch import nn
 
+from gaternet import __version__
 from gaternet.errors import first_line
 from gaternet.files import read_json, write_atomically, write_json
 from gaternet.method import Gater, GaterNet, GateSite
@@ -40,7 +40,7 @@ def save_model(model: nn.Module, directory: Path, metadata: Mapping[str, Any] | 
             without which the model cannot be loaded by itself; the rest is kept as it is. Default: the model's own.
             A description that the backbone no longer fits, since it was changed after gating, is left out.
     """
-    config: dict[str, Any] = {"gaternet": version("gaternet")}
+    config: dict[str, Any] = {"gaternet": __version__}
     if isinstance(model, GaterNet):
         given = metadata or model.metadata or {}
         metadata = fitting(given, model)

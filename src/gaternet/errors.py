@@ -1,4 +1,16 @@
-"""Words of errors that others raise."""
+"""Errors of training, which the command line knows without loading that; words of errors that others raise."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on, and the program is not to blame; the message names the mend."""
+
+
+class Stopped(TrainingError):  # noqa: N818 (it is no failure)
+    """A signal (Ctrl-C, SIGTERM) ended training; its state is saved."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
 
 
 def first_line(error: BaseException) -> str:

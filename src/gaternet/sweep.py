@@ -18,6 +18,7 @@ from rich.live import Live
 from rich.table import Table
 
 from gaternet.data import check_source
+from gaternet.errors import Stopped, TrainingError
 from gaternet.files import make_folder
 from gaternet.ledger import changed_options, check_ledger, find_line, train_flags
 from gaternet.machine import PARENT, collect_signals, shared_gpu
@@ -26,7 +27,6 @@ from gaternet.progress import summary
 from gaternet.recipe import Recipe, Runtime, override
 from gaternet.recipes import find_recipe
 from gaternet.run import CONFIG, METRICS, STATE, RunDirectory, find_model
-from gaternet.train import Stopped, TrainingError
 
 _FRAME = " │╭╮╰╯─"  # which errors in options come in
 _PATIENCE = 300  # seconds in which stopped runs must have saved what they have

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gaternet import checkpoint
 from gaternet.data import ImageData, ToInput, load_data, mix_seed
-from gaternet.errors import first_line
+from gaternet.errors import Stopped, TrainingError, first_line
 from gaternet.evaluate import BATCH as EVALUATION_BATCH
 from gaternet.evaluate import evaluate
 from gaternet.loader import make_batches
@@ -53,18 +53,6 @@ from gaternet.recipe import Recipe, Runtime
 from gaternet.run import STATE, RunDirectory
 from gaternet.state import TrainingState
 from gaternet.step import TrainingStep, captured
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on, and the program is not to blame; the message names the mend."""
-
-
-class Stopped(TrainingError):  # noqa: N818 (it is no failure)
-    """A signal (Ctrl-C, SIGTERM) ended training; its state is saved."""
-
-    def __init__(self, message: str, signum: int) -> None:
-        super().__init__(message)
-        self.signum = signum
 
 
 @tuned_convolutions()

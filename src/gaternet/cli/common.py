@@ -3,12 +3,14 @@
 import io
 import os
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+
+from gaternet import __version__
+from gaternet.errors import Stopped, TrainingError
 
 app = typer.Typer(
     help="GaterNet: a network that looks at an image first and decides which filters of a CNN run.",
@@ -27,7 +29,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for program
 
 def _show_version(wanted: bool) -> bool:
     if wanted:
-        print(version("gaternet"))
+        print(__version__)
         raise typer.Exit
     return wanted
 
@@ -72,10 +74,9 @@ def _exit_code(error: Exception) -> int | None:
         return 2
     if isinstance(error, OSError):
         return 1
-    train = sys.modules.get("gaternet.train")  # which raised it, or else may be unable to be imported now
-    if isinstance(error, getattr(train, "Stopped", ())):
-        return 128 + getattr(error, "signum", 0)
-    return 1 if isinstance(error, getattr(train, "TrainingError", ())) else None
+    if isinstance(error, Stopped):
+        return 128 + error.signum
+    return 1 if isinstance(error, TrainingError) else None
 
 
 def escaped(text: str) -> str:

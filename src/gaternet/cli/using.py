@@ -323,10 +323,10 @@ def _backbone_and_shape(model: str, image_size: int | None, in_chans: int | None
     seen: Any = {"mean": (0, 0, 0), "height": 224, "width": 224}
     if Path(model).exists():
         network, metadata = load_trained(Path(model))
-        known = metadata.get("preprocessing")
-        seen = known or seen
-        if known and in_chans not in (None, len(known["mean"])):
-            raise ValueError(f"{model} takes images of {len(seen['mean'])} channels: leave --in-chans out")
+        if known := metadata.get("preprocessing"):
+            seen = known
+            if in_chans not in (None, len(seen["mean"])):
+                raise ValueError(f"{model} takes images of {len(seen['mean'])} channels: leave --in-chans out")
     else:
         network = create_model(model.removesuffix("_gated"), 1000, in_chans or 3)
     shape = [in_chans or len(seen["mean"]), image_size or seen["height"], image_size or seen["width"]]

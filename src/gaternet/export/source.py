@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
 
+from gaternet import __version__
 from gaternet.data import Preprocessing
 from gaternet.errors import first_line
 from gaternet.export.gathered import OpenFilters
@@ -111,7 +111,7 @@ class Source:
     def metadata(self) -> dict[str, Any]:
         """What is kept in the file."""
         return {
-            "gaternet": version("gaternet"),
+            "gaternet": __version__,
             "form": self.form,
             "input": "images" if self.preprocessing is None else "pixels",
             "num_gates": self.model.num_gates if self.gated else 0,
