@@ -25,21 +25,17 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from gaternet.cost import count_dense_macs
-from gaternet.data import ImageSet, Preprocessing, ToInput, mix_seed
-from gaternet.loader import make_batches
+from gaternet.data import ImageData, ImageSet, Preprocessing, mix_seed
 from gaternet.machine import make_accelerator, seed_step, tuned_convolutions
-from gaternet.method import GaterNet
-from gaternet.models import create_model
-from gaternet.modes import channels_last_
-from gaternet.network import make_density, make_optimizer
 from gaternet.objective import schedule
+from gaternet.preparation import prepare
 from gaternet.recipe import Recipe, Runtime
 from gaternet.recipes import find_recipe
 from gaternet.run import describe_machine
-from gaternet.state import TrainingState
-from gaternet.step import WARM_UP, TrainingStep, captured
+from gaternet.step import WARM_UP
 
 BATCH = 128
+CLASSES = tuple("0123456789")
 PREPROCESSING = Preprocessing(32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
@@ -48,36 +44,20 @@ class Stepper:
 
     def __init__(self, recipe: Recipe, runtime: Runtime) -> None:
         self.recipe, self.accelerator = recipe, make_accelerator(runtime)
-        torch.manual_seed(0)
-        self.network = create_model(str(recipe.model), 10, 3, **recipe.gater_options()).to(self.accelerator.device)
-        channels_last_(self.network)
-        if runtime.compile:
-            self.network.compile()
-        self.model, self.optimizer = self.accelerator.prepare(
-            self.network, make_optimizer(self.network, recipe, self.accelerator)
-        )
-        self.state = TrainingState(self.network, self.optimizer, None, self.accelerator)
-        self.to_input = ToInput(PREPROCESSING)
         pixels = torch.randint(0, 256, (20 * BATCH, 3, 32, 32), dtype=torch.uint8)
         images = ImageSet(pixels, torch.randint(0, 10, (len(pixels),)).tolist(), recipe.augmentation)
-        batches = make_batches(images, BATCH, runtime, self.accelerator, seed=0)
-        self.batches = (batch for epoch in itertools.count() for batch in batches.epoch(epoch))
-        self.example = self.to_input(pixels[:1].to(self.accelerator.device))
-        self.density_of = None
-        if isinstance(self.network, GaterNet):
-            self.density_of = make_density(self.network, recipe.gating, self.example)
-        step = TrainingStep(
-            self.model, self.optimizer, recipe, self.accelerator, self.to_input, density_of=self.density_of
-        )
-        self.train = captured(step, runtime)
+        data = ImageData(images, images, CLASSES, PREPROCESSING)
+        self.prepared = prepare(replace(recipe, batch_size=BATCH), data, runtime, 0, self.accelerator)
+        self.batches = (batch for epoch in itertools.count() for batch in self.prepared.train_batches.epoch(epoch))
         self.seconds: list[float] = []
 
     def step(self) -> None:
         """One timed step."""
         start = time.perf_counter()
-        seed_step(mix_seed("step", 0, self.state.step, 0), self.accelerator.device)
+        state = self.prepared.state
+        seed_step(mix_seed("step", 0, state.step, 0), self.accelerator.device)
         images, labels = next(self.batches)
-        self.state.add(self.train(images, labels, schedule(self.recipe, self.state.step, 390)))
+        state.add(self.prepared.step(images, labels, schedule(self.recipe, state.step, 390)))
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - start)
@@ -99,7 +79,8 @@ class Stepper:
 
     def macs(self) -> int:
         """Multiply-accumulates of one image's forward pass."""
-        return count_dense_macs(self.network, self.example)
+        example = self.prepared.to_input(self.prepared.data.test[0][0][None].to(self.accelerator.device))
+        return count_dense_macs(self.prepared.network, example)
 
 
 @tuned_convolutions()

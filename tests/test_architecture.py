@@ -92,6 +92,7 @@ FLOORS = [
     "predict",
     "export.saved",
     "step",
+    "preparation",
     "train",
     "ledger",
     "sweep",

@@ -14,10 +14,10 @@ from gaternet.checkpoint import load_model
 from gaternet.data import load_data
 from gaternet.method import Gater, GaterNet
 from gaternet.models import create_model
-from gaternet.network import GuidedNet
+from gaternet.network import GuidedNet, build_network
 from gaternet.recipe import Gating
 from gaternet.step import training_step
-from gaternet.train import Stopped, build_network, train
+from gaternet.train import Stopped, train
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from training_runs import CPU, small
 
+import gaternet.preparation
 import gaternet.train
 
-build = gaternet.train.build_network
+build = gaternet.preparation.build_network
 
 
 def build_with_fixed_norms(*args, **options):
@@ -27,7 +28,7 @@ def build_with_fixed_norms(*args, **options):
     return network
 
 
-gaternet.train.build_network = build_with_fixed_norms
+gaternet.preparation.build_network = build_with_fixed_norms
 torch.set_num_threads(1)
 recipe = small(batch_norm=False, noise_std=0.0, hard_probability=0.0, sparsity_start=0.0, sparsity_ramp=1.0, lr=0.01)
 gaternet.train.train(recipe, Path(sys.argv[1]), replace(CPU, cpu=torch.accelerator.is_available()))

@@ -17,15 +17,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import nn
 
 from gaternet import checkpoint
-from gaternet.data import ImageData, ToInput, load_data, mix_seed
+from gaternet.data import load_data, mix_seed
 from gaternet.errors import Stopped, TrainingError, first_line
-from gaternet.evaluate import BATCH as EVALUATION_BATCH
 from gaternet.evaluate import evaluate
-from gaternet.loader import make_batches
 from gaternet.machine import (
     collect_signals,
     import_tensorboard,
@@ -35,24 +32,14 @@ from gaternet.machine import (
     tensorboard,
     tuned_convolutions,
 )
-from gaternet.method import Gater, GaterNet
-from gaternet.modes import channels_last_, run_once
-from gaternet.network import (
-    GuidedNet,
-    build_network,
-    load_teacher,
-    make_density,
-    make_optimizer,
-    model_metadata,
-    prepared_for,
-    set_training_mode,
-)
+from gaternet.method import GaterNet
+from gaternet.network import model_metadata, set_training_mode
 from gaternet.objective import schedule, unreached
+from gaternet.preparation import Prepared, fills_memory, prepare
 from gaternet.progress import TrainingDisplay
 from gaternet.recipe import Recipe, Runtime
 from gaternet.run import STATE, RunDirectory
 from gaternet.state import TrainingState
-from gaternet.step import TrainingStep, captured
 
 
 @tuned_convolutions()
@@ -91,60 +78,23 @@ def train(
         raise ValueError(f"batch_size {recipe.batch_size} does not divide among {accelerator.num_processes} processes")
     with accelerator.local_main_process_first():  # one download a machine
         data = load_data(recipe.data, recipe.augmentation, recipe.image_size, runtime.data_root, seed)
-    if len(data.train) < recipe.batch_size:
-        raise ValueError(f"batch_size {recipe.batch_size} is more than the {len(data.train)} training images: lower it")
-    built_from = recipe if network is None else None
     known = RunDirectory(Path(run_dir)).preprocessing() if resume else None
-    with _fitting():
-        if network is None:
-            network = build_network(recipe, data, seed, trained=known is None)  # else the saved state has its weights
-        else:
-            torch.manual_seed(seed)  # as `build_network` does
-        network.to(accelerator.device)
-    data = prepared_for(data, network, built_from, known)
-    to_input = ToInput(data.preprocessing, runtime.channels_last)
-    example = to_input(data.test[0][0][None].to(accelerator.device))
-    _check_outputs(run_once(network, example, "the network"), data)
-    set_training_mode(network, recipe)
-    if recipe.batch_size == accelerator.num_processes:
-        _check_one_image(network, example)
-    if runtime.channels_last:
-        channels_last_(network)
-    decay = recipe.optimizer.ema_decay
-    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
-    learner, auxiliary = network, None
-    if isinstance(network, GaterNet) and (recipe.gating.auxiliary_weight or recipe.gating.open_probability):
-        learner = GuidedNet(network, recipe.gating, len(data.classes)).to(accelerator.device)
-        auxiliary = learner.classifier
-    if runtime.compile:
-        learner.compile()
-    model, optimizer = accelerator.prepare(learner, make_optimizer(network, recipe, accelerator, auxiliary))
-    gater = density_of = None
-    if isinstance(network, GaterNet):
-        gater = network.gater if isinstance(network.gater, Gater) else None  # a user's own may have no noise
-        density_of = make_density(network, recipe.gating, example)
-    teacher = load_teacher(recipe, data, accelerator)
-    train_batches = make_batches(data.train, recipe.batch_size, runtime, accelerator, seed)
-    test_batches = make_batches(data.test, EVALUATION_BATCH, runtime, accelerator)
-    steps_per_epoch = len(train_batches)
-    step = TrainingStep(
-        model, optimizer, recipe, accelerator, to_input, density_of=density_of, gater=gater, teacher=teacher
-    )
-    step = captured(step, runtime)
-    training = TrainingState(network, optimizer, ema, accelerator, auxiliary)
+    prepared = prepare(recipe, data, runtime, seed, accelerator, network, known)
     if runtime.tensorboard:
         import_tensorboard()
     config: dict[str, Any] = {"recipe": asdict(recipe), "images": data.identity(), "seed": seed}
-    if not built_from:
+    if network is not None:
         config["network"] = type(network.backbone if isinstance(network, GaterNet) else network).__name__
-    about = {"runtime": asdict(runtime), "preprocessing": asdict(data.preprocessing), **_way(accelerator)}
+    about = {"runtime": asdict(runtime), "preprocessing": asdict(prepared.data.preprocessing), **_way(accelerator)}
     run, state = _open_run(Path(run_dir), config, about, resume, accelerator)  # all faults were found
 
+    network, training, ema = prepared.network, prepared.state, prepared.ema
+    steps_per_epoch = len(prepared.train_batches)
     record: dict[str, Any] = {}
     main = accelerator.is_main_process
     with (
         _loaded(run, training, state),
-        _unwrapped(model, accelerator),
+        _unwrapped(prepared.model, accelerator),
         TrainingDisplay(recipe.epochs, steps_per_epoch, training.step, quiet=not main) as display,
         tensorboard(run.path if runtime.tensorboard and main else None, training.step) as board,
         collect_signals() as received,
@@ -155,16 +105,15 @@ def train(
                 run.note_place(training.epoch + 1, training.step, _way(accelerator))
         if training.epoch == recipe.epochs:
             return run.epochs()[-1]
-        for line in (_title(recipe, network, data, accelerator), *unreached(recipe)):
+        for line in (_title(recipe, prepared), *unreached(recipe)):
             display.line(line)
         for epoch in range(training.epoch, recipe.epochs):
             set_training_mode(network, recipe)
             clock = _Clock(recipe.batch_size, training.step, training.seconds)
             metrics: dict[str, float] = {}
-            for images, labels in train_batches.epoch(epoch, training.step - epoch * steps_per_epoch):
+            for images, labels in prepared.train_batches.epoch(epoch, training.step - epoch * steps_per_epoch):
                 seed_step(mix_seed("step", seed, training.step, accelerator.process_index), accelerator.device)
-                now = schedule(recipe, training.step, steps_per_epoch)
-                training.add(step(images, labels, now))
+                training.add(prepared.step(images, labels, schedule(recipe, training.step, steps_per_epoch)))
                 if ema is not None:
                     ema.update_parameters(network)
 
@@ -191,32 +140,50 @@ def train(
                     raise _stopped(received, run, epoch, training.step)
 
             _check_weights(network, epoch, training.step)
-            judged = ema.module if ema is not None else network
-            if accelerator.num_processes > 1:  # each saw other images: agree on BatchNorm's statistics
-                broadcast([*network.buffers(), *judged.buffers()])
-            with torch.compiler.set_stance("force_eager"):  # evaluation is not worth a compilation of its own
-                tested = evaluate(judged, test_batches, to_input, accelerator)
+            tested = _evaluated(prepared)
             display.epoch(epoch, metrics, tested)
-            record = {"kind": "epoch", "epoch": epoch + 1, "step": training.step, "lr": optimizer.param_groups[0]["lr"]}
-            record |= {f"train_{name}": value for name, value in metrics.items()}
-            record |= {f"test_{name}": value for name, value in tested.items()}
-            record["seconds"] = clock.since_start()
             is_best = training.end_epoch(tested["accuracy"])
+            record = _epoch_record(prepared, metrics, tested, clock.since_start())
             if main:
                 run.log(record)
-                metadata = model_metadata(recipe, network, data, seed, epoch + 1, tested)
+                metadata = model_metadata(recipe, network, prepared.data, seed, training.epoch, tested)
                 for name in ("best", "last") if is_best else ("last",):
-                    checkpoint.save_model(judged, run.path / name, metadata)
+                    checkpoint.save_model(prepared.judged, run.path / name, metadata)
                 if board is not None:
                     for name, value in record.items():
                         if isinstance(value, float):
                             board.add_scalar(name.replace("_", "/", 1), value, training.step)
             run.save_state(training.state_dict(), main)
-            if epoch + 1 < recipe.epochs and should_stop(received, accelerator, True):
+            if training.epoch < recipe.epochs and should_stop(received, accelerator, True):
                 accelerator.wait_for_everyone()
                 raise _stopped(received, run, epoch, training.step)
     accelerator.wait_for_everyone()  # what follows may read what the main process has still to write
     return record
+
+
+def _evaluated(prepared: Prepared) -> dict[str, Any]:
+    """What the network does on the test images after an epoch, see `evaluate`."""
+    accelerator, judged = prepared.accelerator, prepared.judged
+    if accelerator.num_processes > 1:  # each saw other images: agree on BatchNorm's statistics
+        broadcast([*prepared.network.buffers(), *judged.buffers()])
+    with torch.compiler.set_stance("force_eager"):  # evaluation is not worth a compilation of its own
+        return evaluate(judged, prepared.test_batches, prepared.to_input, accelerator)
+
+
+def _epoch_record(
+    prepared: Prepared, metrics: Mapping[str, float], tested: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
+    """The line of metrics.jsonl for the epoch that has ended."""
+    training = prepared.state
+    return {
+        "kind": "epoch",
+        "epoch": training.epoch,
+        "step": training.step,
+        "lr": prepared.optimizer.param_groups[0]["lr"],
+        **{f"train_{name}": value for name, value in metrics.items()},
+        **{f"test_{name}": value for name, value in tested.items()},
+        "seconds": seconds,
+    }
 
 
 @contextmanager
@@ -264,41 +231,6 @@ def _open_run(
     return run, state
 
 
-def _check_outputs(logits: Any, data: ImageData) -> None:
-    """That a network gives one logit for each class of the data."""
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] != len(data.classes):
-        given = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise ValueError(f"the network gives {given} for an image, but must give logits of {len(data.classes)} classes")
-
-
-def _check_one_image(network: nn.Module, image: Tensor) -> None:
-    """That a network can learn from one image (1, C, H, W) at a time; it stays as it is."""
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}  # which BatchNorm changes
-    try:
-        with torch.no_grad():
-            torch.func.functional_call(network, buffers, (image,))
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise ValueError(
-            "one image a step, in a process, is too few for BatchNorm, which would see one value of each channel: "
-            "raise batch_size"
-        ) from error
-
-
-@contextmanager
-def _fitting() -> Iterator[None]:
-    """TrainingError where what is made does not fit into memory."""
-    try:
-        yield
-    except (RuntimeError, MemoryError, TypeError) as error:
-        if not _fills_memory(error) and "verflow" not in str(error):  # of sizes above 64 bits, which no memory has
-            raise
-        raise TrainingError(
-            f"the network does not fit into memory ({first_line(error)}): name a smaller one, or a lower --bottleneck"
-        ) from error
-
-
 def _way(accelerator: Accelerator) -> dict[str, Any]:
     return {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
 
@@ -331,7 +263,8 @@ def _gradient_norms(network: nn.Module) -> dict[str, float]:
     return norms
 
 
-def _title(recipe: Recipe, network: nn.Module, data: ImageData, accelerator: Accelerator) -> str:
+def _title(recipe: Recipe, prepared: Prepared) -> str:
+    network, data, accelerator = prepared.network, prepared.data, prepared.accelerator
     parameters = sum(p.numel() for p in network.parameters()) / 1e6
     gates = f", {network.num_gates:,} gates" if isinstance(network, GaterNet) else ""
     where = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.mixed_precision} precision"
@@ -359,14 +292,10 @@ class _Clock:
         self.save = time.monotonic()
 
 
-def _fills_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in first_line(error)
-
-
 def _explained(error: Exception) -> TrainingError | None:
     """What can be done about the usual failures of a machine; None for other errors."""
     text = first_line(error)
-    if _fills_memory(error):
+    if fills_memory(error):
         return TrainingError(
             f"memory is full ({text}): go on with --resume once other programs are gone, or start anew with a lower "
             "--batch-size or --image-size, in another --out"
