@@ -47,6 +47,7 @@ FLOORS = [
     "skipping.program",
     "skipping.native.library",
     "skipping.native.memory",
+    "skipping.native.operations",
     "skipping.native.segment",
     "skipping.native.program",
     "skipping.native",

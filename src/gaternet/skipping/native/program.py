@@ -12,7 +12,8 @@ from torch import Tensor
 from gaternet.skipping.kernels import Kernels, Live
 from gaternet.skipping.native import library as lib
 from gaternet.skipping.native.memory import large_pages, round_up
-from gaternet.skipping.native.segment import Segment, is_native, packed_spec
+from gaternet.skipping.native.operations import operation, packed_spec
+from gaternet.skipping.native.segment import Segment
 from gaternet.skipping.plan import ConvSpec, Plan, Step
 from gaternet.skipping.program import Run
 
@@ -141,7 +142,7 @@ class NativeProgram:
         """The plan's steps, runs of those that the library can do as segments."""
         groups: list[list[Step] | Step] = []
         for step in self.plan.steps:
-            if not is_native(self.plan, step):
+            if operation(self.plan, step) is None:
                 groups.append(step)
             elif groups and isinstance(groups[-1], list):
                 groups[-1].append(step)

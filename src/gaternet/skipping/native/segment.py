@@ -4,7 +4,7 @@ import ctypes
 import itertools
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,121 +12,11 @@ from torch import Tensor
 
 from gaternet.skipping.native import library as lib
 from gaternet.skipping.native.memory import large_pages, round_up
-from gaternet.skipping.plan import DENSE, ConvSpec, Plan, Ref, Step
+from gaternet.skipping.native.operations import channel_padding, function_name, operation, packed_spec, subsampling
+from gaternet.skipping.plan import DENSE, Plan, Step
 from gaternet.skipping.program import Run
 
-_aten = torch.ops.aten
-_FUNCTIONS: dict[Callable[..., Any], str] = {
-    _aten.relu.default: "relu",
-    _aten.relu6.default: "relu6",
-    _aten.sigmoid.default: "sigmoid",
-    _aten.silu.default: "silu",
-    _aten.hardsigmoid.default: "hardsigmoid",
-    _aten.hardswish.default: "hardswish",
-    _aten.gelu.default: "gelu",
-}
-_SAME = frozenset({_aten.dropout.default, _aten.contiguous.default, _aten.clone.default, _aten.detach.default})
 _NO_SHAPE = (0,) * 15
-
-
-def is_native(plan: Plan, step: Step) -> bool:
-    """Whether the library can do the step."""
-    shapes, call = plan.shapes, step.call
-    if step.out not in shapes or not step.sources or (call is not None and [*call.args][:1] != [Ref(step.sources[0])]):
-        return False
-    ranks = {len(shapes.get(name, ())) for name in step.sources}
-    if packed_spec(plan, step) is not None:
-        return ranks <= {1, 3}
-    if call is not None and ranks == {1}:
-        return _function(step) is not None or _keeps_all(step)
-    if ranks != {3} or step.kind == "conv":
-        return False
-    if step.kind == "scale":
-        return shapes[step.sources[1]][1:] in ((1, 1), shapes[step.sources[0]][1:])
-    if step.kind in ("add", "cat"):
-        return True
-    if call is None:
-        return False
-    if call.target in (_aten.flatten.using_ints, _aten.reshape.default) and not call.kwargs:
-        return len(shapes.get(step.out, ())) == 1 and shapes[step.sources[0]][1:] == (1, 1)
-    if not call.kwargs and _is_global_mean(step):
-        return True
-    if step.kind == "aten" and plan.pattern_of[step.sources[0]] != DENSE:
-        return False
-    if _keeps_all(step):
-        return True
-    if call.kwargs:
-        return False
-    if call.target is _aten.max_pool2d.default:
-        return step.kind == "keep" and not (len(call.args) > 5 and call.args[5])
-    if call.target is _aten.avg_pool2d.default:
-        return step.kind == "keep" and [*call.args[4:5]] in ([], [False]) and [*call.args[6:]] in ([], [None])
-    if _function(step) is not None:
-        return True
-    return _subsampling(step) is not None or _channel_padding(step) is not None
-
-
-def packed_spec(plan: Plan, step: Step) -> ConvSpec | None:
-    """The convolution whose weights the library holds: the step's own, or that which its linear layer is."""
-    spec, call = step.conv, step.call
-    if spec is not None:
-        return spec
-    if call is None or call.target is not _aten.linear.default or len(plan.shapes.get(step.sources[0], ())) != 1:
-        return None
-    if call.kwargs or call.args[0] != Ref(step.sources[0]) or step.sources[1:]:  # the image makes more than its source
-        return None
-    weight, bias = (plan.constants.get(getattr(arg, "name", "")) for arg in (*call.args, None)[1:3])
-    if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-        return None
-    if any(tensor.dtype != torch.float32 for tensor in (weight, bias) if tensor is not None):
-        return None
-    return ConvSpec(step.out, weight[:, :, None, None], bias, (1, 1), (0, 0), (1, 1), 1)
-
-
-def _function(step: Step) -> str | None:
-    """The library's name of the activation that the step is, if it has that."""
-    call = step.call
-    assert call is not None
-    if call.target in (_aten.hardtanh.default, _aten.clamp.default) and [*call.args[1:]] == [0, 6]:
-        return "relu6"
-    return _FUNCTIONS.get(call.target) if not call.args[1:] and not call.kwargs else None
-
-
-def _keeps_all(step: Step) -> bool:
-    """Whether the step changes nothing."""
-    call = step.call
-    if call is None or call.target not in _SAME:
-        return False
-    return call.target is not _aten.dropout.default or call.args[2:] in ([False], (False,))
-
-
-def _subsampling(step: Step) -> tuple[int, int] | None:
-    """(down, right) where the step takes every so many rows or columns."""
-    call = step.call
-    if call is None or call.target is not _aten.slice.Tensor:
-        return None
-    dim, start, end, stride = [*call.args[1:], *[0, None, None, 1][len(call.args) - 1 :]]
-    whole = start in (0, None) and (end is None or end >= 2**31)
-    return {2: (stride, 1), 3: (1, stride)}.get(dim % 4) if whole else None
-
-
-def _channel_padding(step: Step) -> int | None:
-    """How many channels of zeros the step puts in front, where it adds such and nothing else."""
-    call = step.call
-    if call is None or call.target not in (_aten.pad.default, _aten.constant_pad_nd.default):
-        return None
-    margins, *rest = call.args[1:]
-    zeros = all(value in ("constant", 0, None) for value in rest)
-    return margins[4] if zeros and len(margins) == 6 and margins[:4] == [0] * 4 and min(margins) >= 0 else None
-
-
-def _is_global_mean(step: Step) -> bool:
-    """Whether the step is the mean over an image's pixels."""
-    call = step.call
-    assert call is not None
-    if call.target is _aten.adaptive_avg_pool2d.default:
-        return call.args[1] in ([1, 1], (1, 1))
-    return call.target is _aten.mean.dim and {dim % 4 for dim in call.args[1] or ()} == {2, 3} and not call.args[3:]
 
 
 class Segment:
@@ -223,57 +113,55 @@ class Segment:
             self._emit("scale", step.out, step.out, name, writes=step.pattern, shape=(1, 1, 0, 0))
 
     def _add_unmasked(self, step: Step) -> None:
-        plan, patterns = self.plan, self.plan.pattern_of
-        source = step.sources[0]
-        held = [patterns[name] for name in step.sources]
-        spec = packed_spec(self.plan, step)
-        if spec is not None:
-            self._add_conv(step, spec)
-        elif step.kind == "add":
-            self._add_sum(step)
-        elif step.kind == "cat":
-            start = 0
-            for name in step.sources:
-                channels = plan.shapes[name][0]
-                size = (0, 0, 0, 0, channels, 0, 0, 0, 0, 0, 0, start)
-                self._emit("cat", name, step.out, reads=patterns[name], writes=step.pattern, shape=size)
-                start += channels
-        elif step.kind == "scale":
-            factor = step.sources[1]
-            if step.pattern != DENSE and held[1] == DENSE:
-                factor = f"{step.out}.open"
-                self._emit("compress", step.sources[1], factor, writes=step.pattern, like=step.sources[1])
-            pixels = plan.shapes[step.sources[1]][1:]
-            self._emit("scale", source, step.out, factor, writes=step.pattern, shape=(*pixels, 0, 0))
-        else:
-            assert step.call is not None
-            target, args = step.call.target, step.call.args
-            if (name := _function(step)) is not None:
-                self._emit("pointwise", source, step.out, writes=step.pattern, function=lib.FUNCTIONS.index(name))
-            elif target is _aten.max_pool2d.default:
+        source, call, shapes, patterns = step.sources[0], step.call, self.plan.shapes, self.plan.pattern_of
+        args = () if call is None else call.args
+        pixels = (*shapes[source], 1, 1)[1:3]
+        match operation(self.plan, step):
+            case "conv":
+                self._add_conv(step)
+            case "add":
+                self._add_sum(step)
+            case "cat":
+                start = 0
+                for name in step.sources:
+                    channels = shapes[name][0]
+                    size = (0, 0, 0, 0, channels, 0, 0, 0, 0, 0, 0, start)
+                    self._emit("cat", name, step.out, reads=patterns[name], writes=step.pattern, shape=size)
+                    start += channels
+            case "scale":
+                factor = step.sources[1]
+                size = (*shapes[factor][1:], 0, 0)
+                if step.pattern != DENSE and patterns[factor] == DENSE:
+                    factor = self._emit("compress", factor, f"{step.out}.open", writes=step.pattern, like=factor)
+                self._emit("scale", source, step.out, factor, writes=step.pattern, shape=size)
+            case "pointwise":
+                number = lib.FUNCTIONS.index(str(function_name(step)))
+                self._emit("pointwise", source, step.out, writes=step.pattern, function=number)
+            case "max_pool":
                 self._emit("max_pool", source, step.out, writes=step.pattern, shape=self._pool(source, *args[1:5]))
-            elif target is _aten.avg_pool2d.default:
+            case "average_pool":
                 size, margins = self._pool(source, *args[1:4]), args[5] if len(args) > 5 else True
                 self._emit("average_pool", source, step.out, writes=step.pattern, shape=size, function=int(margins))
-            elif _is_global_mean(step):
-                compact = f"{step.out}.open" if step.pattern != held[0] else step.out
-                self._shapes[compact] = plan.shapes[source][:1]
-                self._emit("mean", source, compact, writes=held[0], shape=(*plan.shapes[source][1:], 0, 0))
+            case "mean":
+                compact = step.out if step.pattern == patterns[source] else f"{step.out}.open"
+                self._shapes[compact] = shapes[source][:1]
+                self._emit("mean", source, compact, writes=patterns[source], shape=(*pixels, 0, 0))
                 if compact != step.out:
-                    self._emit("expand", compact, step.out, reads=held[0])
-            elif (strides := _subsampling(step)) is not None:
-                size = (*plan.shapes[source][1:], 0, 0, 0, 0, 0, 0, *strides)
+                    self._emit("expand", compact, step.out, reads=patterns[source])
+            case "subsample":
+                size = (*pixels, 0, 0, 0, 0, 0, 0, *(subsampling(step) or ()))
                 self._emit("subsample", source, step.out, shape=size)
-            elif (front := _channel_padding(step)) is not None:
-                size = (0, 0, 0, 0, plan.shapes[source][0], 0, 0, 0, 0, 0, 0, front)
+            case "pad":
+                size = (0, 0, 0, 0, shapes[source][0], 0, 0, 0, 0, 0, 0, channel_padding(step) or 0)
                 self._emit("pad", source, step.out, shape=size)
-            elif step.pattern != held[0]:  # a single pixel is made flat
-                self._emit("expand", source, step.out, reads=held[0])
-            else:
+            case "flatten" if patterns[source] != DENSE:
+                self._emit("expand", source, step.out, reads=patterns[source])
+            case _:
                 self._emit("copy", source, step.out, writes=step.pattern)
 
-    def _add_conv(self, step: Step, spec: ConvSpec) -> None:
-        source = step.sources[0]
+    def _add_conv(self, step: Step) -> None:
+        source, spec = step.sources[0], packed_spec(self.plan, step)
+        assert spec is not None
         reads = DENSE if step.held else self.plan.pattern_of[source]
         size = (*(*self.plan.shapes[source], 1, 1)[1:3], 0, 0, spec.in_channels, len(spec.weight))
         size += (*spec.weight.shape[2:], *spec.stride, *spec.padding, *spec.dilation, spec.groups)
