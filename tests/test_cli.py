@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +93,7 @@ def test_evaluate_prints_what_the_run_recorded(run):
     assert metrics["images"] == 360
     assert abs(metrics["accuracy"] - last["test_accuracy"]) < 0.03  # bf16 where the processor has it
     assert f"{100 * metrics['accuracy']:.2f} %" in call("evaluate", run, "--cpu", "--which", "best")
+    assert re.search(r"precision +full", call("evaluate", run, "--cpu", "--precision", "no"))
 
 
 def test_predict_names_classes_and_counts_open_gates(run, tmp_path):

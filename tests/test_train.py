@@ -338,6 +338,7 @@ def test_a_run_is_evaluated_in_the_precision_that_it_was_trained_in(tmp_path):
             evaluate_saved(saved, runtime=replace(CPU, precision=chosen)) for chosen in ("auto", precision, other)
         )
         assert auto == same
+        assert auto["precision"] == precision
         assert auto["loss"] != unlike["loss"]
     (saved / "config.json").write_text(json.dumps(config | {"precision": "fp16"}))  # which no CPU has
     assert evaluate_saved(saved, runtime=replace(CPU, precision="auto"))["images"] == 360

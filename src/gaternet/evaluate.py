@@ -101,8 +101,8 @@ def evaluate_saved(
     A run is evaluated in the precision that it was trained in, if `runtime` does not name another.
 
     Returns:
-        What `evaluate` gives, the number of parameters, and MACs of one image: backbone_macs, and for a GaterNet
-        gater_macs and gated_macs.
+        What `evaluate` gives, the number of parameters, the precision ("no": full), and MACs of one image:
+        backbone_macs, and for a GaterNet gater_macs and gated_macs.
 
     Raises:
         ValueError: there is no such model or data, or the two do not go together.
@@ -120,9 +120,10 @@ def evaluate_saved(
         counts = {"backbone_macs": cost.dense, "gater_macs": count_dense_macs(network.gater, example)}
     else:
         cost, counts = None, {"backbone_macs": count_dense_macs(network, example)}
-    counts["parameters"] = sum(p.numel() for p in network.parameters())
+    parameters = sum(p.numel() for p in network.parameters())
     channels_last_(network.to(accelerator.device))
-    return evaluate(network, batches, to_input, accelerator, cost) | counts
+    found = {**evaluate(network, batches, to_input, accelerator, cost), **counts}
+    return {**found, "parameters": parameters, "precision": accelerator.mixed_precision}
 
 
 def load_test_set(source: str, metadata: dict[str, Any], data_root: str | None = None) -> ImageSet:

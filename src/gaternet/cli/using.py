@@ -43,6 +43,7 @@ def evaluate(
     table = Table(show_header=False, box=None)
     table.add_row("images", f"{metrics['images']:,}")
     table.add_row("parameters", f"{metrics['parameters'] / 1e6:.2f}M")
+    table.add_row("precision", metrics["precision"].replace("no", "full"))
     table.add_row("accuracy", f"{100 * metrics['accuracy']:.2f} %")
     table.add_row("top-5 accuracy", f"{100 * metrics['top5_accuracy']:.2f} %")
     table.add_row("loss", f"{metrics['loss']:.4f}")
