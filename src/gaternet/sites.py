@@ -238,22 +238,20 @@ def _reaches_output(graph: Graph, node: Node) -> bool:
 
 def _roles(graph: Graph) -> dict[Node, str]:
     """ "residual" or "dense" for the last convolutions of such units, "shortcut" for those beside a residual unit."""
-    bits = {node: 1 << i for i, node in enumerate(graph.convs)}
-    upstream: dict[Node, int] = {graph.input: 0}  # all convolutions that a tensor depends on, as a set of bits
+    upstream: dict[Node, frozenset[Node]] = {graph.input: frozenset()}  # all convolutions that a tensor depends on
     roles: dict[Node, str] = {}
     for node in graph.nodes:
         sources = graph.sources(node)
-        upstream[node] = bits.get(node, 0)
-        for source in sources:
-            upstream[node] |= upstream[source]
+        own = {node} if node in graph.convs else set[Node]()
+        upstream[node] = frozenset(own).union(*(upstream[source] for source in sources))
         if op(node) == "add" and len(sources) == 2 and len(shape(node)) == 4 and shape(sources[0]) == shape(sources[1]):
             a, b = sources
-            own_a, own_b = upstream[a] & ~upstream[b], upstream[b] & ~upstream[a]
-            few, many = sorted((own_a.bit_count(), own_b.bit_count()))
+            branches = {a: upstream[a] - upstream[b], b: upstream[b] - upstream[a]}  # which each has for itself
+            few, many = sorted(map(len, branches.values()))
             if many and (few <= 1 or few == many):
-                for branch, own in ((a, own_a), (b, own_b)):
-                    lasts = [last for last in _last_convs(graph, branch) if bits[last] & own]
-                    if own.bit_count() == many:
+                for branch, convs in branches.items():
+                    lasts = [last for last in _last_convs(graph, branch) if last in convs]
+                    if len(convs) == many:
                         roles |= dict.fromkeys(lasts, "residual")
                     else:
                         roles = dict.fromkeys(lasts, "shortcut") | roles
