@@ -1,16 +1,15 @@
 """Data sets: what is read, what is refused, and how pixels become inputs."""
 
-import shutil
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from data_files import write_folder, write_npz
 from PIL import Image
 from small_networks import seeded
 from torch import Tensor
@@ -20,30 +19,6 @@ from torchvision.transforms.v2 import functional as tv
 from gaternet.augment import GREY
 from gaternet.data import TORCHVISION, DataError, Preprocessing, ToInput, load_data, mix_seed, read_image
 from gaternet.recipe import Augmentation
-
-
-def write_npz(path: Path, **changes: np.ndarray | None) -> str:
-    generator = np.random.default_rng(0)
-    arrays = {
-        "x_train": generator.integers(0, 256, (20, 6, 8, 3), np.uint8),
-        "y_train": np.arange(20)[:, None] % 4,  # (N, 1), as Keras has CIFAR's
-        "x_test": generator.integers(0, 256, (5, 6, 8, 3), np.uint8),
-        "y_test": np.arange(5) % 4,
-    }
-    kept: dict[str, Any] = {name: array for name, array in (arrays | changes).items() if array is not None}
-    np.savez(path, **kept)
-    return str(path)
-
-
-def write_folder(root: Path, *parts: str, per_class: int = 3, size: tuple[int, int] = (20, 12)) -> str:
-    generator = np.random.default_rng(0)
-    for part in parts or (".",):
-        for name in ("cat", "dog"):
-            (root / part / name).mkdir(parents=True)
-            for i in range(per_class):
-                pixels = generator.integers(0, 256, (*size[::-1], 3), np.uint8)
-                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
-    return str(root)
 
 
 def test_digits_are_embedded_and_split_by_class():
@@ -118,95 +93,6 @@ def test_damaged_or_missing_npz_is_refused(tmp_path):
         load_data(str(tmp_path / "b.npz"))
     with pytest.raises(DataError, match="no data 'cifar11'"):
         load_data("cifar11")
-
-
-def test_folder_with_and_without_a_test_part(tmp_path):
-    split = load_data(write_folder(tmp_path / "a", "train", "val"), image_size=8)
-    assert (len(split.train), len(split.test), split.classes) == (6, 6, ("cat", "dog"))
-    whole = load_data(write_folder(tmp_path / "b", per_class=10), image_size=8)
-    assert (len(whole.train), len(whole.test)) == (18, 2)
-    assert isinstance(whole.train.images, np.ndarray)
-    assert isinstance(whole.test.images, np.ndarray)
-    assert not set(whole.train.images) & set(whole.test.images)
-    assert split.train[0][0].shape == (3, 8, 8)
-    assert torch.equal(split.test.take([4, 1]), torch.stack([split.test[4][0], split.test[1][0]]))
-
-
-@pytest.mark.parametrize("name", ["test", "val", "valid", "validation"])
-def test_a_folders_test_part_has_one_of_four_names(tmp_path, name):
-    data = load_data(write_folder(tmp_path / "a", "train", name), image_size=8)
-    assert (len(data.train), len(data.test), data.classes) == (6, 6, ("cat", "dog"))
-
-
-def test_parts_of_a_folder_are_not_taken_for_classes(tmp_path):
-    folder = write_folder(tmp_path / "a", "train", "testing", per_class=10)
-    with pytest.raises(DataError, match="no folder named test, val, valid or validation: add one, or name"):
-        load_data(folder)
-    assert load_data(f"{folder}/train").classes == ("cat", "dog")
-    (tmp_path / "b").mkdir()
-    for name in ("car", "train"):  # a class of that name
-        (tmp_path / "a" / "train" / ("cat" if name == "car" else "dog")).rename(tmp_path / "b" / name)
-    assert load_data(str(tmp_path / "b")).classes == ("car", "train")
-
-
-def test_what_editors_and_archives_leave_in_a_folder_is_no_class_and_no_image(tmp_path):
-    folder = Path(write_folder(tmp_path / "a", per_class=10))
-    images = len(load_data(str(folder)).train)
-    for left in (".ipynb_checkpoints", "__MACOSX", ".git", "cat/.ipynb_checkpoints"):
-        shutil.copytree(folder / "dog", folder / left)
-    shutil.copy(folder / "dog" / "0.png", folder / "dog" / "._0.png")
-    data = load_data(str(folder))
-    assert data.classes == ("cat", "dog")
-    assert len(data.train) == images
-    for name in ("cat", "dog"):
-        shutil.rmtree(folder / name)
-    with pytest.raises(DataError, match="no folder of images"):
-        load_data(str(folder))
-
-
-def test_photographs_that_bear_a_rarer_ending_are_images_too(tmp_path):
-    folder = Path(write_folder(tmp_path / "a", per_class=10))
-    images = len(load_data(str(folder)).train)
-    with Image.open(folder / "cat" / "0.png") as image:
-        image.save(folder / "cat" / "z.GIF")
-        image.save(folder / "dog" / "z.jfif", "jpeg")
-    (folder / "dog" / "notes.txt").write_text("no image")
-    assert len(load_data(str(folder)).train) == images + 2
-
-
-def test_folder_problems_are_named(tmp_path):
-    folder = tmp_path / "a"
-    write_folder(folder, "train", "test")
-    (folder / "test" / "emu").mkdir()
-    (folder / "test" / "cat" / "0.png").rename(folder / "test" / "emu" / "0.png")
-    with pytest.raises(DataError, match="class 'emu'"):
-        load_data(str(folder))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no folder of images"):
-        load_data(str(tmp_path / "empty"))
-    with pytest.raises(DataError, match="has one image a class, too few to hold any out: add a test folder"):
-        load_data(write_folder(tmp_path / "b", per_class=1))
-    with pytest.raises(DataError, match=r"has one class, 'photos', and nothing to tell it from"):
-        load_data(str(Path(write_folder(tmp_path / "c" / "photos")).parent))
-
-
-@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("Train", "Val")])
-def test_parts_with_other_names_are_not_taken_for_classes(tmp_path, names):
-    folder = write_folder(tmp_path / "a", *names)
-    with pytest.raises(DataError, match=f"has parts {names[0]} and {names[1]}: call them train and test"):
-        load_data(folder)
-
-
-def test_a_tenth_of_each_class_is_held_out_and_one_at_least(tmp_path):
-    folder = Path(write_folder(tmp_path / "a", per_class=25))
-    for name, count in (("emu", 3), ("fox", 1)):
-        (folder / name).mkdir()
-        for i in range(count):
-            shutil.copy(folder / "cat" / "0.png", folder / name / f"{i}.png")
-    data = load_data(str(folder), image_size=8)
-    assert np.bincount(data.test.labels, minlength=4).tolist() == [2, 2, 1, 0]
-    assert np.bincount(data.train.labels).tolist() == [23, 23, 2, 1]
-    assert not set(data.train.images) & set(data.test.images)
 
 
 def test_images_of_unlike_sizes_are_refused_or_brought_to_one(tmp_path):
@@ -286,6 +172,17 @@ def test_fit_gives_the_size_and_leaves_fitting_images_alone(shape, crop):
     assert fitted.shape == (3, 16, 8)
     if shape == (3, 16, 8):
         assert torch.equal(fitted, image)
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (8, 6), (7, 7)])
+def test_arrays_are_brought_to_a_size_as_single_images_are(tmp_path, shape):
+    """Else `predict` would show a network other images than it was trained on."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, *shape, 3), np.uint8)
+    data = load_data(write_npz(tmp_path / "a.npz", x_train=pixels, x_test=pixels[:5]), image_size=4)
+    for number in (0, 4):
+        Image.fromarray(pixels[number]).save(tmp_path / "a.png")
+        for images in (data.train, data.test):
+            assert torch.equal(images[number][0], data.preprocessing.open(tmp_path / "a.png"))
 
 
 @pytest.mark.parametrize("crop", [1.0, 0.875, 0.2])

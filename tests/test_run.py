@@ -13,7 +13,8 @@ import gaternet.run
 from gaternet.checkpoint import save_model
 from gaternet.ledger import add_run, describe_run
 from gaternet.models import create_model
-from gaternet.run import describe_machine
+from gaternet.recipe import Runtime
+from gaternet.run import as_trained, describe_machine
 from gaternet.sweep import make_jobs
 from gaternet.train import train
 
@@ -72,3 +73,21 @@ def test_a_folder_of_another_program_is_no_run(tmp_path):
             use()
     job.start(CPU, ledger, {})  # of a sweep, whose others go on
     assert job.state == "failed"
+
+
+def test_a_run_goes_on_with_the_network_that_it_was_given(tmp_path):
+    recipe, network = small(epochs=1), create_model("resnet20_gated", 10, 1, noise_std=0.0)
+    train(recipe, tmp_path, CPU, network=network)
+    with pytest.raises(ValueError, match=r"trains a CifarResNet that it was given in Python: .*network="):
+        train(recipe, tmp_path, CPU, resume=True)
+    assert train(recipe, tmp_path, CPU, resume=True, network=network)["epoch"] == 1
+
+
+def test_a_run_is_judged_in_the_precision_in_which_it_ended(tmp_path):
+    for config, precision in (
+        ({"precision": "bf16"}, "bf16"),
+        ({"precision": "bf16", "resumed": [{"precision": "no"}]}, "no"),
+        ({"precision": "no", "resumed": [{"precision": "bf16"}, {"step": 3}]}, "no"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert as_trained(tmp_path, Runtime(cpu=True)).precision == precision

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from gaternet import cli
 from gaternet.evaluate import evaluate_saved
 from gaternet.ledger import add_run, changed_options, describe_run, find_line, read_ledger, train_flags
 from gaternet.recipe import Recipe, Runtime, override
@@ -37,10 +35,10 @@ def swept(tmp_path_factory) -> tuple[Path, list[dict]]:
 
 def test_options_are_those_that_differ_from_the_recipe():
     assert changed_options(GATED) == {}
-    changes = {"epochs": 3, "lr": 0.5, "noise_std": 0.5, "crop": False, "milestones": (0.5,)}
+    changes = {"epochs": 3, "lr": 0.5, "noise_std": 0.5, "crop": False, "schedule": "step", "milestones": (0.5,)}
     assert changed_options(override(GATED, changes)) == changes | {"milestones": [0.5]}
     assert changed_options(asdict(override(GATED, changes))) == changed_options(override(GATED, changes))
-    assert changed_options(override(PLAIN, changes)).keys() == {"epochs", "lr", "crop", "milestones"}  # it has no gates
+    assert changed_options(override(PLAIN, changes)).keys() == changes.keys() - {"noise_std"}  # it has no gates
     assert changed_options(override(PLAIN, {"backbone_from": "a"})) == {"backbone_from": "a"}
     cifar = RECIPES["cifar10_resnet20"]
     assert changed_options(override(cifar, {"data": "somewhere/cifar10.npz"})) == {}
@@ -359,18 +357,11 @@ def test_a_line_is_of_all_epochs_and_of_the_last_model(tmp_path, monkeypatch):
             assert find_line(tmp_path / "ledger.jsonl", tmp_path / name) is None
 
 
-def test_values_to_vary_may_be_given_in_several_options(tmp_path, monkeypatch):
-    planned = []
-    monkeypatch.setattr("gaternet.sweep.sweep", lambda jobs, *rest: planned.extend(jobs) or [])
-    options = ["--vary", "noise-std=0,0.5", "--vary", "lr=0.2", "--vary", "noise-std=2", "--seeds", "1"]
-    CliRunner().invoke(cli.app, ["sweep", GATED.name, "--out", str(tmp_path), *options], catch_exceptions=False)
-    changes = [changed_options(job.recipe) for job in planned]
-    assert changes == [{}, {"noise_std": 0.0}, {"noise_std": 0.5}, {"noise_std": 2.0}, {"lr": 0.2}]
-
-
-def test_an_option_may_act_beside_what_is_varied(tmp_path, monkeypatch):
-    planned = []
-    monkeypatch.setattr("gaternet.sweep.sweep", lambda jobs, *rest: planned.extend(jobs) or [])
-    options = ["--penalty", "macs", "--vary", "target-density=0.5", "--seeds", "1", "--out", str(tmp_path)]
-    CliRunner().invoke(cli.app, ["sweep", "short_resnet8_gated", *options], catch_exceptions=False)
-    assert [changed_options(job.recipe) for job in planned][1:] == [{"target_density": 0.5, "penalty": "macs"}]
+def test_another_run_in_a_jobs_directory_is_not_taken_for_it(swept, tmp_path):
+    out, lines = swept
+    jobs = [Job(override(PLAIN, SHORT), 0, out / name / "seed0") for name in ("digits_resnet20,epochs=1", "other")]
+    jobs[0].path = next(path.parent for path in out.glob("digits_resnet20,*/seed0/config.json"))
+    assert sweep(jobs[:1], out / "ledger.jsonl", CPU) == lines[:1]
+    for job in (Job(override(PLAIN, SHORT | {"epochs": 2}), 0, jobs[0].path), Job(jobs[0].recipe, 1, jobs[0].path)):
+        with pytest.raises(TrainingError, match=r"holds another run .gaternet train digits_resnet20"):
+            sweep([job], out / "ledger.jsonl", CPU)

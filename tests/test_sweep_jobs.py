@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import gaternet.sweep
+from gaternet import cli
 from gaternet.checkpoint import save_model
+from gaternet.ledger import changed_options, train_flags
 from gaternet.models import create_model
 from gaternet.recipe import Recipe, override
 from gaternet.recipes import RECIPES, find_recipe
 from gaternet.run import RunDirectory
-from gaternet.sweep import Job, check_jobs, make_jobs, sweep
+from gaternet.sweep import Job, _Overview, check_jobs, make_jobs, sweep
 
 PLAIN, GATED = find_recipe("digits_resnet20"), find_recipe("digits_resnet20_gated")
 
@@ -144,3 +147,52 @@ def test_a_plain_network_takes_no_notice_of_where_a_gater_starts(tmp_path):
 def test_what_is_in_the_ledger_is_not_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(gaternet.sweep, "find_line", lambda ledger, path: {"data": "none"})
     check(tmp_path, override(PLAIN, {"data": "none.npz"}))
+
+
+def test_values_to_vary_may_be_given_in_several_options(tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr("gaternet.sweep.sweep", lambda jobs, *rest: planned.extend(jobs) or [])
+    options = ["--vary", "noise-std=0,0.5", "--vary", "lr=0.2", "--vary", "noise-std=2", "--seeds", "1"]
+    CliRunner().invoke(cli.app, ["sweep", GATED.name, "--out", str(tmp_path), *options], catch_exceptions=False)
+    changes = [changed_options(job.recipe) for job in planned]
+    assert changes == [{}, {"noise_std": 0.0}, {"noise_std": 0.5}, {"noise_std": 2.0}, {"lr": 0.2}]
+
+
+def test_an_option_may_act_beside_what_is_varied(tmp_path, monkeypatch):
+    planned, trained = [], []
+    monkeypatch.setattr("gaternet.sweep.sweep", lambda jobs, *rest: planned.extend(jobs) or [])
+    monkeypatch.setattr("gaternet.train.train", lambda recipe, *rest: trained.append(recipe) or {})
+    options = ["--penalty", "macs", "--vary", "target-density=0.5", "--seeds", "1", "--out", str(tmp_path)]
+    CliRunner().invoke(cli.app, ["sweep", "short_resnet8_gated", *options], catch_exceptions=False)
+    changes = [changed_options(job.recipe) for job in planned]
+    assert changes == [{}, {"target_density": 0.5, "penalty": "macs"}]
+    for job, found in zip(planned, changes, strict=True):  # the process that trains it takes them
+        words = ["train", job.recipe.name, *train_flags(found), "--out", str(tmp_path / "run")]
+        assert CliRunner().invoke(cli.app, words).exit_code == 0
+    assert [changed_options(recipe) for recipe in trained] == changes
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "idle"),
+    [
+        ("short_resnet8_gated", {"density_weight": 5.0}, {"density_weight"}),
+        ("digits_resnet20_gated", {"density_weight": 5.0, "target_density": 0.5}, set()),
+        ("digits_resnet20_gated", {"teacher_weight": 0.1, "temperature": 2.0}, {"teacher_weight", "temperature"}),
+        ("cifar10_resnet20", {"schedule": "cosine", "gamma": 0.2}, {"gamma"}),
+        ("cifar10_resnet20", {"noise_std": 0.5}, {"noise_std"}),
+        ("finetune", {"sparsity": 0.0, "penalty": "macs", "density_weight": 5.0}, {"penalty", "density_weight"}),
+    ],
+)
+def test_options_that_change_nothing_are_no_changes(name, changes, idle):
+    assert changed_options(override(find_recipe(name), changes)).keys() == changes.keys() - idle
+
+
+def test_a_table_shows_what_a_run_printed_as_it_is(tmp_path, monkeypatch, capsys):
+    """Brackets are no colours, and nothing that closes some."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    job = Job(PLAIN, 0, tmp_path / "seed0")
+    job.state, job._refusal = "failed", "cannot read [/data/x]: [enforce fail at alloc_cpu.cpp:1]"
+    with _Overview([job]):
+        pass
+    assert job._refusal in capsys.readouterr().out

@@ -46,3 +46,10 @@ def test_a_network_that_no_memory_holds_is_refused(tmp_path, width):
     with pytest.raises(TrainingError, match=r"the network does not fit into memory \(.+\): name a smaller one"):
         train(small("resnet8_gated", bottleneck=width), tmp_path / "run", CPU)
     assert not (tmp_path / "run").exists()
+
+
+def test_squares_that_cover_every_image_whole_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="cutout 16 covers images of 8 x 8 pixels whole: lower it"):
+        train(small("resnet8", cutout=16), tmp_path / "run", CPU)
+    assert not (tmp_path / "run").exists()
+    assert train(small("resnet8", cutout=15, epochs=1), tmp_path / "run", CPU)["epoch"] == 1

@@ -223,8 +223,7 @@ def load_data(
         return _folder(Path(source), augmentation, image_size or 224, seed)
     images, labels, test_images, test_labels = arrays
     if image_size is not None:
-        resize = v2.Resize([image_size, image_size])
-        images, test_images = resize(images), resize(test_images)
+        images, test_images = (_resized(part, image_size) for part in (images, test_images))
     height, width = images.shape[2:]
     if test_images.shape[2:] != images.shape[2:]:
         sizes = " and ".join(f"{x.shape[2]} x {x.shape[3]}" for x in (images, test_images))
@@ -288,6 +287,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         return image
     image.load()
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+
+
+def _resized(images: UInt8[Tensor, "n c _ _"], side: int) -> UInt8[Tensor, "n c h w"]:
+    """Squares, as `Preprocessing.fit` makes them of single images."""
+    if images.shape[2] == images.shape[3]:
+        return v2.Resize([side, side])(images)
+    fit = Preprocessing(side, side, (0.0,), (1.0,)).fit
+    return torch.stack([fit(image) for image in images])
 
 
 def _statistics(images: UInt8[Tensor, "n c h w"]) -> tuple[tuple[float, ...], tuple[float, ...]]:

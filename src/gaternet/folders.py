@@ -22,7 +22,8 @@ def read_folder(folder: Path) -> tuple[Samples, Samples, tuple[str, ...]]:
     Raises:
         DataError: these are no such folders; the message names the mend.
     """
-    test_folder = next((folder / name for name in TEST_FOLDERS if (folder / name).is_dir()), None)
+    there = [folder / name for name in TEST_FOLDERS if (folder / name).is_dir()]
+    test_folder = next(filter(_has_classes, there), next(iter(there), None))  # ImageNet's own are without labels
     if not test_folder and any(path.is_dir() for path in folder.glob("train/*")):
         raise DataError(
             f"{folder} has classes under train, but no folder named {', '.join(TEST_FOLDERS[:-1])} or "
@@ -47,6 +48,10 @@ def read_folder(folder: Path) -> tuple[Samples, Samples, tuple[str, ...]]:
         if not test_samples:
             raise DataError(f"{folder} has one image a class, too few to hold any out: add a test folder")
     return train_samples, test_samples, classes
+
+
+def _has_classes(folder: Path) -> bool:
+    return any(path.is_dir() and not _is_left_behind(path.name) for path in folder.iterdir())
 
 
 def _held_out(samples: Samples) -> tuple[Samples, Samples]:

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from gaternet import files
 from gaternet.evaluate import evaluate_saved
 from gaternet.machine import make_accelerator
-from gaternet.recipe import ACTS_ON_PLAIN, GROUPS, Recipe, Runtime, data_name
+from gaternet.recipe import Recipe, Runtime, data_name, flat, idle_options
 from gaternet.recipes import RECIPES
 from gaternet.run import CONFIG, RunDirectory
 
@@ -23,13 +23,11 @@ _GATES = ("density", "entropy", "always_on", "always_off", "dependent", "site_de
 def changed_options(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
     """What a recipe has else than the one of `RECIPES` with its name, or else than the defaults: option -> value.
 
-    A plain model's gating changes nothing, but for where the backbone starts from, and is left out; so is where its
-    data lie, if they are the same.
+    Options that act on nothing beside the others are left out, as is where its data lie, if they are the same.
     """
     named = recipe if isinstance(recipe, Mapping) else dataclasses.asdict(recipe)
     base = dataclasses.asdict(RECIPES.get(named["name"], Recipe(named["name"])))
-    plain = named["model"] and not named["model"].endswith("_gated")
-    ignored = set(named["gating"]) - ACTS_ON_PLAIN if plain else set()
+    ignored = set(idle_options(flat(named)))
     if data_name(named["data"]) == base["data"]:
         ignored.add("data")
     if named["name"] in RECIPES:  # of each pair one takes the place of the other, see `override`
@@ -38,8 +36,8 @@ def changed_options(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
             ignored.add("target_density")
         elif named["gating"].get("target_density") is not None:
             ignored.add("sparsity")
-    before = _flat(base)
-    found = {name: value for name, value in _flat(named).items() if name not in ignored and value != before.get(name)}
+    before = flat(base)
+    found = {name: value for name, value in flat(named).items() if name not in ignored and value != before.get(name)}
     if "target_density" in found and found["target_density"] is None:  # as `override` does where sparsity is given
         del found["target_density"]
         found["sparsity"] = 0.0
@@ -168,11 +166,3 @@ def add_run(ledger: Path, path: Path, runtime: Runtime | None = None) -> dict[st
                 file.flush()
                 os.fsync(file.fileno())
     return line
-
-
-def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a recipe and of its groups, under their names on the command line."""
-    plain = json.loads(json.dumps(recipe))  # tuples are lists in what was saved
-    groups = [plain.pop(group, {}) for group in GROUPS]  # older runs have fewer
-    options = {name: value for name, value in plain.items() if name not in ("name", "paper")}
-    return options | {name: value for group in groups for name, value in group.items()}

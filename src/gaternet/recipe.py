@@ -5,6 +5,7 @@ rounding, and which random numbers are drawn, alone.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -250,6 +251,36 @@ class Runtime:
 
 ACTS_ON_PLAIN = frozenset({"backbone_from"})  # of the options in `Gating`
 GROUPS = ("augmentation", "optimizer", "gating", "distillation")  # fields of a recipe that hold options themselves
+
+
+def idle_options(options: Mapping[str, Any]) -> dict[str, str]:
+    """Of a recipe's options, by name without their groups', those that change nothing beside the others.
+
+    Returns:
+        option -> the option, or options, that it acts beside alone; "" where it acts on a gater, and there is none.
+    """
+    found: dict[str, str] = {}
+    penalty = options.get("sparsity") or options.get("target_density") is not None
+    for needed, there, names in (
+        ("--teacher", options.get("teacher"), ("teacher_weight", "temperature")),
+        ("--target-density", options.get("target_density") is not None, ("density_weight",)),
+        ("--target-density or --sparsity", penalty, ("penalty", "sparsity_start", "sparsity_ramp")),
+        ("--schedule step", options.get("schedule") == "step", ("milestones", "gamma")),
+    ):
+        found |= dict.fromkeys(() if there else names, needed)
+    model = options.get("model")
+    if model is not None and not model.endswith("_gated"):
+        of_gater = {field.name for field in dataclasses.fields(Gating)} - ACTS_ON_PLAIN
+        found |= dict.fromkeys(of_gater, "")
+    return found
+
+
+def flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a recipe, as plain data, and of its groups, under their names on the command line."""
+    plain = json.loads(json.dumps(recipe))  # tuples are lists in what was saved
+    groups = [plain.pop(group, {}) for group in GROUPS]  # older runs have fewer
+    options = {name: value for name, value in plain.items() if name not in ("name", "paper")}
+    return options | {name: value for group in groups for name, value in group.items()}
 
 
 def data_name(source: str) -> str:

@@ -63,6 +63,11 @@ class RunDirectory:
         now, defaults = (json.loads(json.dumps(c)) for c in (config, {"recipe": dataclasses.asdict(Recipe(""))}))
         for each in (before, now):
             each["recipe"].pop("paper", None)  # the same options may have been given otherwise
+        if (given := before.get("network")) and "network" not in now:
+            raise ValueError(
+                f"{self.path} trains a {given} that it was given in Python: resume it there with network=..., or name "
+                "another --out"
+            )
         if images := before.get("images"):  # an older version's run has none: its data must lie where they lay
             if changed := _first_difference(images, now["images"], {}):
                 raise ValueError(
@@ -248,7 +253,7 @@ def data_of(path: Path, metadata: Mapping[str, Any], other: str | None = None) -
 def as_trained(path: Path, runtime: Runtime) -> Runtime:
     """`runtime`, with the precision of the run in `path` where it is "auto", and the run's can be had here."""
     config: Any = files.read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
-    precision = config.get("precision")
+    precision = {**config, **(config.get("resumed") or [{}])[-1]}.get("precision")  # where it went on last
     possible = precision in ("no", "bf16") or (precision == "fp16" and torch.cuda.is_available() and not runtime.cpu)
     return dataclasses.replace(runtime, precision=precision) if runtime.precision == "auto" and possible else runtime
 

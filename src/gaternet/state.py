@@ -12,7 +12,8 @@ from torch.optim.swa_utils import AveragedModel
 class TrainingState:
     """Weights, optimizer, averages and position of a training. Its `state_dict` is what a checkpoint holds.
 
-    Of several processes each sums what its own images gave; the main one's sums are saved, and stand for all.
+    Of several processes each sums what its own images gave; the main one's sums are saved, and stand for all of those
+    that were.
 
     Attributes:
         epoch, step: epochs finished, and steps done, since the run's beginning.
@@ -30,6 +31,7 @@ class TrainingState:
     ) -> None:
         parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "ema": ema, "auxiliary": auxiliary}
         parts["scaler"] = accelerator.scaler
+        self.processes = accelerator.num_processes
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.epoch = self.step = 0
         self.best = -1.0
@@ -69,6 +71,7 @@ class TrainingState:
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and plain data."""
         numbers = {"epoch": self.epoch, "step": self.step, "best": self.best, "seconds": self.seconds}
+        numbers["processes"] = self.processes
         sums = {"epoch_sums": self.epoch_sums, "window_sums": self.window_sums}
         return {**numbers, **sums, **{name: part.state_dict() for name, part in self.parts.items()}}
 
@@ -76,9 +79,11 @@ class TrainingState:
         """Take up what `state_dict` gave."""
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
         self.seconds = state["seconds"]
+        share = state.get("processes", self.processes) / self.processes  # of what each process now stands for
         device = next(self.parts["network"].parameters()).device
         for name in ("epoch_sums", "window_sums"):
-            setattr(self, name, {key: value.to(device) for key, value in state[name].items()})
+            kept = {key: value.to(device) for key, value in state[name].items()}
+            setattr(self, name, kept if share == 1 else {key: value * share for key, value in kept.items()})
         optimizer = self.parts["optimizer"]
         fused = [group["fused"] for group in optimizer.param_groups]
         for name, part in self.parts.items():

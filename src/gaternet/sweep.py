@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from gaternet.data import check_source
 from gaternet.errors import Stopped, TrainingError
@@ -60,7 +61,8 @@ class Job:
             self.state, self._refusal = "failed", str(error)
 
     def _start(self, runtime: Runtime, ledger: Path, environment: Mapping[str, str]) -> None:
-        if find_line(ledger, self.path):
+        if (line := find_line(ledger, self.path)) is not None:
+            self._check_same(line)
             self.state = "finished"
             return
         machine = {name: value for name, value in asdict(runtime).items() if value != getattr(Runtime(), name)}
@@ -80,6 +82,12 @@ class Job:
                 start_new_session=True,  # Ctrl-C reaches the sweep alone, which passes it on
             )
         self.state = "running"
+
+    def _check_same(self, line: Mapping[str, Any]) -> None:
+        """That a finished run in this directory is this job's; of one that goes on `train` finds it out."""
+        wanted = {"recipe": self.recipe.name, "options": changed_options(self.recipe), "seed": self.seed}
+        if not wanted.items() <= line.items():
+            raise ValueError(f"{self.path} holds another run ({line['command']}): move it, or name another --out")
 
     def watch(self) -> None:
         """Bring `state` up to date."""
@@ -330,8 +338,10 @@ class _Overview:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.show(at_once=True)
-        self.live.stop()
+        try:
+            self.show(at_once=True)
+        finally:
+            self.live.stop()
 
     def show(self, at_once: bool = False) -> None:
         """Show what has changed, at most once a second."""
@@ -342,7 +352,7 @@ class _Overview:
         if self.console.is_terminal:
             table = Table("run", "state", "epochs", "test", box=None)
             for row in rows:
-                table.add_row(*row, style="dim" if row[1] == "waiting" else None)
+                table.add_row(*map(Text, row), style="dim" if row[1] == "waiting" else None)
             self.live.update(table, refresh=True)
             return
         for row in rows:

@@ -16,7 +16,17 @@ import typer
 from rich.table import Table
 
 from gaternet.cli.common import JsonOption, app, console, escaped
-from gaternet.recipe import ACTS_ON_PLAIN, Augmentation, Distillation, Gating, Optimizer, Recipe, Runtime, override
+from gaternet.recipe import (
+    Augmentation,
+    Distillation,
+    Gating,
+    Optimizer,
+    Recipe,
+    Runtime,
+    flat,
+    idle_options,
+    override,
+)
 from gaternet.recipes import RECIPES, find_recipe
 
 _PANELS = {
@@ -78,22 +88,14 @@ def _train(
 
 def _refuse_idle(given: Set[str], recipe: Recipe) -> None:
     """ValueError for an option that was given, and has nothing to act on."""
-    of_gater = given & {field.name for field in dataclasses.fields(Gating)} - ACTS_ON_PLAIN
-    if of_gater and not recipe.gated:
-        flag = "--" + min(of_gater).replace("_", "-")
-        raise ValueError(f"{recipe.model} has no gater that {flag} could act on: leave it out, or name a gated recipe")
-    gating = recipe.gating
-    penalty = gating.sparsity > 0 or gating.target_density is not None
-    needs = {
-        "--teacher": (recipe.distillation.teacher, ("teacher_weight", "temperature")),
-        "--target-density": (gating.target_density is not None, ("density_weight",)),
-        "--target-density or --sparsity": (penalty, ("penalty", "sparsity_start", "sparsity_ramp")),
-        "--schedule step": (recipe.optimizer.schedule == "step", ("milestones", "gamma")),
-    }
-    for needed, (there, names) in needs.items():
-        if idle := [name for name in names if name in given and not there]:
-            flag = "--" + idle[0].replace("_", "-")
-            raise ValueError(f"{flag} acts beside {needed} alone: add that, or leave it out")
+    idle = idle_options(flat(dataclasses.asdict(recipe)))
+    for name in sorted(given & idle.keys()):
+        flag, needed = "--" + name.replace("_", "-"), idle[name]
+        if not needed:
+            raise ValueError(
+                f"{recipe.model} has no gater that {flag} could act on: leave it out, or name a gated recipe"
+            )
+        raise ValueError(f"{flag} acts beside {needed} alone: add that, or leave it out")
 
 
 def _refuse_idle_in_all(option: str, recipes: Sequence[Recipe]) -> None:

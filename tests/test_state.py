@@ -1,0 +1,39 @@
+"""What a training sums while it goes on."""
+
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from gaternet.state import TrainingState
+
+
+def machine_of(processes: int) -> Any:
+    """One of several processes, of which each has the same sums."""
+    machine = Mock(spec=Accelerator, num_processes=processes, scaler=None)
+    machine.reduce.side_effect = lambda sums, how: processes * sums
+    return machine
+
+
+def state(machine: Any) -> TrainingState:
+    network = nn.Linear(2, 2)
+    return TrainingState(network, torch.optim.SGD(network.parameters(), fused=False), None, machine)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 1), (1, 2), (4, 2)])
+def test_means_are_right_where_a_run_goes_on_with_more_or_fewer_processes(before, after):
+    """Ten steps of 32 images with a loss of 2 and none right, then ten of 1 and all right, over all processes."""
+    first = state(machine_of(before))
+    for _ in range(10):
+        images = torch.tensor(32.0) / before
+        first.add({"loss": 2 * images, "correct": torch.tensor(0), "images": images})
+    second = state(machine := machine_of(after))
+    second.load_state_dict(first.state_dict())
+    for _ in range(10):
+        images = torch.tensor(32) // after
+        second.add({"loss": 1.0 * images, "correct": images, "images": 1.0 * images})
+    for means in second.means(machine):
+        assert means == {"loss": 1.5, "accuracy": 0.5}
