@@ -24,6 +24,7 @@ from tables import RESULTS
 from gaternet.cost import CostModel, count_dense_macs
 from gaternet.data import ToInput, load_data
 from gaternet.evaluate import BATCH, evaluate
+from gaternet.files import write_json
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.network import gate_as, prepared_for
@@ -111,7 +112,7 @@ def main() -> None:
             sys.exit(str(stopped))
         before = json.loads(RESULT.read_text()) if RESULT.exists() else []
         results = {tuple(line[key] for key in KEYS): line for line in [*before, found]}
-        RESULT.write_text(json.dumps([results[key] for key in sorted(results)], indent=2) + "\n")
+        write_json(RESULT, [results[key] for key in sorted(results)])
         print(json.dumps(found))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gaternet.files import read_json
+from gaternet.files import read_json, write_json
 from gaternet.ledger import changed_options
 from gaternet.run import describe_machine
 
@@ -28,4 +28,4 @@ def keep(line: dict[str, Any], result: Path) -> None:
     """Put a line into the file, in place of that of the same recipe, options and seed, if it is of one seed."""
     lines = [*(json.loads(result.read_text()) if result.exists() else []), line]
     kept = {(line["recipe"], json.dumps(line["options"]), line.get("seed")): line for line in lines}
-    result.write_text(json.dumps([kept[key] for key in sorted(kept)], indent=2) + "\n")
+    write_json(result, [kept[key] for key in sorted(kept)])

@@ -22,6 +22,7 @@ import gaternet
 from gaternet.analysis import analyze
 from gaternet.data import ToInput, load_data
 from gaternet.evaluate import BATCH, evaluate
+from gaternet.files import write_json
 from gaternet.findings import GateAnalysis
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
@@ -106,7 +107,7 @@ def main() -> None:
         "command": f"python benchmarks/report.py --data {Path(args.data).name} --model {args.model} "
         f"--rounds {args.rounds}",
     }
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(args.out, result)
     print(json.dumps(result))
 
 

@@ -39,6 +39,7 @@ from tables import (
 )
 from timing_tables import exported, reports, skipping, speed
 
+from gaternet.files import write_atomically
 from gaternet.ledger import add_run, changed_options, read_ledger, train_flags
 from gaternet.recipe import Recipe, data_name
 from gaternet.recipes import RECIPES, find_recipe
@@ -356,10 +357,11 @@ def main() -> None:
     if args.command == "add":
         for run in args.runs:
             add_run(LEDGER, run)
-    (DOCS / "results.md").write_text(page())
     ledger = read_ledger(LEDGER)
-    README.write_text(with_summary(README.read_text(), ledger))
-    METHOD.write_text(with_short(METHOD.read_text(), ledger))
+    pages = {DOCS / "results.md": page()}
+    pages |= {README: with_summary(README.read_text(), ledger), METHOD: with_short(METHOD.read_text(), ledger)}
+    for path, text in pages.items():
+        write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from gaternet.checkpoint import load_model
 from gaternet.cost import CostModel
 from gaternet.data import Preprocessing, load_data
 from gaternet.evaluate import load_test_set
-from gaternet.files import read_json
+from gaternet.files import read_json, write_json
 from gaternet.graph import read_graph
 from gaternet.method import GaterNet
 from gaternet.recipe import data_name
@@ -173,7 +173,7 @@ def on_gpu(rounds: int) -> None:
             engines = ("eager", "channels_last", "inductor")
             timings = bench(model, images, DENSITIES, engines, rounds=rounds, seconds=0.1, note=print)
             found["parts"].append({"precision": precision, "timings": rows(timings)})
-            GPU_RESULT.write_text(json.dumps(found, indent=2) + "\n")
+            write_json(GPU_RESULT, found)
             print_rows(rows(timings))
 
 
@@ -229,7 +229,7 @@ def main() -> None:
         found |= {**describe_machine(), "command": command, "rounds": args.rounds}
     if args.trained:
         found["trained"] = [trained(*given.split("=", 3), rounds=args.rounds) for given in args.trained]
-    RESULT.write_text(json.dumps(found, indent=2) + "\n")
+    write_json(RESULT, found)
     print_rows([*found["resnet50"], *(row for model in found.get("trained", []) for row in model["timings"])])
 
 

@@ -6,7 +6,6 @@ Whole processes, in turn, after one warm-up each; medians.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from gaternet.files import write_json
 from gaternet.run import describe_machine
 
 COMMANDS = {
@@ -43,7 +43,7 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     result = {"runs": args.runs, "seconds": medians, **describe_machine(), "command": "python benchmarks/startup.py"}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(args.out, result)
     table = Table("command", "seconds", title=f"whole process, median of {args.runs}")
     for name, value in medians.items():
         table.add_row(name, f"{value:.2f}")

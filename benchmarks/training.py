@@ -13,7 +13,6 @@ the processor and not the GPU.
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from dataclasses import replace
@@ -26,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gaternet.cost import count_dense_macs
 from gaternet.data import ImageData, ImageSet, Preprocessing, mix_seed
+from gaternet.files import write_json
 from gaternet.machine import make_accelerator, seed_step, tuned_convolutions
 from gaternet.objective import schedule
 from gaternet.preparation import prepare
@@ -127,7 +127,7 @@ def main() -> None:
         f"--precision {args.precision}{' --no-cuda-graph' * args.no_cuda_graph}{' --compile' * args.compile}",
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(args.out, result)
     table = Table(
         "model", "ms a step", "images/s", "outside", "MACs", title=f"training, batch {BATCH}, median of {args.steps}"
     )
