@@ -32,6 +32,12 @@ class Shift(nn.Module):
         return x
 
 
+def shifted_in_passing(unit, x):
+    x = unit.conv(x)
+    unit.shift(x)  # gates that act on what this gives would act on nothing
+    return x
+
+
 def changed_while_held(unit: Any, x: torch.Tensor) -> torch.Tensor:
     y = unit.conv(x)
     return unit.side(unit.shift(y)) + y
@@ -65,6 +71,7 @@ class Filtered(nn.Conv2d):
 
 
 POOLED = "it acts on pooled features: there is nothing to save"
+IN_PLACE = "unit.shift behind it writes to its input, which may be read in place of its result: let it make a tensor"
 INNER = "it runs in a block of its own: put autocast around the call instead"
 SHARED = "it shares its weights with another layer"
 ATTENTION = "it is part of an attention block, Attention"
@@ -175,11 +182,11 @@ LEFT_OUT: dict[str, tuple[nn.Module, dict[str, str]]] = {
     ),
     "in place on what is read elsewhere": (
         with_stem(Block(changed_while_held, conv=conv(8, 8), side=conv(8, 8), shift=Shift())),
-        {"unit.conv": "unit.shift behind it writes to its input, which may be read elsewhere: let it make a tensor"},
+        {"unit.conv": IN_PLACE},
     ),
-    "in place on what is read nowhere else": (
-        with_stem(Block(lambda u, x: u.shift(u.conv(x)), conv=conv(8, 8), shift=Shift())),
-        {},
+    "in place, without a look at what it gives": (
+        with_stem(Block(shifted_in_passing, conv=conv(8, 8), shift=Shift())),
+        {"unit.conv": IN_PLACE},
     ),
     "functional BatchNorm of a block that gives two tensors": (
         with_stem(

@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as tv
 from gaternet.cost import CostModel, count_dense_macs
 from gaternet.data import Preprocessing
 from gaternet.findings import GateAnalysis, Samples
-from gaternet.method import Gater, GaterNet, require_gated
+from gaternet.method import GaterNet, require_gated
 from gaternet.modes import evaluation_mode
 
 THUMBNAIL = 48  # longest side of a small picture, in pixels
@@ -131,7 +131,7 @@ class _Pass:
         shape = (extremes, gates)
         self.scores = [torch.full(shape, -math.inf, device=self.device) for _ in range(2)]
         self.places = [torch.full(shape, -1, dtype=torch.int64, device=self.device) for _ in range(2)]
-        self.has_logits = type(model.gater) is Gater
+        self.has_logits = model.plain_gater is not None
         self.kept = {name: _Kept() for name in ("samples", "cheapest", "dearest")}
         self.thumbnails: dict[int, NDArray[np.uint8]] = {}
         self.facts: dict[int, tuple[int, int, int, int]] = {}
@@ -146,8 +146,7 @@ class _Pass:
             sizes = " and ".join(str(tuple(shape)) for shape in (self.shape, images.shape[1:]))
             raise ValueError(f"images are {sizes}, and costs are counted for one size: bring them to one")
         inputs = self._inputs(images)
-        gater = self.model.gater
-        if type(gater) is Gater:  # a subclass may decide by something else
+        if (gater := self.model.plain_gater) is not None:
             scores = gater.logits(inputs)
             gates = gater.sample(scores)
         else:

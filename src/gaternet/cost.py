@@ -68,7 +68,8 @@ class CostModel:
             site = by_conv.get(conv.name)
             writes = site.columns if site else torch.full((conv.out_channels,), ALIVE)
             self.convs.append(ConvCost(conv, flow.of(conv.source), writes))
-        self._terms = _Terms(self.convs, self.num_gates)
+        with torch.inference_mode(False):  # gates may have gradients another time
+            self._terms = _Terms(self.convs, self.num_gates)
 
     @classmethod
     def of(cls, model: GaterNet, images: Float[Tensor, "batch channels height width"]) -> "CostModel":
@@ -118,9 +119,11 @@ def count_macs(model: GaterNet, images: Float[Tensor, "batch channels height wid
     cost = CostModel.of(model, images)
     buffers = [(buffer, buffer.clone()) for buffer in model.gater.buffers()]
     with torch.no_grad():
-        gated = cost(model.gates(images))
-        for buffer, before in buffers:  # in training, statistics of these images
-            buffer.copy_(before)
+        try:
+            gated = cost(model.gates(images))
+        finally:
+            for buffer, before in buffers:  # in training, statistics of these images
+                buffer.copy_(before)
     return Macs(cost.dense, count_dense_macs(model.gater, images), gated)
 
 
@@ -169,8 +172,11 @@ class _Terms:
     def __call__(self, gates: Float[Tensor, "batch columns"]) -> Float[Tensor, " batch"]:
         place = gates.device, gates.dtype
         if place not in self._moved:
-            moved = (each.to(gates) if each.is_floating_point() else each.to(gates.device) for each in self._constants)
-            self._moved[place] = list(moved)
+            with torch.inference_mode(False):
+                self._moved[place] = [
+                    each.to(gates.device, gates.dtype if each.is_floating_point() else each.dtype)
+                    for each in self._constants
+                ]
         weights, *runs = self._moved[place]
         before = F.pad(gates.cumsum(1), (1, 0))  # (B, columns + 1): the sum of all columns before each
         open_channels, open_filters = _sums(before, *runs[:4]), _sums(before, *runs[4:])  # (B, terms)

@@ -36,7 +36,7 @@ def gate(
 
     Args:
         backbone: any CNN that `torch.export` can export; maps images to logits.
-        example_input: images (B, channels, H, W) as it takes them.
+        example_input: images (B, channels, H, W), normalised, as it takes them.
         gater: the extractor E, a network without its output layer: a module that maps images to features (B, h), or a
             name: one of the paper's CIFAR models ("resnet20") or of timm's ("resnet18"), with fresh weights. Default:
             cheap, a ResNet-20 on the shrunk image, which costs at most 5 % of the MACs of backbones above 0.5 GMAC,
@@ -68,6 +68,8 @@ def gate(
         raise TypeError(f"gater must be a network or the name of one, not {gater!r}")
     if isinstance(gater, Gater | GaterNet):
         raise TypeError("gater is the network that features come from: pass the extractor of your Gater")
+    if isinstance(example_input, Tensor) and not example_input.is_floating_point():
+        raise ValueError(f"images must be normalised, but are {example_input.dtype}: do that outside of the backbone")
     refuse_gated(backbone)
     found = find_sites(backbone, example_input, sites, group_size)
     num_gates = max(site.stop for site in found)

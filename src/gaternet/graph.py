@@ -238,7 +238,10 @@ class Graph:
         return self.runs(name) == 1 and any(c.exits == [node] for c in self._calls.values() if c.name == name)
 
     def writes_to_its_input(self, name: str, node: Node) -> bool:
-        """Whether what the module gives out, this node, is its input, changed in place."""
+        """Whether what the module gives out, this node, is its input, changed in place.
+
+        Then it may be read as either, and the graph does not tell as which.
+        """
         source = node.args[0] if node.args else None
         return in_place(node) and isinstance(source, Node) and name not in {path for _, path in self._stack(source)}
 
@@ -295,6 +298,7 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
         raise ValueError(f"the example must be one tensor of images (B, channels, H, W), not {given}")
     if not example_input.numel():
         raise ValueError(f"the example must have images, but is {tuple(example_input.shape)}: pass one at least")
+    attributes = {module: set(vars(module)) for module in backbone.modules()}
     try:
         with without_autocast(example_input.device.type), evaluation_mode(backbone), torch.no_grad(), quiet():
             program = torch.export.export(backbone, (example_input,), strict=False)
@@ -304,6 +308,10 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
             f"({first_line(error)}): try "
             "torch.export.export on it, and mend what that names or give images of another shape"
         ) from error
+    finally:
+        for module, names in attributes.items():  # what the network keeps of a run, and here are no numbers
+            for name in vars(module).keys() - names:
+                delattr(module, name)
     return Graph(backbone, program, example_input)
 
 

@@ -209,7 +209,7 @@ class _SideChannel(threading.local):
 
 
 class _GateHook:
-    """Forward hook of one site: equation 1, a closed gate replaces the filter's output by zeros."""
+    """Forward hook of one site (equation 1): a product, so a closed gate makes zeros of whatever is finite."""
 
     def __init__(self, channel: _SideChannel, site: GateSite) -> None:
         self.channel, self.site = channel, site
@@ -264,8 +264,7 @@ class GaterNet(
     Args:
         backbone: the network that makes the prediction; must not be gated already.
         gater: maps images (B, channels, H, W) to gates (B, C).
-        sites: where the gates act, in the order of the gates. Each starts where those before it stop, or shares columns
-            with them.
+        sites: where the gates act, in the gates' order. Each starts where those before it stop, or shares columns.
         metadata: plain data that is saved beside the weights: how to rebuild the parts, see `gaternet.checkpoint`.
     """
 
@@ -279,11 +278,8 @@ class GaterNet(
         super().__init__()
         end = 0
         for site in sites:
-            if (
-                site.channels < 1
-                or site.group_size < 1
-                or not (site.start == end or 0 <= site.start < site.stop <= end)
-            ):
+            follows = site.start == end or 0 <= site.start < site.stop <= end
+            if site.channels < 1 or site.group_size < 1 or not follows:
                 raise ValueError(
                     f"site {site.name} has columns {site.start} to {site.stop}, but those before it stop at {end}: "
                     "start there, or share columns with them"
@@ -311,6 +307,11 @@ class GaterNet(
     def num_gates(self) -> int:
         """C: one for each gated filter, or for each group of filters that share theirs."""
         return max(site.stop for site in self.sites)
+
+    @property
+    def plain_gater(self) -> Gater | None:
+        """The gater where its logits alone decide the gates; None for a subclass or a gater of yours, which may not."""
+        return self.gater if type(self.gater) is Gater and type(self).gates is GaterNet.gates else None
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], return_gates: bool = False
@@ -360,8 +361,7 @@ class GaterNet(
         self._hooks, self._gated = [], False
         return self.backbone
 
-    # Saving and sharing come from huggingface_hub, what a file holds from gaternet.checkpoint, imported late so that
-    # the method stands on nothing of ours.
+    # Saving is huggingface_hub's and gaternet.checkpoint's, imported late so that the method stands on nothing of ours.
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write config.json, model.safetensors and README.md, a model card; they replace files of that name at the end.

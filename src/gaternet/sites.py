@@ -161,8 +161,8 @@ def _place(graph: Graph, conv: Conv) -> _Place | str:
         return f"{name} behind it runs {graph.runs(name)} times: give each convolution its own"
     if place is None:
         return f"{op(chain[last])} behind it is a function within {graph.module_type(chain[last])}: make it a module"
-    if len(place.users) > 1 and graph.writes_to_its_input(name, place):
-        return f"{name} behind it writes to its input, which may be read elsewhere: let it make a tensor"
+    if graph.writes_to_its_input(name, place):
+        return f"{name} behind it writes to its input, which may be read in place of its result: let it make a tensor"
     if shape(place)[0] != shape(graph.input)[0]:
         return "it runs on parts of images, such as windows, stacked as a larger batch"
     return _Place(conv, name, place)

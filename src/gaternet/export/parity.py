@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gaternet.errors import first_line
-from gaternet.method import Gater, GaterNet
+from gaternet.method import GaterNet
 
 TOLERANCE = 1e-4  # of logits, relative to the largest where that is above 1; and of gates' distance to the threshold
 DRAWN = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # densities of the gates that are drawn at random
@@ -116,9 +116,9 @@ def _run(run: Callable[..., Any], images: Tensor, *gates: Tensor) -> Any:
 def _gates_of(model: GaterNet, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """The model's gates (B, C), and which of them rounding may decide."""
     gates = model.gates(inputs)
-    if type(model.gater) is not Gater:  # a subclass may decide by something else
+    if (gater := model.plain_gater) is None:
         return gates, torch.zeros_like(gates, dtype=torch.bool)
-    return gates, (model.gater.logits(inputs) - model.gater.threshold).abs() < TOLERANCE
+    return gates, (gater.logits(inputs) - gater.threshold).abs() < TOLERANCE
 
 
 def _difference(found: Tensor, wanted: Tensor, where: str) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gaternet.files import read_json, staged, write_json
 from gaternet.graph import read_graph
-from gaternet.method import Gater, GaterNet, require_gated
+from gaternet.method import GaterNet, require_gated
 from gaternet.modes import evaluation_mode, without_autocast
 from gaternet.skipping.engines import Backbone, KernelName, make_program, time_engines
 from gaternet.skipping.native import NativeProgram
@@ -22,7 +22,7 @@ from gaternet.skipping.saved import load_plan, save_plan
 from gaternet.skipping.specialise import Specialised, choose_kept
 
 Engine = Literal["auto", "slice", "specialise", "mask"]
-_TRIED = 3  # images on which a plan is compared with its model
+_TRIED = 4  # images on which a plan is compared with its model
 
 
 class Skipper(nn.Module):
@@ -220,15 +220,11 @@ def skip(
         raise ValueError(f"subnetworks must be at least 1, not {subnetworks}")
     with evaluation_mode(model):
         plan = make_plan(read_graph(model.backbone, example_input[:1]), model.sites)
-        hard = type(model.gater) is Gater  # a subclass may give other gates
+        hard = model.plain_gater is not None  # others may be soft
         if engine == "mask":
             own = copy.deepcopy(model)
             return Skipper(plan, own.gates, own.forward_gated, engine, hard)
-        gater: Callable[[Tensor], Tensor]
-        try:
-            gater = make_program(make_plan(read_graph(model.gater, example_input[:1])), kernels)
-        except ValueError:  # it runs as it is
-            gater = copy.deepcopy(model.gater)
+        gater = _plan_gater(model, example_input, kernels)
         engines: dict[str, Backbone] = {}
         if calibration is not None and engine != "slice":
             specialised = Specialised(plan, choose_kept(calibration, subnetworks), kernels)
@@ -251,26 +247,57 @@ def skip(
 
 
 @torch.no_grad()
+def _plan_gater(model: GaterNet, example_input: Tensor, kernels: KernelName) -> Callable[[Tensor], Tensor]:
+    """Images -> the model's gates: by a plan, or by what the model has where that has no plan, or one that differs."""
+    try:
+        program = make_program(make_plan(read_graph(model.gater, example_input[:1])), kernels)
+    except ValueError:
+        program = None
+    if program is not None:
+        images = _random_images(2 * _TRIED, example_input)
+        with without_autocast(images.device.type):
+            wanted = model.gates(images)
+            differs = (program(images) - wanted).abs() > _tolerance(images)
+            if (gater := model.plain_gater) is not None:  # rounding may put logits on either side of the threshold
+                margins = (gater.logits(images) - gater.threshold).abs()
+                differs &= margins > _tolerance(images) * margins.amax()
+        if not differs.any():
+            return program
+    return copy.deepcopy(model).gates if type(model).gates is not GaterNet.gates else copy.deepcopy(model.gater)
+
+
+@torch.no_grad()
 def _try(program: Backbone, model: GaterNet, example_input: Tensor) -> None:
     """Compare a program with the model, on random images under random gates; ValueError where they differ.
 
     A plan knows what a run of one image without gates shows. Code that decides by the number of images, and hooks that
     act behind the gates, are not seen there.
     """
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(_TRIED, *example_input.shape[1:], generator=generator).to(example_input)
-    gates = (torch.rand(_TRIED, model.num_gates, generator=generator) < 0.5).to(example_input)
+    images = _random_images(_TRIED, example_input)
+    drawn = torch.rand(_TRIED // 2, model.num_gates, generator=torch.Generator().manual_seed(1)) < 0.5
+    gates = torch.cat([drawn, ~drawn]).to(example_input)  # each is open for some image, and closed for another
     with without_autocast(images.device.type):
         try:
-            expected = model.forward_gated(images, gates).double()
+            expected, found = (run(images, gates).double() for run in (model.forward_gated, program))
         except (RuntimeError, ValueError):  # it takes single images alone
-            images, gates = images[:1], gates[:1]
-            expected = model.forward_gated(images, gates).double()
-        found = program(images, gates).double()
-    tolerance = 0.02 if example_input.dtype in (torch.float32, torch.float64) else 0.2  # far above rounding
+            pairs = list(zip(images.split(1), gates.split(1), strict=True))
+            expected, found = (
+                torch.cat([run(*pair).double() for pair in pairs]) for run in (model.forward_gated, program)
+            )
+    tolerance = _tolerance(images)
     scale = expected.nan_to_num(0, 0, 0).abs().max().item()
     if found.shape != expected.shape or not torch.allclose(found, expected, tolerance, tolerance * scale, True):
         raise ValueError(
             "the backbone computes something else than its plan: it may decide something by the number of images, "
             "exchange them, or have a hook behind its gates; use the model itself, engine='mask'"
         )
+
+
+def _random_images(count: int, example_input: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, *example_input.shape[1:], generator=generator).to(example_input)
+
+
+def _tolerance(images: Tensor) -> float:
+    """Relative, and far above rounding."""
+    return 0.02 if images.dtype in (torch.float32, torch.float64) else 0.2
