@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gaternet import count_macs, find_sites
 from gaternet.channels import ALIVE
-from gaternet.cost import CostModel, _runs, _sums, count_dense_macs
+from gaternet.cost import CostModel, _Runs, count_dense_macs
 from gaternet.graph import read_graph
 from gaternet.method import Gater, GaterNet, GateSite
 from gaternet.models.cifar_resnet import BasicBlock, CifarResNet
@@ -391,6 +391,7 @@ def test_sums_of_runs_are_those_of_single_columns(terms, seed):
     """However often a column comes, and in whatever order."""
     gates = torch.rand(3, 7, dtype=torch.float64, generator=seeded(seed))
     gates[:, ALIVE] = 1
-    found = _sums(F.pad(gates.cumsum(1), (1, 0)), *_runs([torch.tensor(term) for term in terms], 7))
+    runs = _Runs.of([torch.tensor(term) for term in terms], 7).to(gates.device, gates.dtype)
+    found = runs.sums(F.pad(gates.cumsum(1), (1, 0)))
     expected = torch.stack([gates[:, term].sum(1) for term in terms], 1) if terms else gates[:, :0]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

@@ -143,6 +143,44 @@ def count_dense_macs(network: nn.Module, images: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
+@dataclass(frozen=True)
+class _Runs:
+    """The columns of terms as runs of neighbouring ones, term after term, to add up gates from running sums.
+
+    Attributes:
+        first, stop: of each run its first column and that behind its last, (runs,).
+        often: how many times the term counts it, (runs,).
+        ends: the number of runs before each term, and of all, (terms + 1,).
+    """
+
+    first: Tensor
+    stop: Tensor
+    often: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, terms: Sequence[Tensor], width: int) -> "_Runs":
+        """Of the terms' columns; there are `width`, and ALIVE, which is negative, is the last of them."""
+        runs = []
+        for columns in terms:
+            found, often = (columns % width).unique(return_counts=True)
+            breaks = ((found.diff() != 1) | (often.diff() != 0)).nonzero()[:, 0]
+            first, last = F.pad(breaks + 1, (1, 0)), F.pad(breaks, (0, 1), value=len(found) - 1)
+            runs.append(torch.stack([found[first], found[last] + 1, often[first]]))
+        first, stop, often = torch.cat([*runs, torch.zeros(3, 0, dtype=torch.long)], 1)
+        ends = torch.tensor([0, *(run.shape[1] for run in runs)]).cumsum(0)
+        return cls(first, stop, often.double(), ends)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "_Runs":
+        """The same on another device, for gates of that precision."""
+        return _Runs(self.first.to(device), self.stop.to(device), self.often.to(device, dtype), self.ends.to(device))
+
+    def sums(self, before: Float[Tensor, "batch columns"]) -> Float[Tensor, "batch terms"]:
+        """The sum of each term's gates, from the sum of all before each column; no CUDA graph takes sparse products."""
+        parts = (before.index_select(1, self.stop) - before.index_select(1, self.first)) * self.often
+        return F.pad(parts.cumsum(1), (1, 0)).index_select(1, self.ends).diff(dim=1)
+
+
 class _Terms:
     """The cost of those convolutions that gates act on: a sum of products of two sums of gates each.
 
@@ -165,47 +203,19 @@ class _Terms:
                 sides[1].append(writes)
                 weights.append(cost.conv.macs_per_pair)
         self.full = sum(cost.conv.macs for cost in convs if not _always_open(cost))
-        runs = (constant for side in sides for constant in _runs(side, num_gates + 1))
-        self._constants = torch.tensor(weights, dtype=torch.float64), *runs
-        self._moved: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}  # copies on devices that gates were on
+        self._sides = [_Runs.of(side, num_gates + 1) for side in sides]
+        self._weights = torch.tensor(weights, dtype=torch.float64)
+        self._moved: dict[tuple[torch.device, torch.dtype], tuple[Tensor, list[_Runs]]] = {}  # to where gates were
 
     def __call__(self, gates: Float[Tensor, "batch columns"]) -> Float[Tensor, " batch"]:
         place = gates.device, gates.dtype
         if place not in self._moved:
             with torch.inference_mode(False):
-                self._moved[place] = [
-                    each.to(gates.device, gates.dtype if each.is_floating_point() else each.dtype)
-                    for each in self._constants
-                ]
-        weights, *runs = self._moved[place]
+                self._moved[place] = self._weights.to(*place), [side.to(*place) for side in self._sides]
+        weights, (channels, filters) = self._moved[place]
         before = F.pad(gates.cumsum(1), (1, 0))  # (B, columns + 1): the sum of all columns before each
-        open_channels, open_filters = _sums(before, *runs[:4]), _sums(before, *runs[4:])  # (B, terms)
-        return (open_channels * open_filters) @ weights
+        return (channels.sums(before) * filters.sums(before)) @ weights
 
 
 def _always_open(cost: ConvCost) -> bool:
     return bool((cost.reads == ALIVE).all() and (cost.writes == ALIVE).all())
-
-
-def _runs(terms: Sequence[Tensor], width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The columns of each term as runs of neighbouring ones, from which `_sums` adds up gates.
-
-    Returns:
-        Of each run, (runs,), term after term: its first column, the column behind its last, and how many times the
-        term counts it. Then the number of runs before each term, and of all, (terms + 1,). There are `width` columns;
-        ALIVE, which is negative, is the last of them.
-    """
-    runs = []
-    for columns in terms:
-        found, often = (columns % width).unique(return_counts=True)
-        breaks = ((found.diff() != 1) | (often.diff() != 0)).nonzero()[:, 0]
-        first, last = F.pad(breaks + 1, (1, 0)), F.pad(breaks, (0, 1), value=len(found) - 1)
-        runs.append(torch.stack([found[first], found[last] + 1, often[first]]))
-    first, stop, often = torch.cat([*runs, torch.zeros(3, 0, dtype=torch.long)], 1)
-    return first, stop, often.double(), torch.tensor([0, *(run.shape[1] for run in runs)]).cumsum(0)
-
-
-def _sums(before: Tensor, first: Tensor, stop: Tensor, often: Tensor, ends: Tensor) -> Tensor:
-    """The sum of each term's gates, (B, terms), from running sums, since no CUDA graph takes sparse products."""
-    parts = (before.index_select(1, stop) - before.index_select(1, first)) * often
-    return F.pad(parts.cumsum(1), (1, 0)).index_select(1, ends).diff(dim=1)

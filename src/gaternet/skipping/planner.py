@@ -29,36 +29,41 @@ def make_plan(graph: Graph, sites: Sequence[GateSite] = ()) -> Plan:
         ValueError: the network writes to a tensor through a view of it, which the graph does not show, or in a way
             that has no twin, or its images change each other's results, or it gives other than one tensor (B, ...).
     """
+    _refuse(graph)
     return _Planner(graph, sites).plan()
+
+
+def _refuse(graph: Graph) -> None:
+    """ValueError for a network that has no plan; see `make_plan`."""
+    if graph.rewritten:
+        name = min(graph.module_of(node) or type(graph.backbone).__name__ for node in graph.rewritten)
+        raise ValueError(
+            f"a part of what {name} gives is overwritten in place: make a new tensor there, to skip filters"
+        )
+    for node in graph.nodes:
+        if op(node) == "batch_norm" and graph.varies(node) and node.args[5]:
+            name = graph.module_of(node) or type(graph.backbone).__name__
+            raise ValueError(
+                f"{name} normalises with the statistics of the batch, by which images change each other's results: "
+                "give it running statistics, to skip filters"
+            )
+        if node.users and over_batch(node) and graph.varies(node):
+            name = graph.module_of(node) or type(graph.backbone).__name__
+            raise ValueError(
+                f"{name} computes {op(node)} over the images of a batch, by which they change each other's "
+                "results: leave the batch's dimension out, to skip filters"
+            )
+    if graph.result is None:
+        raise ValueError(f"{type(graph.backbone).__name__} must give one tensor, to skip filters: wrap it so")
+    if shape(graph.result)[0] != 1:
+        raise ValueError(
+            f"{type(graph.backbone).__name__} gives {shape(graph.result)} for one image, without the batch's "
+            "dimension: use flatten(1) where it has squeeze(), to skip filters"
+        )
 
 
 class _Planner:
     def __init__(self, graph: Graph, sites: Sequence[GateSite]) -> None:
-        if graph.rewritten:
-            name = min(graph.module_of(node) or type(graph.backbone).__name__ for node in graph.rewritten)
-            raise ValueError(
-                f"a part of what {name} gives is overwritten in place: make a new tensor there, to skip filters"
-            )
-        for node in graph.nodes:
-            if op(node) == "batch_norm" and graph.varies(node) and node.args[5]:
-                name = graph.module_of(node) or type(graph.backbone).__name__
-                raise ValueError(
-                    f"{name} normalises with the statistics of the batch, by which images change each other's results: "
-                    "give it running statistics, to skip filters"
-                )
-            if node.users and over_batch(node) and graph.varies(node):
-                name = graph.module_of(node) or type(graph.backbone).__name__
-                raise ValueError(
-                    f"{name} computes {op(node)} over the images of a batch, by which they change each other's "
-                    "results: leave the batch's dimension out, to skip filters"
-                )
-        if graph.result is None:
-            raise ValueError(f"{type(graph.backbone).__name__} must give one tensor, to skip filters: wrap it so")
-        if shape(graph.result)[0] != 1:
-            raise ValueError(
-                f"{type(graph.backbone).__name__} gives {shape(graph.result)} for one image, without the batch's "
-                "dimension: use flatten(1) where it has squeeze(), to skip filters"
-            )
         self.graph, self.sites = graph, sites
         self.constants: dict[Node, Any] = dict(graph.constants)
         self._made: dict[str, Tensor] = {}  # constants that no node has

@@ -38,6 +38,7 @@ struct Conv {
     int64_t height, width, out_height, out_width, channels, filters;
     int64_t kernel_height, kernel_width, stride_height, stride_width, pad_height, pad_width;
     int64_t dilation_height, dilation_width, groups;
+    int64_t offset;  // of CAT and PAD: the channel of the result at which their own begin
     const float *weights, *bias;  // in panels, see `pack_weights`; for each filter, or null
 };
 

@@ -58,7 +58,7 @@ class Conv(ctypes.Structure):
     _fields_ = (
         *_numbers("height", "width", "out_height", "out_width", "channels", "filters"),
         *_numbers("kernel_height", "kernel_width", "stride_height", "stride_width", "pad_height", "pad_width"),
-        *_numbers("dilation_height", "dilation_width", "groups"),
+        *_numbers("dilation_height", "dilation_width", "groups", "offset"),
         ("weights", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
     )

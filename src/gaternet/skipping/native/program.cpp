@@ -88,8 +88,8 @@ struct Runner {
             case MEAN: mean(s.height * s.width, x, y, writes.count); break;
             case POINTWISE: pointwise(op.function, pixels, x, y, writes.count); break;
             case SCALE: scale(pixels, x, at(op.other), y, writes.count, s.height * s.width); break;
-            case CAT: {  // x behind those channels of y that come before channel `pad_width`
-                const int64_t start = writes.before(s.pad_width);
+            case CAT: {  // x behind those channels of y that come before channel `offset`
+                const int64_t start = writes.before(s.offset);
                 for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++)
                     std::memcpy(y.data + pixel * y.room + start, x.data + pixel * x.room, reads.count * sizeof(float));
                 break;
@@ -101,11 +101,11 @@ struct Runner {
                                 writes.count * sizeof(float));
                 }
                 break;
-            case PAD:  // with channels of zeros, the first `pad_width` of them in front
+            case PAD:  // with channels of zeros, the first `offset` of them in front
                 for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++) {
                     float *to = y.data + pixel * y.room;
                     std::memset(to, 0, writes.count * sizeof(float));
-                    std::memcpy(to + s.pad_width, x.data + pixel * x.room, s.channels * sizeof(float));
+                    std::memcpy(to + s.offset, x.data + pixel * x.room, s.channels * sizeof(float));
                 }
                 break;
             case ZEROS:

@@ -1,7 +1,6 @@
 """Steps of a plan as operations of the C++ library, and where their values lie."""
 
 import ctypes
-import itertools
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,6 @@ from gaternet.skipping.native.memory import large_pages, round_up
 from gaternet.skipping.native.operations import channel_padding, function_name, operation, packed_spec, subsampling
 from gaternet.skipping.plan import DENSE, Plan, Step
 from gaternet.skipping.program import Run
-
-_NO_SHAPE = (0,) * 15
 
 
 class Segment:
@@ -110,7 +107,7 @@ class Segment:
             self._columns += step.mask
             self._shapes[name] = (len(step.mask), 1, 1)
             self._external.add(name)
-            self._emit("scale", step.out, step.out, name, writes=step.pattern, shape=(1, 1, 0, 0))
+            self._emit("scale", step.out, step.out, name, writes=step.pattern, shape=_shape((1, 1)))
 
     def _add_unmasked(self, step: Step) -> None:
         source, call, shapes, patterns = step.sources[0], step.call, self.plan.shapes, self.plan.pattern_of
@@ -125,12 +122,12 @@ class Segment:
                 start = 0
                 for name in step.sources:
                     channels = shapes[name][0]
-                    size = (0, 0, 0, 0, channels, 0, 0, 0, 0, 0, 0, start)
-                    self._emit("cat", name, step.out, reads=patterns[name], writes=step.pattern, shape=size)
+                    part = {"channels": channels, "offset": start}
+                    self._emit("cat", name, step.out, reads=patterns[name], writes=step.pattern, shape=part)
                     start += channels
             case "scale":
                 factor = step.sources[1]
-                size = (*shapes[factor][1:], 0, 0)
+                size = _shape(shapes[factor][1:])
                 if step.pattern != DENSE and patterns[factor] == DENSE:
                     factor = self._emit("compress", factor, f"{step.out}.open", writes=step.pattern, like=factor)
                 self._emit("scale", source, step.out, factor, writes=step.pattern, shape=size)
@@ -145,15 +142,14 @@ class Segment:
             case "mean":
                 compact = step.out if step.pattern == patterns[source] else f"{step.out}.open"
                 self._shapes[compact] = shapes[source][:1]
-                self._emit("mean", source, compact, writes=patterns[source], shape=(*pixels, 0, 0))
+                self._emit("mean", source, compact, writes=patterns[source], shape=_shape(pixels))
                 if compact != step.out:
                     self._emit("expand", compact, step.out, reads=patterns[source])
             case "subsample":
-                size = (*pixels, 0, 0, 0, 0, 0, 0, *(subsampling(step) or ()))
-                self._emit("subsample", source, step.out, shape=size)
+                self._emit("subsample", source, step.out, shape=_shape(pixels, stride=subsampling(step) or (1, 1)))
             case "pad":
-                size = (0, 0, 0, 0, shapes[source][0], 0, 0, 0, 0, 0, 0, channel_padding(step) or 0)
-                self._emit("pad", source, step.out, shape=size)
+                part = {"channels": shapes[source][0], "offset": channel_padding(step) or 0}
+                self._emit("pad", source, step.out, shape=part)
             case "flatten" if patterns[source] != DENSE:
                 self._emit("expand", source, step.out, reads=patterns[source])
             case _:
@@ -163,8 +159,11 @@ class Segment:
         source, spec = step.sources[0], packed_spec(self.plan, step)
         assert spec is not None
         reads = DENSE if step.held else self.plan.pattern_of[source]
-        size = (*(*self.plan.shapes[source], 1, 1)[1:3], 0, 0, spec.in_channels, len(spec.weight))
-        size += (*spec.weight.shape[2:], *spec.stride, *spec.padding, *spec.dilation, spec.groups)
+        pixels = (*self.plan.shapes[source], 1, 1)[1:3]
+        size = _shape(
+            pixels, kernel=spec.weight.shape[2:], stride=spec.stride, pad=spec.padding, dilation=spec.dilation
+        )
+        size |= {"channels": spec.in_channels, "filters": len(spec.weight), "groups": spec.groups}
         packed, bias = self._weights[step.out]
         if spec.depthwise:
             if reads != step.filters and reads != DENSE:
@@ -172,7 +171,7 @@ class Segment:
             if reads != step.filters:
                 source = self._emit("compress", source, f"{step.out}.open", writes=step.filters, like=source)
         else:
-            margins = [size[i] + 2 * spec.padding[i] for i in (0, 1)]
+            margins = [pixels[i] + 2 * spec.padding[i] for i in (0, 1)]
             thin = spec.groups == 1 and spec.in_channels * spec.weight.shape[3] <= 64
             rows, panel = math.prod(spec.weight.shape[1:]), self._library.panel_lanes()
             needed = (rows + 1) * panel + thin * (math.prod(margins) * spec.in_channels + panel)
@@ -190,11 +189,11 @@ class Segment:
         if step.adds is not None and step.relu and step.filters != DENSE and not self._positive(step.adds):
             self._emit("relu_closed", step.out, step.out, writes=step.filters)
 
-    def _pool(self, source: str, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1) -> tuple[int, ...]:
+    def _pool(self, source: str, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1) -> dict[str, int]:
         """The shape of a pooling operation with these options, each a number or one for each side."""
-        options = (kernel, stride or kernel, padding, dilation)
-        sides = [(o, o) if isinstance(o, int) else (o[0], o[-1]) for o in options]
-        return (*self.plan.shapes[source][1:], 0, 0, 0, 0, *itertools.chain(*sides))
+        options = {"kernel": kernel, "stride": stride or kernel, "pad": padding, "dilation": dilation}
+        sides = {name: (o, o) if isinstance(o, int) else (o[0], o[-1]) for name, o in options.items()}
+        return _shape(self.plan.shapes[source][1:], **sides)
 
     def _positive(self, name: str) -> bool:
         """Whether the value comes out of a ReLU."""
@@ -228,7 +227,7 @@ class Segment:
         writes: int = DENSE,
         relu: bool = False,
         adds: int = 0,
-        shape: Sequence[int] = (),
+        shape: Mapping[str, int] | None = None,
         pointers: tuple[int | None, int | None] = (None, None),
         like: str | None = None,
     ) -> str:
@@ -238,7 +237,7 @@ class Segment:
         channels, *pixels = (*self._shapes[target], 1, 1)[:3]
         numbers = [self._number(name) for name in (source, other or source, target)]
         op = lib.Op(lib.KINDS.index(kind), function, *numbers, reads, writes, adds, relu)
-        op.shape = lib.Conv(*(*shape, *_NO_SHAPE)[:15], *pointers)
+        op.shape = lib.Conv(**(shape or {}), weights=pointers[0], bias=pointers[1])
         op.shape.out_height, op.shape.out_width = pixels
         if kind not in ("conv", "depthwise"):
             op.shape.filters = channels
@@ -273,3 +272,11 @@ class Segment:
         self._workspace_start = max((stop for _, stop, _, _ in placed), default=0)
         self.arena_size = self._workspace_start + round_up(self._workspace) + 64
         self._array = (lib.Op * len(self._ops))(*self._ops)
+
+
+def _shape(pixels: Sequence[int], **sides: Sequence[int]) -> dict[str, int]:
+    """Fields of `lib.Conv`: height and width of what is read, and of "kernel", "stride", "pad" and "dilation"."""
+    found: dict[str, int] = {"height": pixels[0], "width": pixels[1]}
+    for name, pair in sides.items():
+        found |= zip((f"{name}_height", f"{name}_width"), pair, strict=True)
+    return found
