@@ -59,39 +59,11 @@ class RunDirectory:
         """
         if not (self.path / CONFIG).exists():
             raise ValueError(f"{self.path} holds no run to resume: leave --resume out to start one")
-        before = self.config()
-        now, defaults = (json.loads(json.dumps(c)) for c in (config, {"recipe": dataclasses.asdict(Recipe(""))}))
-        for each in (before, now):
-            each["recipe"].pop("paper", None)  # the same options may have been given otherwise
-        if (given := before.get("network")) and "network" not in now:
-            raise ValueError(
-                f"{self.path} trains a {given} that it was given in Python: resume it there with network=..., or name "
-                "another --out"
-            )
-        if images := before.get("images"):  # an older version's run has none: its data must lie where they lay
-            if changed := _first_difference(images, now["images"], {}):
-                raise ValueError(
-                    f"{self.path} was started on other images ({changed}): resume on the same, or name another --out"
-                )
-            if data_name(before["recipe"]["data"]) == data_name(now["recipe"]["data"]):
-                before["recipe"]["data"] = now["recipe"]["data"]
-        if changed := _first_difference(before, {**now, "images": images}, defaults):
-            raise ValueError(
-                f"{self.path} was started with other options ({changed}): resume with the same, or name another --out"
-            )
+        self._check_same(config)
         with self._holding() if main else nullcontext():
             if main:
                 self._remove_leftovers()
-            state = files.load_tensors(self.path / STATE) if (self.path / STATE).exists() else None
-            if state is not None and len(self.epochs()) < state.get("epoch", 0):  # a machine that died may lose lines
-                raise ValueError(
-                    f"{self.path / METRICS} has {len(self.epochs())} of the {state['epoch']} epochs that were "
-                    "finished: restore it from a copy, or name another --out"
-                )
-            if state is None and len(self.epochs()) > 1:
-                raise ValueError(
-                    f"{self.path / STATE} is missing, without which the run cannot go on: name another --out"
-                )
+            state = self._load_state()
             if main:
                 step = state["step"] if state else 0
                 kept = [line for line in self._lines() if line["step"] <= step and state]
@@ -166,6 +138,42 @@ class RunDirectory:
         """Write what `resume` gives back; one process of several is the main one, and writes."""
         if main:
             files.save_state(self.path / STATE, state)
+
+    def _check_same(self, config: Mapping[str, Any]) -> None:
+        """ValueError if the run was started otherwise; the images may lie elsewhere now."""
+        before = self.config()
+        now, defaults = (json.loads(json.dumps(c)) for c in (config, {"recipe": dataclasses.asdict(Recipe(""))}))
+        for each in (before, now):
+            each["recipe"].pop("paper", None)  # the same options may have been given otherwise
+        if (given := before.get("network")) and "network" not in now:
+            raise ValueError(
+                f"{self.path} trains a {given} that it was given in Python: resume it there with network=..., or name "
+                "another --out"
+            )
+        if images := before.get("images"):  # an older version's run has none: its data must lie where they lay
+            if changed := _first_difference(images, now["images"], {}):
+                raise ValueError(
+                    f"{self.path} was started on other images ({changed}): resume on the same, or name another --out"
+                )
+            if data_name(before["recipe"]["data"]) == data_name(now["recipe"]["data"]):
+                before["recipe"]["data"] = now["recipe"]["data"]
+        if changed := _first_difference(before, {**now, "images": images}, defaults):
+            raise ValueError(
+                f"{self.path} was started with other options ({changed}): resume with the same, or name another --out"
+            )
+
+    def _load_state(self) -> dict[str, Any] | None:
+        """The training state, None where none was saved yet; ValueError where metrics that go with it are lost."""
+        state = files.load_tensors(self.path / STATE) if (self.path / STATE).exists() else None
+        finished = len(self.epochs())
+        if state is not None and finished < state.get("epoch", 0):  # a machine that died may lose lines
+            raise ValueError(
+                f"{self.path / METRICS} has {finished} of the {state['epoch']} epochs that were finished: restore it "
+                "from a copy, or name another --out"
+            )
+        if state is None and finished > 1:
+            raise ValueError(f"{self.path / STATE} is missing, without which the run cannot go on: name another --out")
+        return state
 
     @contextmanager
     def _holding(self) -> Iterator[None]:
