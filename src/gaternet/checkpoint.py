@@ -118,14 +118,15 @@ def load_weights_(model: nn.Module, path: Path) -> None:
     try:
         with safe_open(path, "pt") as file:
             kinds = {file.get_slice(name).get_dtype() for name in file.keys()} & _PRECISIONS.keys()  # noqa: SIM118
-        if len(kinds) == 1:
-            model.to(dtype=_PRECISIONS[min(kinds)])
         state, own = load_file(path), model.state_dict(keep_vars=True)
         held = {id(own[name]): tensor for name, tensor in state.items() if name in own}
         state |= {name: held[id(own[name])] for name in own.keys() - state if id(own[name]) in held}
-        for name in own.keys() & state if len(kinds) > 1 else ():  # each in its own
-            if state[name].is_floating_point():
-                own[name].data = own[name].data.to(state[name].dtype)
+        if len(kinds) == 1:
+            model.to(dtype=_PRECISIONS[min(kinds)])
+        else:  # each in its own
+            for name in own.keys() & state:
+                if state[name].is_floating_point():
+                    own[name].data = own[name].data.to(state[name].dtype)
         model.load_state_dict(state)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}): restore it from a copy") from error

@@ -91,13 +91,9 @@ def predict(
     table = Table("image", "classes", "open gates")
     for prediction in predictions:
         classes = "  ".join(f"{escaped(name)} {100 * share:.1f} %" for name, share in prediction.classes)
-        opened = (
-            f"{prediction.open_gates} of {prediction.num_gates}"
-            if prediction.num_gates
-            else "not known"
-            if run.is_file()
-            else "all"
-        )
+        opened = "not known" if run.is_file() else "all"
+        if prediction.num_gates:
+            opened = f"{prediction.open_gates} of {prediction.num_gates}"
         table.add_row(escaped(prediction.image), classes, opened)
     console.print(table)
 
