@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -131,57 +130,23 @@ def force_gates(
         ValueError: the loader has no images or no labels.
     """
     with evaluation_mode(model):
-        inputs, labels = _first(loader, images, preprocessing, next(model.parameters()).device)
-        count, named = len(analysis.classes), labels.cpu().numpy()
-        if named.min() < 0 or named.max() >= count:
-            raise ValueError(f"labels must lie in [0, {count}), but reach from {named.min()} to {named.max()}")
-        own = _gates(model, inputs)
-        counts = np.bincount(named, minlength=count)
-        found = _right(model, inputs, own, labels)
-
-        def shares(right: Tensor) -> NDArray[np.float64]:
-            hits = np.bincount(named, right.cpu().numpy(), count)
-            return np.divide(hits, counts, out=np.full(count, np.nan), where=counts > 0)
-
-        def force(columns: Any, value: int) -> NDArray[np.float64]:
-            changed = (own[:, columns] != value).any(1)  # the others are predicted as before
-            forced = own[changed]
-            forced[:, columns] = value
-            right = found.clone()
-            right[changed] = _right(model, inputs[changed], forced, labels[changed])
-            return shares(right)
-
+        trial = _Trial(model, loader, preprocessing, images, seed)
+        trial.count(len(analysis.classes))
         everything, dependent = np.arange(analysis.num_gates), np.flatnonzero(analysis.dependent)
-        generator = np.random.default_rng(seed)
-
-        @cache
-        def by_chance(size: int, of_dependent: bool, value: int) -> NDArray[np.float64]:
-            pool = dependent if of_dependent else everything
-            return np.mean([force(generator.choice(pool, size, replace=False), value) for _ in range(draws)], 0)
-
-        def effect(sets: Sequence[NDArray[np.int64]], of_dependent: bool) -> Effect:
-            forced = np.full((2, len(sets), count), np.nan)
-            random = forced.copy()
-            for value in (CLOSED, OPEN):
-                for row, columns in enumerate(sets):
-                    forced[value, row] = force(columns, value)
-                    random[value, row] = by_chance(len(columns), of_dependent, value)
-            return Effect(forced, random)
-
         taken = max(1, round(SHARE * len(dependent)))
-        tops = {label: class_gates(analysis, label, taken) for label in np.flatnonzero(counts)[:classes].tolist()}
+        tops = {label: class_gates(analysis, label, taken) for label in np.flatnonzero(trial.counts)[:classes].tolist()}
         tops = {label: top for label, top in tops.items() if len(top)}
         chosen = analysis.telling_gates(gates)
         return Forced(
-            counts=counts,
-            before=shares(found),
-            sites=effect([everything[site.start : site.stop] for site in model.sites], False),
+            counts=trial.counts,
+            before=trial.shares(trial.right),
+            sites=trial.effect([everything[site.start : site.stop] for site in model.sites], everything, draws),
             gates=chosen,
-            single=effect(list(chosen[:, None]), True),
+            single=trial.effect(list(chosen[:, None]), dependent, draws),
             taken=taken,
             classes=np.array(list(tops), np.int64),
-            own=effect(list(tops.values()), True),
-            exchanged=_exchanged(model, inputs, own, found, named, generator),
+            own=trial.effect(list(tops.values()), dependent, draws),
+            exchanged=trial.exchange(),
         )
 
 
@@ -204,59 +169,99 @@ def exchange_gates(
         ValueError: the loader has no images or no labels.
     """
     with evaluation_mode(model):
-        inputs, labels = _first(loader, images, preprocessing, next(model.parameters()).device)
-        own, generator = _gates(model, inputs), np.random.default_rng(seed)
-        return _exchanged(model, inputs, own, _right(model, inputs, own, labels), labels.cpu().numpy(), generator)
+        return _Trial(model, loader, preprocessing, images, seed).exchange()
 
 
-def _exchanged(
-    model: GaterNet,
-    inputs: Tensor,
-    own: Tensor,
-    right: Tensor,
-    labels: NDArray[np.int64],
-    generator: np.random.Generator,
-) -> Exchanged:
-    """`right` says which images are predicted rightly under their `own` gates."""
+class _Trial:
+    """The images on which gates are changed, and what the model makes of them under its own gates.
 
-    def share(rows: NDArray[np.int64], gates: Tensor, said: NDArray[np.int64]) -> list[float]:
+    Attributes:
+        inputs, labels: of the M images.
+        own: the gates that the gater gives them, (M, C).
+        right: which of them are predicted rightly under those, (M,).
+        counts: images of each class, (K,), once they are counted.
+    """
+
+    def __init__(
+        self, model: GaterNet, loader: Iterable[Any], preprocessing: Preprocessing | None, images: int, seed: int
+    ) -> None:
+        self.model = model
+        self.inputs, labels = _first(loader, images, preprocessing, next(model.parameters()).device)
+        self.labels = labels.cpu().numpy()
+        self.own = torch.cat([model.gates(chunk) for chunk in self.inputs.split(CHUNK)])
+        self.right = self.predict(self.inputs, self.own) == self.labels
+        self.counts = np.zeros(0, np.int64)
+        self._generator = np.random.default_rng(seed)
+        self._drawn: dict[tuple[int, int, int], NDArray[np.float64]] = {}
+
+    def count(self, num_classes: int) -> None:
+        """Count the images of each class; ValueError for labels of others."""
+        named = self.labels
+        if named.min() < 0 or named.max() >= num_classes:
+            raise ValueError(f"labels must lie in [0, {num_classes}), but reach from {named.min()} to {named.max()}")
+        self.counts = np.bincount(named, minlength=num_classes)
+
+    def predict(self, inputs: Tensor, gates: Tensor) -> NDArray[np.int64]:
+        """The likeliest class of each of some images under some gates."""
+        chunks = zip(inputs.split(CHUNK), gates.split(CHUNK), strict=True)
+        found = [self.model.forward_gated(*chunk).argmax(1).cpu().numpy() for chunk in chunks if len(chunk[0])]
+        return np.concatenate([np.zeros(0, np.int64), *found])
+
+    def shares(self, right: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """The share of right predictions for each class, (K,), where these are right; NaN for one without images."""
+        count = len(self.counts)
+        hits = np.bincount(self.labels, right, count)
+        return np.divide(hits, self.counts, out=np.full(count, np.nan), where=self.counts > 0)
+
+    def force(self, columns: NDArray[np.int64], value: int) -> NDArray[np.float64]:
+        """`shares` with these gates closed, or open."""
+        differs = (self.own[:, columns] != value).any(1)  # the other images are predicted as before
+        forced = self.own[differs]
+        forced[:, columns] = value
+        right, changed = self.right.copy(), differs.cpu().numpy()
+        right[changed] = self.predict(self.inputs[differs], forced) == self.labels[changed]
+        return self.shares(right)
+
+    def by_chance(self, size: int, pool: NDArray[np.int64], value: int, draws: int) -> NDArray[np.float64]:
+        """The mean of `force` over several draws of so many gates of a pool; drawn once for each size and pool."""
+        key = size, len(pool), value
+        if key not in self._drawn:
+            sets = (self._generator.choice(pool, size, replace=False) for _ in range(draws))
+            self._drawn[key] = np.mean([self.force(columns, value) for columns in sets], 0)
+        return self._drawn[key]
+
+    def effect(self, sets: Sequence[NDArray[np.int64]], pool: NDArray[np.int64], draws: int) -> Effect:
+        """Of forcing each of these sets of gates, and as many of a pool."""
+        forced = np.full((2, len(sets), len(self.counts)), np.nan)
+        random = forced.copy()
+        for value in (CLOSED, OPEN):
+            for row, columns in enumerate(sets):
+                forced[value, row] = self.force(columns, value)
+                random[value, row] = self.by_chance(len(columns), pool, value, draws)
+        return Effect(forced, random)
+
+    def exchange(self) -> Exchanged:
+        """Give images the gates of others."""
+        labels, everything = self.labels, np.arange(len(self.labels))
+        pairs = []  # of images of one class: each gets the gates of the next
+        for label in np.unique(labels):
+            members = self._generator.permutation(np.flatnonzero(labels == label))
+            if len(members) > 1:
+                pairs.append(np.stack([members, np.roll(members, 1)]))
+        rows, givers = np.concatenate(pairs, 1) if pairs else np.zeros((2, 0), np.int64)
+        same, _ = self._under(rows, self.own[givers], labels[givers])
+        givers = self._generator.permutation(everything)
+        rows = np.flatnonzero(labels[givers] != labels)
+        image, gates = self._under(rows, self.own[givers[rows]], labels[givers[rows]])
+        usual = (self.own.mean(0, keepdim=True) > 0.5).to(self.own.dtype).expand_as(self.own)
+        return Exchanged(float(self.right.mean()), self._under(everything, usual, labels)[0], same, image, gates)
+
+    def _under(self, rows: NDArray[np.int64], gates: Tensor, said: NDArray[np.int64]) -> tuple[float, float]:
         """Of the images in `rows`, under these gates: those predicted as their own class, and as `said`."""
         if not len(rows):
-            return [math.nan, math.nan]
-        found = _predict(model, inputs[rows], gates).cpu().numpy()
-        return [float((found == classes).mean()) for classes in (labels[rows], said)]
-
-    everything = np.arange(len(labels))
-    pairs = []  # of images of one class: each gets the gates of the next
-    for label in np.unique(labels):
-        members = generator.permutation(np.flatnonzero(labels == label))
-        if len(members) > 1:
-            pairs.append(np.stack([members, np.roll(members, 1)]))
-    rows, givers = np.concatenate(pairs, 1) if pairs else np.zeros((2, 0), np.int64)
-    same, _ = share(rows, own[givers], labels[givers])
-    givers = generator.permutation(everything)
-    rows = np.flatnonzero(labels[givers] != labels)
-    image, gates = share(rows, own[givers[rows]], labels[givers[rows]])
-    usual = (own.mean(0, keepdim=True) > 0.5).to(own.dtype).expand_as(own)
-    return Exchanged(float(right.double().mean()), share(everything, usual, labels)[0], same, image, gates)
-
-
-def _gates(model: GaterNet, inputs: Tensor) -> Tensor:
-    """The gates of each image, (M, C)."""
-    return torch.cat([model.gates(chunk) for chunk in inputs.split(CHUNK)])
-
-
-def _right(model: GaterNet, inputs: Tensor, gates: Tensor, labels: Tensor) -> Tensor:
-    """Whether each image is predicted rightly under these gates, (M,)."""
-    if not len(inputs):
-        return torch.zeros(0, dtype=torch.bool, device=labels.device)
-    return _predict(model, inputs, gates) == labels
-
-
-def _predict(model: GaterNet, inputs: Tensor, gates: Tensor) -> Tensor:
-    """The likeliest class of each image under these gates, (M,)."""
-    chunks = zip(inputs.split(CHUNK), gates.split(CHUNK), strict=True)
-    return torch.cat([model.forward_gated(*chunk).argmax(1) for chunk in chunks])
+            return math.nan, math.nan
+        found = self.predict(self.inputs[rows], gates)
+        return float((found == self.labels[rows]).mean()), float((found == said).mean())
 
 
 def class_gates(analysis: GateAnalysis, label: int, number: int) -> Int[NDArray[np.int64], " gates"]:
