@@ -44,6 +44,7 @@ class Stepper:
 
     def __init__(self, recipe: Recipe, runtime: Runtime) -> None:
         self.recipe, self.accelerator = recipe, make_accelerator(runtime)
+        torch.manual_seed(0)
         pixels = torch.randint(0, 256, (20 * BATCH, 3, 32, 32), dtype=torch.uint8)
         images = ImageSet(pixels, torch.randint(0, 10, (len(pixels),)).tolist(), recipe.augmentation)
         data = ImageData(images, images, CLASSES, PREPROCESSING)

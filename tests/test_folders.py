@@ -36,10 +36,12 @@ def test_images_without_classes_are_no_test_part(tmp_path):
     folder = Path(write_folder(tmp_path / "a", "train", "val"))
     (folder / "test" / ".cache").mkdir(parents=True)
     shutil.copy(folder / "val" / "cat" / "0.png", folder / "test")
+    (folder / "test" / "images").mkdir()  # as Tiny ImageNet has it
+    shutil.copy(folder / "val" / "cat" / "0.png", folder / "test" / "images")
     data = load_data(str(folder), image_size=8)
     assert all("/val/" in str(path) for path in map(os.fsdecode, np.asarray(data.test.images)))
     shutil.rmtree(folder / "val")
-    with pytest.raises(DataError, match="test is no folder of images, one folder a class"):
+    with pytest.raises(DataError, match="test has a class 'images' that the training folder has not"):
         load_data(str(folder))
 
 

@@ -368,3 +368,8 @@ def test_a_group_shares_a_gate(size, tmp_path):
 def test_a_group_has_at_least_one_filter():
     with pytest.raises(ValueError, match="group_size must be at least 1, but is 0"):
         gate(custom(), IMAGES, group_size=0)
+
+
+def test_pixels_are_to_be_normalised_outside():
+    with pytest.raises(ValueError, match=r"images must be normalised, but are torch\.uint8: do that outside of the"):
+        gate(custom(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8))

@@ -3,7 +3,6 @@
 import copy
 import pickle
 
-import pytest
 import torch
 from small_networks import IMAGES, conv
 from torch import Tensor, nn
@@ -40,6 +39,31 @@ def test_what_a_network_keeps_of_a_run_is_of_no_run_without_numbers(tmp_path):
     pickle.dumps(copy.deepcopy(model))
 
 
-def test_pixels_are_to_be_normalised_outside():
-    with pytest.raises(ValueError, match=r"images must be normalised, but are torch\.uint8: do that outside of the"):
-        gaternet.gate(Keeps(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+class Grows(Keeps):
+    """A table that is made in the first run, as positions often are; and a part, and an attribute behind a property."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: Tensor | None
+        self.register_buffer("table", None)
+
+    @property
+    def cache(self) -> Tensor:
+        return self.__dict__["cache"]
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.linspace(0, 1, 8)[:, None, None]
+            self.part = nn.Conv2d(3, 8, 1)
+        self.__dict__["cache"] = self.conv(images) + self.part(images) + self.table
+        return self.head(self.cache.mean((2, 3)))
+
+
+def test_what_a_network_makes_in_its_first_run_is_made_in_a_real_one():
+    network = Grows().eval()
+    gaternet.find_sites(network, IMAGES)
+    assert network.table is None
+    assert list(network.state_dict()) == list(Grows().state_dict())
+    assert "cache" not in vars(network)
+    model = gaternet.gate(network, IMAGES, gater=nn.Sequential(conv(3, 6), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    assert copy.deepcopy(model)(IMAGES).isfinite().all()

@@ -2,11 +2,12 @@
 
 import importlib.metadata
 import json
+import signal
 import subprocess
 
 import pytest
 import torch
-from training_runs import CPU, small
+from training_runs import CPU, send_signal_after, small
 
 import gaternet.cli
 import gaternet.run
@@ -16,7 +17,7 @@ from gaternet.models import create_model
 from gaternet.recipe import Runtime
 from gaternet.run import as_trained, describe_machine
 from gaternet.sweep import make_jobs
-from gaternet.train import train
+from gaternet.train import Stopped, train
 
 
 def test_commit_is_marked_where_code_was_changed_but_not_by_the_ledger(tmp_path, monkeypatch):
@@ -75,12 +76,15 @@ def test_a_folder_of_another_program_is_no_run(tmp_path):
     assert job.state == "failed"
 
 
-def test_a_run_goes_on_with_the_network_that_it_was_given(tmp_path):
-    recipe, network = small(epochs=1), create_model("resnet20_gated", 10, 1, noise_std=0.0)
-    train(recipe, tmp_path, CPU, network=network)
+def test_a_run_goes_on_with_the_network_that_it_was_given(tmp_path, monkeypatch):
+    recipe, network = small(epochs=2), create_model("resnet20_gated", 10, 1, noise_std=0.0)
+    send_signal_after(monkeypatch, 6, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        train(recipe, tmp_path, CPU, network=network)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match=r"trains a CifarResNet that it was given in Python: .*network="):
         train(recipe, tmp_path, CPU, resume=True)
-    assert train(recipe, tmp_path, CPU, resume=True, network=network)["epoch"] == 1
+    assert train(recipe, tmp_path, CPU, resume=True, network=network)["epoch"] == 2
 
 
 def test_a_run_is_judged_in_the_precision_in_which_it_ended(tmp_path):

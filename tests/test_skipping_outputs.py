@@ -127,51 +127,6 @@ def test_each_gate_is_closed_and_opened_when_a_plan_is_tried(channel):
         gaternet.skip(model, IMAGES, "slice")
 
 
-class OfBatch(nn.Module):
-    """Features that depend on the other images of the batch, through a product of matrices."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(conv(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-    def forward(self, images: Tensor) -> Tensor:
-        features = self.body(images)
-        return (features @ features.t()).softmax(1) @ features
-
-
-class OfNumber(OfBatch):
-    """Features that depend on the number of images."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.body(images) * (1 if len(images) == 1 else -1)
-
-
-class OwnGates(GaterNet):
-    """Half of the gates open, whatever their logits."""
-
-    def gates(self, images: Tensor) -> Tensor:
-        assert isinstance(self.gater, Gater)
-        logits = self.gater.logits(images)
-        return (logits > logits.median(1, keepdim=True).values).to(logits.dtype)
-
-
-@pytest.mark.parametrize("name", ["of the batch", "of its size", "of a subclass"])
-def test_gates_are_the_models_where_the_gater_alone_would_give_others(name):
-    torch.manual_seed(0)
-    extractor = OfBatch() if name == "of the batch" else OfNumber() if name == "of its size" else OfBatch().body
-    model = gaternet.gate(chain_of(["residual"]), IMAGES, gater=extractor, batch_norm=False).eval()
-    assert isinstance(model.gater, Gater)
-    nn.init.normal_(model.gater.fc2.weight)
-    if name == "of a subclass":
-        model = OwnGates(model.ungate(), model.gater, model.sites).eval()
-    images = torch.randn(16, *IMAGES.shape[1:])
-    expected = model.gates(images)
-    for engine in ("slice", "mask"):
-        assert torch.equal(gaternet.skip(model, IMAGES, engine).gates(images), expected)
-    found = gaternet.analyze(model, [images], samples=1)
-    assert found.rates.sum().item() * 16 == pytest.approx(expected.sum().item(), rel=1e-5)
-
-
 @pytest.mark.parametrize(
     "act",
     [

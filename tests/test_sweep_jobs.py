@@ -1,7 +1,7 @@
 """Jobs of a sweep: what it shows of them, and what it finds out before the first begins."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import gaternet.sweep
 from gaternet import cli
 from gaternet.checkpoint import save_model
-from gaternet.ledger import changed_options, train_flags
+from gaternet.ledger import changed_options, find_line, train_flags
 from gaternet.models import create_model
 from gaternet.recipe import Recipe, override
 from gaternet.recipes import RECIPES, find_recipe
@@ -185,6 +185,16 @@ def test_an_option_may_act_beside_what_is_varied(tmp_path, monkeypatch):
 )
 def test_options_that_change_nothing_are_no_changes(name, changes, idle):
     assert changed_options(override(find_recipe(name), changes)).keys() == changes.keys() - idle
+
+
+def test_a_line_of_an_older_version_is_found(tmp_path):
+    """Which took options for changes that change nothing."""
+    recipe = override(PLAIN, {"temperature": 2.0})
+    config = {"recipe": asdict(recipe), "seed": 0, "started": "then"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    line = {"recipe": PLAIN.name, "options": {"temperature": 2.0}, "seed": 0, "started": "then"}
+    (tmp_path / "ledger.jsonl").write_text(json.dumps(line) + "\n")
+    assert find_line(tmp_path / "ledger.jsonl", tmp_path) == line
 
 
 def test_a_table_shows_what_a_run_printed_as_it_is(tmp_path, monkeypatch, capsys):

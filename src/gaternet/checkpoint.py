@@ -123,7 +123,7 @@ def load_weights_(model: nn.Module, path: Path) -> None:
         state |= {name: held[id(own[name])] for name in own.keys() - state if id(own[name]) in held}
         if len(kinds) == 1:
             model.to(dtype=_PRECISIONS[min(kinds)])
-        else:  # each in its own
+        elif len(kinds) > 1:  # each in its own
             for name in own.keys() & state:
                 if state[name].is_floating_point():
                     own[name].data = own[name].data.to(state[name].dtype)

@@ -200,9 +200,9 @@ def load_data(
     Args:
         source: "digits" (embedded in scikit-learn), "cifar10", "cifar100" or "fashion_mnist" (torchvision's, found
             under `root` or downloaded there), a .npz file in Keras' layout (x_train, y_train, x_test, y_test; uint8,
-            NHWC or NHW), or a folder: train/CLASS/* with test/CLASS/* (or val, valid, validation), or CLASS/*, of which
-            every tenth image, and one of each class at least, is then held out as the test set. Names that begin with
-            a dot, and __MACOSX, are passed over.
+            NHWC or NHW), or a folder: train/CLASS/* with test/CLASS/* (or val, valid, validation: the first that has
+            some of the classes), or CLASS/*, of which every tenth image, and one of each class at least, is then held
+            out as the test set. Names that begin with a dot, and __MACOSX, are passed over.
         augmentation: of the training images.
         image_size: side in pixels to bring images to; default: as stored, folders 224.
         root: where torchvision's sets lie; default: $GATERNET_DATA, or ~/.cache/gaternet.
@@ -293,8 +293,10 @@ def _resized(images: UInt8[Tensor, "n c _ _"], side: int) -> UInt8[Tensor, "n c 
     """Squares, as `Preprocessing.fit` makes them of single images."""
     if images.shape[2] == images.shape[3]:
         return v2.Resize([side, side])(images)
-    fit = Preprocessing(side, side, (0.0,), (1.0,)).fit
-    return torch.stack([fit(image) for image in images])
+    fit, found = Preprocessing(side, side, (0.0,), (1.0,)).fit, images.new_empty(*images.shape[:2], side, side)
+    for image, place in zip(images, found, strict=True):
+        place.copy_(fit(image))
+    return found
 
 
 def _statistics(images: UInt8[Tensor, "n c h w"]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -17,13 +17,15 @@ Samples = list[tuple[str, int]]  # files, and the numbers of their classes
 def read_folder(folder: Path) -> tuple[Samples, Samples, tuple[str, ...]]:
     """Training samples, test samples and the classes' names of train/CLASS/* with test/CLASS/*, or of CLASS/*.
 
+    A test folder without any of the classes is passed over where another, say val, has some.
     Of CLASS/*, every tenth image, and one of each class at least, is for testing.
 
     Raises:
         DataError: these are no such folders; the message names the mend.
     """
     there = [folder / name for name in TEST_FOLDERS if (folder / name).is_dir()]
-    test_folder = next(filter(_has_classes, there), next(iter(there), None))  # ImageNet's own are without labels
+    classes = _folders(folder / "train")  # ImageNet's test images lie beside its val, without labels
+    test_folder = next((part for part in there if classes & _folders(part)), next(iter(there), None))
     if not test_folder and any(path.is_dir() for path in folder.glob("train/*")):
         raise DataError(
             f"{folder} has classes under train, but no folder named {', '.join(TEST_FOLDERS[:-1])} or "
@@ -50,8 +52,10 @@ def read_folder(folder: Path) -> tuple[Samples, Samples, tuple[str, ...]]:
     return train_samples, test_samples, classes
 
 
-def _has_classes(folder: Path) -> bool:
-    return any(path.is_dir() and not _is_left_behind(path.name) for path in folder.iterdir())
+def _folders(folder: Path) -> set[str]:
+    """The names of the visible folders in it, if there is such a folder."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return {path.name for path in paths if path.is_dir() and not _is_left_behind(path.name)}
 
 
 def _held_out(samples: Samples) -> tuple[Samples, Samples]:

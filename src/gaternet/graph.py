@@ -8,6 +8,7 @@ which module gives out which tensor, since gates act on the outputs of modules.
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -39,6 +40,9 @@ _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product
 _MIXERS = frozenset({"softmax", "unfold", "im2col"})
 CONVS = frozenset({"conv2d", "convolution"})
 LAYERS = CONVS | {"conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "linear", "addmm", "embedding"}
+
+
+_HELD = ("_parameters", "_buffers", "_modules")  # where an nn.Module has these
 
 
 def op(node: Node) -> str:
@@ -298,9 +302,9 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
         raise ValueError(f"the example must be one tensor of images (B, channels, H, W), not {given}")
     if not example_input.numel():
         raise ValueError(f"the example must have images, but is {tuple(example_input.shape)}: pass one at least")
-    attributes = {module: set(vars(module)) for module in backbone.modules()}
+    precision = without_autocast(example_input.device.type)
     try:
-        with without_autocast(example_input.device.type), evaluation_mode(backbone), torch.no_grad(), quiet():
+        with precision, evaluation_mode(backbone), _as_it_was(backbone), torch.no_grad(), quiet():
             program = torch.export.export(backbone, (example_input,), strict=False)
     except Exception as error:  # tracing runs the network's own code, which may raise anything
         raise ValueError(
@@ -308,11 +312,23 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
             f"({first_line(error)}): try "
             "torch.export.export on it, and mend what that names or give images of another shape"
         ) from error
-    finally:
-        for module, names in attributes.items():  # what the network keeps of a run, and here are no numbers
-            for name in vars(module).keys() - names:
-                delattr(module, name)
     return Graph(backbone, program, example_input)
+
+
+@contextmanager
+def _as_it_was(network: nn.Module) -> Iterator[None]:
+    """What a network adds to itself in a run goes when that is over: in an export it holds no numbers."""
+    before = [(vars(module), {**vars(module)}) for module in network.modules()]
+    held = [(items, dict(items)) for own, _ in before for items in (own[name] for name in _HELD)]
+    try:
+        yield
+    finally:
+        for own, attributes in before:
+            for name in own.keys() - attributes.keys():
+                own.pop(name)
+        for items, entries in held:
+            items.clear()
+            items.update(entries)
 
 
 def walk(node: Node) -> Iterator[Node]:

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from gaternet import files
 from gaternet.evaluate import evaluate_saved
 from gaternet.machine import make_accelerator
-from gaternet.recipe import Recipe, Runtime, data_name, flat, idle_options
+from gaternet.recipe import Recipe, Runtime, data_name, flat_options, idle_options
 from gaternet.recipes import RECIPES
 from gaternet.run import CONFIG, RunDirectory
 
@@ -27,7 +27,7 @@ def changed_options(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
     """
     named = recipe if isinstance(recipe, Mapping) else dataclasses.asdict(recipe)
     base = dataclasses.asdict(RECIPES.get(named["name"], Recipe(named["name"])))
-    ignored = set(idle_options(flat(named)))
+    ignored = set(idle_options(flat_options(named)))
     if data_name(named["data"]) == base["data"]:
         ignored.add("data")
     if named["name"] in RECIPES:  # of each pair one takes the place of the other, see `override`
@@ -36,8 +36,8 @@ def changed_options(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
             ignored.add("target_density")
         elif named["gating"].get("target_density") is not None:
             ignored.add("sparsity")
-    before = flat(base)
-    found = {name: value for name, value in flat(named).items() if name not in ignored and value != before.get(name)}
+    before, now = flat_options(base), flat_options(named)
+    found = {name: value for name, value in now.items() if name not in ignored and value != before.get(name)}
     if "target_density" in found and found["target_density"] is None:  # as `override` does where sparsity is given
         del found["target_density"]
         found["sparsity"] = 0.0
@@ -136,7 +136,12 @@ def find_line(ledger: Path, path: Path) -> dict[str, Any] | None:
     recipe = config["recipe"]
     run = {"recipe": recipe["name"], "options": changed_options(recipe), "seed": config["seed"]}
     run["started"] = config.get("started")
-    return next((line for line in read_ledger(ledger) if run.items() <= line.items()), None)
+    idle = idle_options(flat_options(recipe))  # which older versions counted
+    for line in read_ledger(ledger):
+        options = {name: value for name, value in line.get("options", {}).items() if name not in idle}
+        if run.items() <= {**line, "options": options}.items():
+            return line
+    return None
 
 
 def check_ledger(ledger: Path) -> None:

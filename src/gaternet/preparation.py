@@ -88,7 +88,7 @@ def prepare(
     if len(data.train) < recipe.batch_size:
         raise ValueError(f"batch_size {recipe.batch_size} is more than the {len(data.train)} training images: lower it")
     sides, cutout = (data.preprocessing.height, data.preprocessing.width), recipe.augmentation.cutout
-    if cutout >= 2 * max(sides):
+    if cutout >= 2 * max(sides) - 1:
         raise ValueError(f"cutout {cutout} covers images of {sides[0]} x {sides[1]} pixels whole: lower it")
     built_from = recipe if network is None else None
     with _fitting():

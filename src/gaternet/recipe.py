@@ -253,13 +253,13 @@ ACTS_ON_PLAIN = frozenset({"backbone_from"})  # of the options in `Gating`
 GROUPS = ("augmentation", "optimizer", "gating", "distillation")  # fields of a recipe that hold options themselves
 
 
-def idle_options(options: Mapping[str, Any]) -> dict[str, str]:
+def idle_options(options: Mapping[str, Any]) -> dict[str, str | None]:
     """Of a recipe's options, by name without their groups', those that change nothing beside the others.
 
     Returns:
-        option -> the option, or options, that it acts beside alone; "" where it acts on a gater, and there is none.
+        option -> the flag, or flags, that it acts beside alone; None where it acts on a gater, and there is none.
     """
-    found: dict[str, str] = {}
+    found: dict[str, str | None] = {}
     penalty = options.get("sparsity") or options.get("target_density") is not None
     for needed, there, names in (
         ("--teacher", options.get("teacher"), ("teacher_weight", "temperature")),
@@ -271,11 +271,11 @@ def idle_options(options: Mapping[str, Any]) -> dict[str, str]:
     model = options.get("model")
     if model is not None and not model.endswith("_gated"):
         of_gater = {field.name for field in dataclasses.fields(Gating)} - ACTS_ON_PLAIN
-        found |= dict.fromkeys(of_gater, "")
+        found |= dict.fromkeys(of_gater)
     return found
 
 
-def flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def flat_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a recipe, as plain data, and of its groups, under their names on the command line."""
     plain = json.loads(json.dumps(recipe))  # tuples are lists in what was saved
     groups = [plain.pop(group, {}) for group in GROUPS]  # older runs have fewer

@@ -259,9 +259,9 @@ def data_of(path: Path, metadata: Mapping[str, Any], other: str | None = None) -
 
 
 def as_trained(path: Path, runtime: Runtime) -> Runtime:
-    """`runtime`, with the precision of the run in `path` where it is "auto", and the run's can be had here."""
+    """`runtime`, with the precision in which the run in `path` ended where it is "auto", and that can be had here."""
     config: Any = files.read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
-    precision = {**config, **(config.get("resumed") or [{}])[-1]}.get("precision")  # where it went on last
+    precision = {**config, **(config.get("resumed") or [{}])[-1]}.get("precision")
     possible = precision in ("no", "bf16") or (precision == "fp16" and torch.cuda.is_available() and not runtime.cpu)
     return dataclasses.replace(runtime, precision=precision) if runtime.precision == "auto" and possible else runtime
 

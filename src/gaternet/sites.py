@@ -242,8 +242,8 @@ def _roles(graph: Graph) -> dict[Node, str]:
     roles: dict[Node, str] = {}
     for node in graph.nodes:
         sources = graph.sources(node)
-        own = {node} if node in graph.convs else set[Node]()
-        upstream[node] = frozenset(own).union(*(upstream[source] for source in sources))
+        own = frozenset(graph.convs.keys() & {node})
+        upstream[node] = own.union(*(upstream[source] for source in sources))
         if op(node) == "add" and len(sources) == 2 and len(shape(node)) == 4 and shape(sources[0]) == shape(sources[1]):
             a, b = sources
             branches = {a: upstream[a] - upstream[b], b: upstream[b] - upstream[a]}  # which each has for itself

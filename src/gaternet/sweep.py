@@ -62,7 +62,7 @@ class Job:
 
     def _start(self, runtime: Runtime, ledger: Path, environment: Mapping[str, str]) -> None:
         if (line := find_line(ledger, self.path)) is not None:
-            self._check_same(line)
+            self._check_own(line)
             self.state = "finished"
             return
         machine = {name: value for name, value in asdict(runtime).items() if value != getattr(Runtime(), name)}
@@ -83,7 +83,7 @@ class Job:
             )
         self.state = "running"
 
-    def _check_same(self, line: Mapping[str, Any]) -> None:
+    def _check_own(self, line: Mapping[str, Any]) -> None:
         """That a finished run in this directory is this job's; of one that goes on `train` finds it out."""
         wanted = {"recipe": self.recipe.name, "options": changed_options(self.recipe), "seed": self.seed}
         if not wanted.items() <= line.items():

@@ -23,7 +23,7 @@ from gaternet.recipe import (
     Optimizer,
     Recipe,
     Runtime,
-    flat,
+    flat_options,
     idle_options,
     override,
 )
@@ -88,10 +88,10 @@ def _train(
 
 def _refuse_idle(given: Set[str], recipe: Recipe) -> None:
     """ValueError for an option that was given, and has nothing to act on."""
-    idle = idle_options(flat(dataclasses.asdict(recipe)))
+    idle = idle_options(flat_options(dataclasses.asdict(recipe)))
     for name in sorted(given & idle.keys()):
         flag, needed = "--" + name.replace("_", "-"), idle[name]
-        if not needed:
+        if needed is None:
             raise ValueError(
                 f"{recipe.model} has no gater that {flag} could act on: leave it out, or name a gated recipe"
             )

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -202,7 +203,8 @@ def skip(
 
     Raises:
         ValueError: the backbone cannot be exported, or gives other than one tensor (B, ...), or lets images change each
-            other's results, or computes something else than its plan, which is tried; or "specialise" has no
+            other's results, or computes something else than its plan, which is tried (a gater that has no plan, or
+            another, runs as it is); or "specialise" has no
             calibration or one of another shape.
         TypeError: the model is no GaterNet.
     """
@@ -249,21 +251,17 @@ def skip(
 @torch.no_grad()
 def _plan_gater(model: GaterNet, example_input: Tensor, kernels: KernelName) -> Callable[[Tensor], Tensor]:
     """Images -> the model's gates: by a plan, or by what the model has where that has no plan, or one that differs."""
-    try:
+    images = _random_images(2 * _TRIED, example_input)
+    with suppress(RuntimeError, ValueError), without_autocast(images.device.type):  # there may be no plan, or no gates
         program = make_program(make_plan(read_graph(model.gater, example_input[:1])), kernels)
-    except ValueError:
-        program = None
-    if program is not None:
-        images = _random_images(2 * _TRIED, example_input)
-        with without_autocast(images.device.type):
-            wanted = model.gates(images)
-            differs = (program(images) - wanted).abs() > _tolerance(images)
-            if (gater := model.plain_gater) is not None:  # rounding may put logits on either side of the threshold
-                margins = (gater.logits(images) - gater.threshold).abs()
-                differs &= margins > _tolerance(images) * margins.amax()
-        if not differs.any():
+        found, wanted = _outputs(program, images), _outputs(model.gates, images)
+        differs = (found - wanted).abs() > _tolerance(images)
+        if (gater := model.plain_gater) is not None:  # rounding may put logits on either side of the threshold
+            margins = (_outputs(gater.logits, images) - gater.threshold).abs()
+            differs &= ~(margins <= _tolerance(images) * margins[margins.isfinite()].median())
+        if found.shape == wanted.shape and not differs.any():
             return program
-    return copy.deepcopy(model).gates if type(model).gates is not GaterNet.gates else copy.deepcopy(model.gater)
+    return copy.deepcopy(model.gater) if type(model).gates is GaterNet.gates else copy.deepcopy(model).gates
 
 
 @torch.no_grad()
@@ -277,13 +275,7 @@ def _try(program: Backbone, model: GaterNet, example_input: Tensor) -> None:
     drawn = torch.rand(_TRIED // 2, model.num_gates, generator=torch.Generator().manual_seed(1)) < 0.5
     gates = torch.cat([drawn, ~drawn]).to(example_input)  # each is open for some image, and closed for another
     with without_autocast(images.device.type):
-        try:
-            expected, found = (run(images, gates).double() for run in (model.forward_gated, program))
-        except (RuntimeError, ValueError):  # it takes single images alone
-            pairs = list(zip(images.split(1), gates.split(1), strict=True))
-            expected, found = (
-                torch.cat([run(*pair).double() for pair in pairs]) for run in (model.forward_gated, program)
-            )
+        expected, found = _outputs(model.forward_gated, images, gates), _outputs(program, images, gates)
     tolerance = _tolerance(images)
     scale = expected.nan_to_num(0, 0, 0).abs().max().item()
     if found.shape != expected.shape or not torch.allclose(found, expected, tolerance, tolerance * scale, True):
@@ -291,6 +283,15 @@ def _try(program: Backbone, model: GaterNet, example_input: Tensor) -> None:
             "the backbone computes something else than its plan: it may decide something by the number of images, "
             "exchange them, or have a hook behind its gates; use the model itself, engine='mask'"
         )
+
+
+def _outputs(run: Callable[..., Tensor], *batches: Tensor) -> Tensor:
+    """What a function gives for batches; image by image where it takes single ones alone, or not so many."""
+    try:
+        return run(*batches).double()
+    except (RuntimeError, ValueError):
+        singles = zip(*(batch.split(1) for batch in batches), strict=True)
+        return torch.cat([run(*single).double() for single in singles])
 
 
 def _random_images(count: int, example_input: Tensor) -> Tensor:

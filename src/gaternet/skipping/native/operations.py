@@ -48,7 +48,7 @@ def operation(plan: Plan, step: Step) -> Operation | None:
         return None
     if step.kind == "scale":
         return "scale" if shapes[step.sources[1]][1:] in ((1, 1), shapes[step.sources[0]][1:]) else None
-    return "add" if step.kind == "add" else "cat"
+    return step.kind if step.kind in ("add", "cat") else None
 
 
 def _called(plan: Plan, step: Step, call: Call, ranks: set[int]) -> Operation | None:

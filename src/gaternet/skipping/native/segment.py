@@ -150,7 +150,7 @@ class Segment:
             case "pad":
                 part = {"channels": shapes[source][0], "offset": channel_padding(step) or 0}
                 self._emit("pad", source, step.out, shape=part)
-            case "flatten" if patterns[source] != DENSE:
+            case "flatten" if step.pattern != patterns[source]:
                 self._emit("expand", source, step.out, reads=patterns[source])
             case _:
                 self._emit("copy", source, step.out, writes=step.pattern)
