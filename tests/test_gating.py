@@ -373,3 +373,12 @@ def test_a_group_has_at_least_one_filter():
 def test_pixels_are_to_be_normalised_outside():
     with pytest.raises(ValueError, match=r"images must be normalised, but are torch\.uint8: do that outside of the"):
         gate(custom(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_a_model_that_is_made_without_gradients_learns():
+    backbone = custom()
+    with torch.inference_mode():
+        model = gate(backbone, torch.zeros(2, 3, 8, 8), gater="resnet8")
+    logits, gates = model.train()(IMAGES, return_gates=True)
+    (logits.sum() + gates.sum()).backward()
+    assert all(parameter.grad is not None for parameter in model.gater.parameters())

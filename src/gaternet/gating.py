@@ -17,6 +17,7 @@ _BUDGET = 0.05  # share of the backbone's MACs that the default gater may cost
 _LARGE = 0.5e9  # MACs above which a backbone has that budget; smaller ones may pay more for a gater that sees enough
 
 
+@torch.inference_mode(False)  # its parts are to learn, wherever it is called
 def gate(
     backbone: nn.Module,
     example_input: Tensor,
