@@ -15,7 +15,7 @@ from gaternet import cli
 from gaternet.checkpoint import save_model
 from gaternet.ledger import changed_options, find_line, train_flags
 from gaternet.models import create_model
-from gaternet.recipe import Recipe, override
+from gaternet.recipe import Recipe, Runtime, override
 from gaternet.recipes import RECIPES, find_recipe
 from gaternet.run import RunDirectory
 from gaternet.sweep import Job, _Overview, check_jobs, make_jobs, sweep
@@ -195,6 +195,9 @@ def test_a_line_of_an_older_version_is_found(tmp_path):
     line = {"recipe": PLAIN.name, "options": {"temperature": 2.0}, "seed": 0, "started": "then"}
     (tmp_path / "ledger.jsonl").write_text(json.dumps(line) + "\n")
     assert find_line(tmp_path / "ledger.jsonl", tmp_path) == line
+    job = Job(PLAIN, 0, tmp_path)
+    job.start(Runtime(cpu=True), tmp_path / "ledger.jsonl", {})
+    assert job.state == "finished"
 
 
 def test_a_table_shows_what_a_run_printed_as_it_is(tmp_path, monkeypatch, capsys):

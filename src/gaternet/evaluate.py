@@ -122,8 +122,8 @@ def evaluate_saved(
         cost, counts = None, {"backbone_macs": count_dense_macs(network, example)}
     parameters = sum(p.numel() for p in network.parameters())
     channels_last_(network.to(accelerator.device))
-    found = {**evaluate(network, batches, to_input, accelerator, cost), **counts}
-    return {**found, "parameters": parameters, "precision": accelerator.mixed_precision}
+    metrics = evaluate(network, batches, to_input, accelerator, cost)
+    return {**metrics, **counts, "parameters": parameters, "precision": accelerator.mixed_precision}
 
 
 def load_test_set(source: str, metadata: dict[str, Any], data_root: str | None = None) -> ImageSet:

@@ -26,7 +26,7 @@ def read_folder(folder: Path) -> tuple[Samples, Samples, tuple[str, ...]]:
     there = [folder / name for name in TEST_FOLDERS if (folder / name).is_dir()]
     classes = _folders(folder / "train")  # ImageNet's test images lie beside its val, without labels
     test_folder = next((part for part in there if classes & _folders(part)), next(iter(there), None))
-    if not test_folder and any(path.is_dir() for path in folder.glob("train/*")):
+    if not test_folder and classes:
         raise DataError(
             f"{folder} has classes under train, but no folder named {', '.join(TEST_FOLDERS[:-1])} or "
             f"{TEST_FOLDERS[-1]}: add one, or name {folder / 'train'} to hold a tenth of it out"

@@ -40,8 +40,6 @@ _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product
 _MIXERS = frozenset({"softmax", "unfold", "im2col"})
 CONVS = frozenset({"conv2d", "convolution"})
 LAYERS = CONVS | {"conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "linear", "addmm", "embedding"}
-
-
 _HELD = ("_parameters", "_buffers", "_modules")  # where an nn.Module has these
 
 
@@ -318,13 +316,13 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
 @contextmanager
 def _as_it_was(network: nn.Module) -> Iterator[None]:
     """What a network adds to itself in a run goes when that is over: in an export it holds no numbers."""
-    before = [(vars(module), {**vars(module)}) for module in network.modules()]
-    held = [(items, dict(items)) for own, _ in before for items in (own[name] for name in _HELD)]
+    before = [(vars(module), set(vars(module))) for module in network.modules()]
+    held = [(own[name], dict(own[name])) for own, _ in before for name in _HELD]
     try:
         yield
     finally:
-        for own, attributes in before:
-            for name in own.keys() - attributes.keys():
+        for own, names in before:
+            for name in own.keys() - names:
                 own.pop(name)
         for items, entries in held:
             items.clear()

@@ -85,8 +85,9 @@ class Job:
 
     def _check_own(self, line: Mapping[str, Any]) -> None:
         """That a finished run in this directory is this job's; of one that goes on `train` finds it out."""
-        wanted = {"recipe": self.recipe.name, "options": changed_options(self.recipe), "seed": self.seed}
-        if not wanted.items() <= line.items():
+        config = RunDirectory(self.path).config()
+        found = config["recipe"]["name"], changed_options(config["recipe"]), config["seed"]
+        if found != (self.recipe.name, changed_options(self.recipe), self.seed):
             raise ValueError(f"{self.path} holds another run ({line['command']}): move it, or name another --out")
 
     def watch(self) -> None:

@@ -203,9 +203,8 @@ def skip(
 
     Raises:
         ValueError: the backbone cannot be exported, or gives other than one tensor (B, ...), or lets images change each
-            other's results, or computes something else than its plan, which is tried (a gater that has no plan, or
-            another, runs as it is); or "specialise" has no
-            calibration or one of another shape.
+            other's results, or computes something else than its plan, which is tried; or "specialise" has no
+            calibration or one of another shape. A gater that has no plan, or differs from it, runs as it is.
         TypeError: the model is no GaterNet.
     """
     require_gated(model)
