@@ -28,6 +28,16 @@ def test_a_cost_that_is_made_or_first_asked_without_gradients_has_some_later():
     torch.testing.assert_close(gates.grad[0].double(), cost.savings())
 
 
+def test_constants_that_were_moved_without_gradients_have_some_later():
+    """As to a GPU; here to another precision."""
+    cost = CostModel.of(model := model_of(conv(3, 6)).eval(), IMAGES)
+    gates = torch.ones(1, model.num_gates + 1)
+    with torch.inference_mode():
+        cost._terms(gates)
+    cost._terms(gates.requires_grad_()).sum().backward()
+    assert gates.grad is not None
+
+
 def test_statistics_are_as_before_where_counting_fails():
     model = model_of(nn.Sequential(conv(3, 6), norm(6))).train()
     before = copy.deepcopy(model.state_dict())

@@ -34,7 +34,8 @@ def test_a_folders_test_part_has_one_of_four_names(tmp_path, name):
 def test_images_without_classes_are_no_test_part(tmp_path):
     """As ImageNet's, which are without labels and lie beside its val."""
     folder = Path(write_folder(tmp_path / "a", "train", "val"))
-    (folder / "test" / ".cache").mkdir(parents=True)
+    for part in ("train", "test"):
+        (folder / part / ".cache").mkdir(parents=True)
     shutil.copy(folder / "val" / "cat" / "0.png", folder / "test")
     (folder / "test" / "images").mkdir()  # as Tiny ImageNet has it
     shutil.copy(folder / "val" / "cat" / "0.png", folder / "test" / "images")

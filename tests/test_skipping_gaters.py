@@ -118,7 +118,9 @@ def test_a_gater_may_take_few_images(act, number):
     images = IMAGES[:1] if act is of_one else IMAGES[:number]
     for model in (model_of(Features(act), IMAGES[:1]), remade(GaterNet, of_yours)):
         for engine in ("slice", "mask"):
-            torch.testing.assert_close(gaternet.skip(model, images, engine).gates(images), model.gates(images))
+            fast = gaternet.skip(model, images, engine)
+            torch.testing.assert_close(fast.gates(images), model.gates(images))
+            assert isinstance(fast._gater, Program | NativeProgram) == (engine == "slice")
 
 
 def test_gates_may_be_bools(unchecked_types):
@@ -126,7 +128,9 @@ def test_gates_may_be_bools(unchecked_types):
     expected = copy.deepcopy(model).gates(IMAGES)
     assert expected.any()
     assert not expected.all()
-    assert torch.equal(gaternet.skip(model, IMAGES, "slice").gates(IMAGES).bool(), expected)
+    fast = gaternet.skip(model, IMAGES, "slice")
+    assert torch.equal(fast.gates(IMAGES).bool(), expected)
+    assert isinstance(fast._gater, Program | NativeProgram)
 
 
 @pytest.mark.parametrize("kind", [HalfOpen, GaterNet])
