@@ -95,3 +95,8 @@ def test_a_run_is_judged_in_the_precision_in_which_it_ended(tmp_path):
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert as_trained(tmp_path, Runtime(cpu=True)).precision == precision
+
+
+def test_a_signal_in_the_last_step_does_not_keep_a_run_from_being_finished(tmp_path, monkeypatch):
+    send_signal_after(monkeypatch, 5, signal.SIGTERM)
+    assert train(small("resnet8", epochs=1), tmp_path, CPU)["step"] == 5
