@@ -327,3 +327,12 @@ def test_no_gradients_under_given_gates(engine):
     model = gated(chain_of(["residual"]))
     fast = gaternet.skip(model, IMAGES, engine)
     assert not fast.forward_gated(IMAGES, random_gates(model, 0.5, batch=2)).requires_grad
+
+
+@pytest.mark.parametrize(("padding", "kernel", "skipped"), [("same", 3, True), ("valid", 3, True), ("same", 2, False)])
+def test_paddings_by_name_are_skipped_where_their_edges_are_equal(padding, kernel, skipped):
+    """PyTorch pads an even kernel's image more on the right."""
+    named = nn.Conv2d(8, 8, kernel, padding=padding, dilation=(2, 1))
+    model = gated(Net(lambda net, x: net.named(net.first(x).relu()), first=conv(3, 8), named=named))
+    assert ("named: reads open channels of 8" in str(plan_of(model))) == skipped
+    assert_skips_exactly(model, THREE, random_gates(model, 0.5))

@@ -113,8 +113,8 @@ class _Planner:
     def _add_conv(self, conv: Conv, site: GateSite | None) -> None:
         weight, bias = (self._constant(arg) for arg in (*conv.node.args, None)[1:3])
         varies = any(map(self.graph.varies, conv.node.args[1:3]))
-        plain = op(conv.node) == "conv2d" and not any(isinstance(arg, str) for arg in conv.node.args)
-        if weight is None or varies or not plain or shape(conv.source)[0] != 1:  # the image makes them, or is cut up
+        sides = _sides(conv)
+        if weight is None or varies or sides is None or shape(conv.source)[0] != 1:  # the image makes them, is cut up
             return self._add(conv.node)
         if weight.dtype != self._dtype:  # no kernels but PyTorch's own mix precisions
             return self._add(conv.node)
@@ -134,9 +134,8 @@ class _Planner:
             step.pattern = self._pattern(end)
         step.filters = step.pattern
         self._absorb_relu(end, step)
-        options: list[Any] = [*conv.node.args[3:6]]
-        stride, padding, dilation = (_pair(option) for option in [*options, *[(1, 1), (0, 0), (1, 1)][len(options) :]])
         name, bias = conv.name or conv.node.name, None if bias is None else bias.detach()
+        stride, padding, dilation = sides
         step.conv = ConvSpec(name, weight.detach(), bias, stride, padding, dilation, conv.groups)
         self._append(step, conv.node)
         return None
@@ -322,9 +321,20 @@ def _dtype(node: Node) -> torch.dtype | None:
     return getattr(node.meta.get("val"), "dtype", None)
 
 
-def _pair(option: Sequence[int]) -> tuple[int, int]:
-    """Height's and width's value of an option of a convolution, which may name one for both."""
-    return (option[0], option[-1])
+def _sides(conv: Conv) -> list[tuple[int, int]] | None:
+    """(height, width) of a convolution's stride, padding and dilation; None where the two edges of a side differ."""
+    if op(conv.node) != "conv2d":
+        return None
+    given: Any = [*conv.node.args[3:6]]
+    stride, padding, dilation = [*given, *[(1, 1), (0, 0), (1, 1)][len(given) :]]
+    if padding == "same":
+        added = [dilation[-i] * (conv.kernel[i] - 1) for i in (0, 1)]  # to both edges together; the stride is 1
+        if any(pixels % 2 for pixels in added):
+            return None
+        padding = [pixels // 2 for pixels in added]
+    elif padding == "valid":
+        padding = (0, 0)
+    return [(side[0], side[-1]) for side in (stride, padding, dilation)]
 
 
 def _target(node: Node) -> Callable[..., Any]:
