@@ -1,15 +1,16 @@
 """Costs that are counted in any mode, and leave the model as it was."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from random_networks import chain_of
-from small_networks import IMAGES, conv, norm
-from torch import nn
+from small_networks import IMAGES, Net, conv, norm, seeded
+from torch import Tensor, nn
 
 import gaternet
-from gaternet.cost import CostModel
+from gaternet.cost import CostModel, count_dense_macs
 
 
 def model_of(extractor: nn.Module) -> gaternet.GaterNet:
@@ -45,3 +46,21 @@ def test_statistics_are_as_before_where_counting_fails():
         gaternet.count_macs(model, IMAGES[:1])
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_a_transposed_convolution_by_its_general_name_is_none():
+    """It reads by filters and writes by channels: counted as a convolution it made negative costs."""
+
+    def body(net: Any, x: Tensor) -> Tensor:
+        x = net.conv(x).relu()
+        return torch.convolution(x, net.up, None, [2, 2], [0, 0], [1, 1], True, [0, 0], 1)
+
+    net = Net(body, conv=conv(3, 8), up=nn.Parameter(torch.randn(8, 8, 2, 2, generator=seeded(0)))).eval()
+    model = gaternet.gate(net, IMAGES, gater=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), sites="all").eval()
+    assert [site.conv for site in model.sites] == ["conv"]
+    cost = CostModel.of(model, IMAGES)
+    assert cost(torch.ones(1, 8)).item() == cost.dense == count_dense_macs(net, IMAGES)
+    assert cost(torch.zeros(1, 8)).item() == cost.dense - 8 * 8 * 27 * 8
+    found = gaternet.skip(model, IMAGES, "slice")(IMAGES)
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(IMAGES))

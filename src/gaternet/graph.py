@@ -146,7 +146,7 @@ class Graph:
         self._runs: dict[str, int] = defaultdict(int)
         for call in self._calls.values():
             self._runs[call.name] += 1
-        self.convs = {node: self._conv(node) for node in self.nodes if op(node) in CONVS and self.varies(node)}
+        self.convs = {node: self._conv(node) for node in self.nodes if self._convolves(node)}
         last = {self._stack(node)[-1]: node for node in self.convs if self.is_layer(node)}
         for node, conv in self.convs.items():  # a module that convolves twice has its name for the last, which it gates
             if last.get(self._stack(node)[-1], node) is not node:
@@ -256,6 +256,11 @@ class Graph:
         """Whether another operation reads the weights of the convolution, too."""
         weight = conv.node.args[1]
         return isinstance(weight, Node) and len(weight.users) > 1
+
+    def _convolves(self, node: Node) -> bool:
+        """Whether the node is a 2-D convolution of what depends on the image, and no transposed one."""
+        transposed = op(node) == "convolution" and node.args[6]
+        return op(node) in CONVS and self.varies(node) and len(shape(node)) == 4 and not transposed
 
     def _learns(self, node: Node) -> bool:
         weight = node.args[1]
