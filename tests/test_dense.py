@@ -5,9 +5,10 @@ import warnings
 import pytest
 import torch
 from random_networks import chain_of
+from skipped_networks import gated
 from small_networks import IMAGES
 
-from gaternet.skipping.bench import time_interleaved
+from gaternet.skipping.bench import bench, time_interleaved
 from gaternet.skipping.dense import build_dense
 
 NEEDS = {"onnxruntime": ("onnxscript", "onnxruntime"), "openvino": ("onnxscript", "openvino")}
@@ -36,3 +37,14 @@ def test_functions_take_turns():
     turns = [name for name, before in zip(seen, [None, *seen[:-1]], strict=True) if name != before]
     assert len(turns) >= 4
     assert all(len(found) == 3 and min(map(min, found)) >= 0 for found in times.values())
+
+
+def test_every_density_asked_for_has_rows_of_its_own():
+    """Also those that come to the same gates."""
+    model = gated(chain_of(["residual"]))
+    found = bench(model, IMAGES, (1.0, 1.0, 0.5), ["eager"], rounds=1, seconds=0.001)
+    names = [timing.name for timing in found]
+    assert names == ["dense: eager", *["masked", "skipped"] * 3, "gater"]
+    assert [timing.density for timing in found[:5]] == [None, 1, 1, 1, 1]
+    assert all(timing.density != 1 and timing.macs < found[0].macs for timing in found[5:7])
+    assert found[0].over_dense == 1

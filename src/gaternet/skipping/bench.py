@@ -123,8 +123,7 @@ def bench(
         ways["specialised"] = skip(model, images, "specialise", calibration=calibration)
     plain = copy.deepcopy(model).ungate()
     cost = CostModel.of(model, images)
-    runs: dict[tuple[str, float | None], Callable[[], Any]] = {}
-    macs: dict[tuple[str, float | None], float] = {}
+    found: list[_Way] = []
     for name in engines:
         try:
             with warnings.catch_warnings():
@@ -134,30 +133,39 @@ def bench(
         except ValueError as error:
             note(str(error))
             continue
-        runs[f"dense: {name}", None], macs[f"dense: {name}", None] = lambda d=dense: d(images), cost.dense
+        found.append(_Way(f"dense: {name}", None, cost.dense, lambda d=dense: d(images)))
     own = fast.gates(images)
     generator = torch.Generator().manual_seed(0)
     drawn = [(torch.rand(own.shape, generator=generator) < d).to(own) for d in densities] or [own]
     for gates in drawn:
         density, mean = gates.mean().item(), cost(gates).mean().item()
         for name, engine in (("masked", model), *ways.items()):
-            runs[name, density], macs[name, density] = lambda e=engine, g=gates: e.forward_gated(images, g), mean
-    runs["gater", None], macs["gater", None] = lambda: fast.gates(images), count_dense_macs(model.gater, images)
+            found.append(_Way(name, density, mean, lambda e=engine, g=gates: e.forward_gated(images, g)))
+    gater_macs = count_dense_macs(model.gater, images)
+    found.append(_Way("gater", None, gater_macs, lambda: fast.gates(images)))
     if not densities:
-        for name, way in ways.items():
-            both = f"gater and {name}", own.mean().item()
-            runs[both], macs[both] = lambda w=way: w(images), macs["gater", None] + cost(own).mean().item()
-    keys = {f"{name} {density}": (name, density) for name, density in runs}
-    times = time_interleaved({key: runs[k] for key, k in keys.items()}, rounds, seconds)
-    dense = [turns for key, turns in times.items() if key.startswith("dense: ")]
-    fastest = min(dense, key=lambda turns: statistics.median(chain(*turns)), default=None)
-    return [_timing(*keys[key], len(images), float(macs[keys[key]]), turns, fastest) for key, turns in times.items()]
+        density, mean = own.mean().item(), gater_macs + cost(own).mean().item()
+        for name, engine in ways.items():
+            found.append(_Way(f"gater and {name}", density, mean, lambda e=engine: e(images)))
+    times = time_interleaved({str(number): way.run for number, way in enumerate(found)}, rounds, seconds)
+    turns = list(times.values())
+    dense = [seen for way, seen in zip(found, turns, strict=True) if way.name.startswith("dense: ")]
+    fastest = min(dense, key=lambda seen: statistics.median(chain(*seen)), default=None)
+    return [way.timing(len(images), seen, fastest) for way, seen in zip(found, turns, strict=True)]
 
 
-def _timing(
-    name: str, density: float | None, batch: int, macs: float, turns: list[list[float]], dense: list[list[float]] | None
-) -> Timing:
-    return Timing(name, batch, density, macs, *spread(turns), None if dense is None else over(turns, dense))
+@dataclass(frozen=True)
+class _Way:
+    """One way to run a batch, to be timed; see `Timing`."""
+
+    name: str
+    density: float | None
+    macs: int | float
+    run: Callable[[], Any]
+
+    def timing(self, batch: int, turns: list[list[float]], dense: list[list[float]] | None) -> Timing:
+        ratio = None if dense is None else over(turns, dense)
+        return Timing(self.name, batch, self.density, float(self.macs), *spread(turns), ratio)
 
 
 def _wait() -> None:
