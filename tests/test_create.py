@@ -232,3 +232,9 @@ def test_there_are_no_trained_weights_of_gated_models():
 def test_timm_models_that_have_no_trained_weights_say_so(no_network):
     with pytest.raises(ValueError, match="trained weights of timm:botnet50ts_256"):
         create_backbone("timm:botnet50ts_256", pretrained=True)
+
+
+@pytest.mark.parametrize("option", [{"bottleneck": 128}, {"extractor": "resnet8"}, {"shrink": 2}, {"noise_std": 0.0}])
+def test_a_plain_network_takes_no_options_of_a_gater(option):
+    with pytest.raises(ValueError, match=rf"resnet8 has no gater for the option {next(iter(option))}: leave it out"):
+        create_model("resnet8", **option)

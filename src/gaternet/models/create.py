@@ -1,6 +1,7 @@
 """Models by name: those of the paper's tables, and the plain networks of timm and torchvision."""
 
 import difflib
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -72,9 +73,21 @@ def create_model(
             then to be normalised by the mean and std in the network's `pretrained_cfg`.
 
     Raises:
-        ValueError: for a name that is not known, or weights that cannot be had.
+        ValueError: for a name that is not known, weights that cannot be had, or a gater's options for a plain network.
     """
+    seen: dict[str, Any] = {"extractor": extractor, "shrink": shrink}
+    options: dict[str, Any] = {
+        "bottleneck": bottleneck,
+        "batch_norm": batch_norm,
+        "initial_bias": initial_bias,
+        "noise_std": noise_std,
+        "hard_probability": hard_probability,
+        "threshold": threshold,
+    }
     if name.startswith((_TIMM, _TORCHVISION)) or name in _BACKBONES:
+        defaults = inspect.signature(create_model).parameters
+        if given := [option for option, value in {**seen, **options}.items() if value != defaults[option].default]:
+            raise ValueError(f"{name} has no gater for the option {given[0]}: leave it out, or name a gated model")
         return create_backbone(name, num_classes, in_chans, pretrained)
     if name not in model_names():
         raise ValueError(_unknown(name, model_names()))
@@ -82,20 +95,13 @@ def create_model(
         raise ValueError(f"there are no trained weights for {name}: train it")
     backbone = name.removesuffix(_GATED)
     papers_extractor, papers_bottleneck = ("resnet18", 256) if backbone in IMAGENET else ("resnet20", 8)
-    seen: dict[str, Any] = {"name": papers_extractor if extractor is None else extractor, "in_chans": in_chans}
+    described: dict[str, Any] = {"name": papers_extractor if extractor is None else extractor, "in_chans": in_chans}
     return build_gated(
         {
             "backbone": {"name": backbone, "num_classes": num_classes, "in_chans": in_chans},
-            "extractor": seen | ({"shrink": shrink} if shrink != 1 else {}),
+            "extractor": described | ({"shrink": shrink} if shrink != 1 else {}),
         },
-        {
-            "bottleneck": papers_bottleneck if bottleneck is None else bottleneck,
-            "batch_norm": batch_norm,
-            "initial_bias": initial_bias,
-            "noise_std": noise_std,
-            "hard_probability": hard_probability,
-            "threshold": threshold,
-        },
+        {**options, "bottleneck": papers_bottleneck if bottleneck is None else bottleneck},
     )
 
 
