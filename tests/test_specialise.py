@@ -1,5 +1,6 @@
 """Smaller networks for the gates that images have."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from small_networks import IMAGES, Net, conv, seeded
 from torch import Tensor
 
 import gaternet
-from gaternet.skipping import Skipper
+from gaternet.skipping import Skipper, specialise
 from gaternet.skipping.engines import make_program
 from gaternet.skipping.native import NativeProgram
 from gaternet.skipping.specialise import Specialised, prune
@@ -101,3 +102,13 @@ def test_a_convolution_that_adds_in_place_reads_what_its_subnetwork_holds(name):
     assert any(step.adds is not None and step.held for step in plan.steps)
     with torch.no_grad():
         torch.testing.assert_close(make_program(plan, name)(THREE, gates), model.forward_gated(THREE, gates))
+
+
+def test_subnetworks_are_tried_beside_the_model(monkeypatch):
+    model = gated(chain_of(["residual"]))
+    calibration = random_gates(model, 0.5)
+    gaternet.skip(model, IMAGES, "specialise", calibration=calibration)
+    pruned = specialise._pruned
+    monkeypatch.setattr(specialise, "_pruned", lambda spec, *rest: replace(p := pruned(spec, *rest), weight=-p.weight))
+    with pytest.raises(ValueError, match="the backbone computes something else than its plan"):
+        gaternet.skip(model, IMAGES, "specialise", calibration=calibration)

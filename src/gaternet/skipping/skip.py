@@ -230,6 +230,8 @@ def skip(
         if calibration is not None and engine != "slice":
             specialised = Specialised(plan, choose_kept(calibration, subnetworks), kernels)
             sliced, engines["specialise"] = specialised.fallback, specialised
+            for program, kept in zip(specialised.subnetworks, specialised.kept, strict=True):
+                _try(program, model, example_input, kept)
         else:
             sliced = make_program(plan, kernels)
         engines["slice"] = sliced
@@ -264,8 +266,10 @@ def _plan_gater(model: GaterNet, example_input: Tensor, kernels: KernelName) -> 
 
 
 @torch.no_grad()
-def _try(program: Backbone, model: GaterNet, example_input: Tensor) -> None:
+def _try(program: Backbone, model: GaterNet, example_input: Tensor, kept: Tensor | None = None) -> None:
     """Compare a program with the model, on random images under random gates; ValueError where they differ.
+
+    Gates that are not in `kept` (C,) are closed, for a subnetwork.
 
     A plan knows what a run of one image without gates shows. Code that decides by the number of images, and hooks that
     act behind the gates, are not seen there.
@@ -273,6 +277,8 @@ def _try(program: Backbone, model: GaterNet, example_input: Tensor) -> None:
     images = _random_images(_TRIED, example_input)
     drawn = torch.rand(_TRIED // 2, model.num_gates, generator=torch.Generator().manual_seed(1)) < 0.5
     gates = torch.cat([drawn, ~drawn]).to(example_input)  # each is open for some image, and closed for another
+    if kept is not None:
+        gates *= kept.to(gates)
     with without_autocast(images.device.type):
         expected, found = _outputs(model.forward_gated, images, gates), _outputs(program, images, gates)
     tolerance = _tolerance(images)
