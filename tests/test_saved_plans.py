@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from skipped_networks import KERNELS, THREE, gated, plan_of, random_gates
 from small_networks import IMAGES, Net, conv
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gaternet
 from gaternet.skipping import Skipper
@@ -286,3 +288,15 @@ def test_a_file_names_nothing_of_pytorch_but_options():
     for name in ("load", "pi", "nothing"):
         with pytest.raises(ValueError, match=rf"it names torch\.{name}"):
             _filled_in({"torch": name})
+
+
+def test_a_plan_is_where_its_weights_are_not_where_a_number_is():
+    """Code such as `x * torch.tensor(2.0)` makes its number on the CPU, wherever the network is."""
+    model = gated(Net(lambda net, x: net.one(x) * torch.tensor(2.0), one=conv(3, 8)))
+    plan = plan_of(model)
+    numbers = {name: value for name, value in plan.constants.items() if value.ndim == 0}
+    assert numbers
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        moved = plan.to(torch.device("cuda"))
+    for steps in (moved.steps, []):
+        assert replace(moved, steps=steps, constants={**numbers, **moved.constants, **numbers}).device.type == "cuda"

@@ -199,22 +199,23 @@ class Plan:
 
     @property
     def _weights(self) -> list[Tensor]:
-        return [*self.constants.values(), *(step.conv.weight for step in self.steps if step.conv)]
+        return [*(step.conv.weight for step in self.steps if step.conv), *self.constants.values()]
 
     @property
     def device(self) -> torch.device:
         """Where the weights are; the CPU where they are held elsewhere."""
-        return next((tensor.device for tensor in self._weights if not tensor.is_meta), torch.device("cpu"))
+        held = [tensor for tensor in self._weights if not tensor.is_meta]
+        # A number that the network's code makes may lie on the CPU in any case.
+        return next((tensor.device for tensor in sorted(held, key=lambda t: t.ndim == 0)), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
         """The weights' precision."""
-        weights = [*(step.conv.weight for step in self.steps if step.conv), *self.constants.values()]
-        return next((tensor.dtype for tensor in weights if tensor.is_floating_point()), torch.float32)
+        return next((tensor.dtype for tensor in self._weights if tensor.is_floating_point()), torch.float32)
 
     @property
     def weight_bytes(self) -> int:
-        """What the weights and other constants take."""
+        """What the convolutions' weights, without their biases, and other constants take."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._weights if not tensor.is_meta)
 
     def to(self, device: torch.device) -> "Plan":
