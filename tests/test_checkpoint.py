@@ -250,7 +250,8 @@ def test_a_model_comes_from_the_hub_by_name(saved, monkeypatch, load):
 def test_a_gater_of_the_users_own_is_saved_but_theirs_to_rebuild(tmp_path):
     model = gated_model()
     gater = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, model.num_gates), nn.Sigmoid())
-    own = GaterNet(model.ungate(), gater, model.sites, model.metadata)
+    own = GaterNet(model.ungate(), gater, model.sites)
+    own.metadata |= model.metadata
     own.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not say how its gater was built: load the weights by hand"):
         load_pretrained(tmp_path)

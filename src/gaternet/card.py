@@ -24,7 +24,7 @@ def is_ours(path: Path) -> bool:
 
 def make_card(model: GaterNet) -> ModelCard:
     """A Hugging Face model card: data, recipe, accuracy, gates, cost, use and limits. What is not known says so."""
-    metadata = fitting(model.metadata or {}, model)
+    metadata = fitting(model.metadata, model)
     trained: Mapping[str, Any] = metadata.get("trained") or {}
     classes, data, accuracy = metadata.get("classes"), trained.get("data"), trained.get("test_accuracy")
     backbone = (metadata.get("backbone") or {}).get("name", type(model.backbone).__name__)
@@ -121,7 +121,7 @@ def _images(metadata: Mapping[str, Any]) -> str:
 
 def _macs(model: GaterNet) -> tuple[str, str]:
     """Of backbone and gater for an image; unknown where its size is, or where they do not run on it."""
-    made = _preprocessing(model.metadata or {})
+    made = _preprocessing(model.metadata)
     if made is None:
         return UNKNOWN, UNKNOWN
     parameter = next(model.parameters())

@@ -42,7 +42,7 @@ def save_model(model: nn.Module, directory: Path, metadata: Mapping[str, Any] | 
     """
     config: dict[str, Any] = {"gaternet": __version__}
     if isinstance(model, GaterNet):
-        given = metadata or model.metadata or {}
+        given = metadata or model.metadata
         metadata = fitting(given, model)
         if given.get("backbone") and not metadata["backbone"]:
             warnings.warn("the backbone was changed after it was gated: load it with backbone=...", stacklevel=2)

@@ -298,7 +298,7 @@ class GaterNet(
         self.backbone = backbone
         self.gater = gater
         self.sites = tuple(sites)
-        self.metadata = metadata
+        self.metadata: dict[str, Any] = dict(metadata or {})
         self._channel = _SideChannel()
         self._gated = True
         self._hooks = [modules[site.name].register_forward_hook(_GateHook(self._channel, site)) for site in sites]

@@ -199,8 +199,8 @@ def model_metadata(
     recipe: Recipe, network: nn.Module, data: ImageData, seed: int, epochs: int, tested: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What is saved beside the weights: how to rebuild and use the model, and how it was trained."""
-    source: Mapping[str, Any] | None = network.metadata if isinstance(network, GaterNet) else None
-    if source is None:
+    source: Mapping[str, Any] = network.metadata if isinstance(network, GaterNet) else {}
+    if not source:
         source = {"backbone": describe_backbone(network, data.preprocessing.channels)}
     trained = {"recipe": recipe.name, "data": recipe.data, "seed": seed, "epochs": epochs}
     trained |= {"test_accuracy": tested["accuracy"]} | {name: tested[name] for name in ("density",) if name in tested}

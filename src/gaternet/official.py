@@ -29,7 +29,7 @@ def load_official_checkpoint(path: str | Path) -> GaterNet:
             raise ValueError(f"{path} is not in the public code's layout: it has no {part}_state_dict")
         if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items()):
             raise ValueError(f"{path} is not in the public code's layout: its {part}_state_dict is no state_dict")
-        parts[part] = {key.replace("module.", ""): value for key, value in tensors.items()}
+        parts[part] = {key.removeprefix("module."): value for key, value in tensors.items()}
     state = {f"backbone.{_our_key(key)}": value for key, value in parts["backbone"].items()}
     for key, value in parts["gater"].items():
         state[_our_gater_key(key)] = value

@@ -95,7 +95,7 @@ def _report_run(
     analysis = analyze(network, batches.epoch(), classes=classes, samples=samples, **options)
     tried = force_gates(network, _shuffled(images, forced), analysis, images=forced, **options) if forced else None
     about = [f"{network.num_gates:,} gates", f"test images of {data_name(source)} in full precision"]
-    about += _about(metadata.get("trained", {}))
+    about += _about(metadata.get("trained") or {})
     page = write_report(analysis, directory, forced=tried, title=title, subtitle=", ".join(about))
     return analysis, page
 

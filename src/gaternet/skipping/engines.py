@@ -64,15 +64,19 @@ def time_engines(
     engines: Mapping[str, Backbone], images: Tensor, gates: Tensor, seconds: float = 0.3
 ) -> dict[str, float]:
     """Median seconds of each engine for a batch; each runs for `seconds`, and at least three times after a first."""
+
+    def once(engine: Backbone) -> float:
+        began = time.perf_counter()
+        engine(images, gates)
+        if images.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
     medians = {}
     for name, engine in engines.items():
-        engine(images, gates)
+        once(engine)
         times: list[float] = []
         while len(times) < 3 or sum(times) < seconds:
-            began = time.perf_counter()
-            engine(images, gates)
-            if images.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
+            times.append(once(engine))
         medians[name] = statistics.median(times)
     return medians
