@@ -6,10 +6,9 @@ which module gives out which tensor, since gates act on the outputs of modules.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -102,14 +101,6 @@ class Conv:
         return self.macs_per_pair * self.out_channels * self.in_channels // self.groups
 
 
-@dataclass(frozen=True)
-class Call:
-    """One run of a module: its name, and the nodes whose tensors leave it."""
-
-    name: str
-    exits: list[Node] = field(default_factory=list)
-
-
 class Graph:
     """The operations of one evaluation-mode run of `backbone`.
 
@@ -142,10 +133,7 @@ class Graph:
         given: Any = self.output.args[0]
         alone = program.call_spec.out_spec is not None and program.call_spec.out_spec.is_leaf()
         self.result: Node | None = given[0] if alone and self.varies(given[0]) and shape(given[0]) else None
-        self._calls = self._find_calls()
-        self._runs: dict[str, int] = defaultdict(int)
-        for call in self._calls.values():
-            self._runs[call.name] += 1
+        self._exits = self._find_exits()
         self.convs = {node: self._conv(node) for node in self.nodes if self._convolves(node)}
         last = {self._stack(node)[-1]: node for node in self.convs if self.is_layer(node)}
         for node, conv in self.convs.items():  # a module that convolves twice has its name for the last, which it gates
@@ -158,7 +146,7 @@ class Graph:
 
     def runs(self, name: str) -> int:
         """How often the module of that name runs."""
-        return self._runs[name]
+        return len(self._exits.get(name, []))
 
     def sources(self, node: Node) -> list[Node]:
         """The inputs of a node that depend on the image."""
@@ -235,10 +223,6 @@ class Graph:
         """Class name of that module."""
         return type(self.modules.get(self.module_of(node), self.backbone)).__name__
 
-    def gives_out(self, name: str, node: Node) -> bool:
-        """Whether the module runs once, and gives out this node's tensor alone."""
-        return self.runs(name) == 1 and any(c.exits == [node] for c in self._calls.values() if c.name == name)
-
     def writes_to_its_input(self, name: str, node: Node) -> bool:
         """Whether what the module gives out, this node, is its input, changed in place.
 
@@ -249,8 +233,10 @@ class Graph:
 
     def output_of(self, name: str) -> Node | None:
         """The tensor that the module gives out, where it runs once and gives out one."""
-        found = [call.exits for call in self._calls.values() if call.name == name]
-        return found[0][0] if len(found) == 1 and len(found[0]) == 1 else None
+        match self._exits.get(name):
+            case [[node]]:
+                return node
+        return None
 
     def shares_weights(self, conv: Conv) -> bool:
         """Whether another operation reads the weights of the convolution, too."""
@@ -279,15 +265,19 @@ class Graph:
         stack = node.meta.get("nn_module_stack", {})
         return [(key, self._names.get(str(path), str(path))) for key, (path, _) in stack.items()] or [("", "")]
 
-    def _find_calls(self) -> dict[str, Call]:
-        calls: dict[str, Call] = {}
+    def _find_exits(self) -> dict[str, list[list[Node]]]:
+        """For each module, by name, and each of its runs the nodes whose tensors leave it."""
+        runs: dict[str, tuple[str, list[Node]]] = {}  # by what tells them apart: the module's name, and the nodes
         inside = {node: {key for key, _ in self._stack(node)} for node in self.nodes}
         for node in self.nodes:
-            for key, path in self._stack(node):
-                call = calls.setdefault(key, Call(path))
+            for key, name in self._stack(node):
+                _, exits = runs.setdefault(key, (name, []))
                 if any(key not in inside.get(user, ()) for user in node.users):
-                    call.exits.append(node)
-        return calls
+                    exits.append(node)
+        found: dict[str, list[list[Node]]] = {}
+        for name, exits in runs.values():
+            found.setdefault(name, []).append(exits)
+        return found
 
 
 def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:

@@ -156,7 +156,8 @@ def _place(graph: Graph, conv: Conv) -> _Place | str:
     if reason := _misuse(graph, chain[-1]):
         return reason
     name = graph.module_of(chain[last])
-    place = next((node for node in chain[last:] if name and graph.gives_out(name, node)), None)
+    out = graph.output_of(name) if name else None
+    place = out if out in chain[last:] else None
     if name and graph.runs(name) > 1:
         return f"{name} behind it runs {graph.runs(name)} times: give each convolution its own"
     if place is None:

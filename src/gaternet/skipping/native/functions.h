@@ -3,7 +3,7 @@
 
 #include "vectors.h"
 
-enum Function : int64_t { RELU, RELU6, SIGMOID, SILU, HARDSIGMOID, HARDSWISH, GELU };
+enum Function : int64_t { FUNCTIONS };  // library.py names them
 
 inline Vector clamp(Vector value, float low, float high) {
     value = value < low ? Vector{} + low : value;

@@ -18,7 +18,7 @@ from typing import Any
 from gaternet.files import write_atomically
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("program.cpp", "convolution.h", "functions.h", "vectors.h")]
-_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w"]
+# What an operation does, and the activation functions: C++ numbers them by these lists, too.
 KINDS: list[str] = [
     "conv",
     "depthwise",
@@ -37,9 +37,11 @@ KINDS: list[str] = [
     "pad",
     "zeros",
     "relu_closed",
-]  # in order
-ADDS_TO_VALUE, ADDS_TO_ZEROS = 1, 2
+]
 FUNCTIONS: list[str] = ["relu", "relu6", "sigmoid", "silu", "hardsigmoid", "hardswish", "gelu"]
+_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w"]
+_FLAGS += [f"-D{name}={','.join(names).upper()}" for name, names in (("KINDS", KINDS), ("FUNCTIONS", FUNCTIONS))]
+ADDS_TO_VALUE, ADDS_TO_ZEROS = 1, 2
 _LOCK = threading.Lock()
 _FAILED: dict[str, str] = {}  # the libraries that a compiler has failed to make in this process, and why
 
@@ -147,7 +149,9 @@ def _compile(compiler: str, path: Path) -> None:
 
 def _declared(library: Any) -> Any:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.half_lanes.restype = library.panel_lanes.restype = number
+    library.half_lanes.restype = library.panel_lanes.restype = library.size_of.restype = number
+    for place, twin in enumerate((Conv, Op, Value, Live)):
+        assert library.size_of(place) == ctypes.sizeof(twin), f"{twin.__name__} has other fields in C++"
     library.pack_weights.argtypes = [pointer, number, number, number, number, pointer]
     library.unpack_weights.argtypes = [pointer, number, number, number, number, pointer]
     library.open_channels.argtypes = [pointer, number, number, pointer, pointer, number, pointer, pointer]

@@ -16,10 +16,7 @@ struct Value {
     int64_t step, room;
 };
 
-enum Kind : int64_t {
-    CONV, DEPTHWISE, ADD, ADD_OPEN, EXPAND, COMPRESS, MAX_POOL, AVERAGE_POOL, MEAN, POINTWISE, SCALE, COPY, CAT, SUBSAMPLE,
-    PAD, ZEROS, RELU_CLOSED
-};
+enum Kind : int64_t { KINDS };  // library.py names them
 enum Adds : int64_t { NO, TO_VALUE, TO_ZEROS };  // the last: what ZEROS made, which there is where filters are closed
 
 // target = kind(source, other). Patterns are those of what is read and of what is written, -1 where it is dense.
@@ -280,6 +277,12 @@ struct Runner {
 }  // namespace
 
 extern "C" {
+
+// Bytes of what library.py has twins of.
+int64_t size_of(int64_t number) {
+    const size_t sizes[] = {sizeof(Conv), sizeof(Op), sizeof(Value), sizeof(Live)};
+    return static_cast<int64_t>(sizes[number]);
+}
 
 int64_t half_lanes() { return HALF; }
 
