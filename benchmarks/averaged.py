@@ -19,12 +19,13 @@ from tables import RESULTS
 from torch import Tensor, nn
 
 from gaternet.data import Preprocessing, ToInput
-from gaternet.evaluate import BATCH, evaluate, load_test_set
+from gaternet.evaluate import BATCH, evaluate
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.modes import channels_last_
+from gaternet.provenance import describe_machine
 from gaternet.recipe import Runtime
-from gaternet.run import describe_machine, load_trained
+from gaternet.trained import load_test_set, load_trained
 
 RESULT = RESULTS / "averaged.json"
 

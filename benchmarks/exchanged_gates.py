@@ -17,13 +17,13 @@ from measured_runs import measure_runs
 from tables import RESULTS
 
 from gaternet.data import Preprocessing
-from gaternet.evaluate import BATCH, load_test_set
+from gaternet.evaluate import BATCH
 from gaternet.forcing import exchange_gates
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime
-from gaternet.run import load_gated
+from gaternet.trained import load_gated, load_test_set
 
 RESULT = RESULTS / "exchanged_gates.json"
 

@@ -24,11 +24,11 @@ from torch import Tensor
 import gaternet
 from gaternet.checkpoint import load_model
 from gaternet.data import Preprocessing
-from gaternet.evaluate import load_sets
 from gaternet.export import ExportedModel, compare_int8, export_onnx, quantize_onnx
 from gaternet.method import Gater, GaterNet
-from gaternet.run import describe_machine, find_model
+from gaternet.provenance import describe_machine
 from gaternet.skipping.bench import over, spread, time_interleaved
+from gaternet.trained import find_model, load_sets
 
 RESULT = RESULTS / "export_speed.json"
 DENSITIES = (0.75, 0.5, 0.25)

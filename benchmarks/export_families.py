@@ -30,7 +30,7 @@ from gaternet.export.parity import Parity
 from gaternet.export.to_onnx import OPSET
 from gaternet.models.create import create_backbone
 from gaternet.models.imagenet import IMAGENET
-from gaternet.run import describe_machine
+from gaternet.provenance import describe_machine
 
 RESULT, PAGE = RESULTS / "export.json", DOCS / "export.md"
 EXPORTS: dict[str, Callable[..., Parity]] = {

@@ -28,9 +28,10 @@ from gaternet.files import write_json
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.network import gate_as, prepared_for
+from gaternet.provenance import describe_machine
 from gaternet.recipe import Runtime, override
 from gaternet.recipes import find_recipe
-from gaternet.run import RunDirectory, describe_machine
+from gaternet.run import RunDirectory
 from gaternet.train import Stopped, train
 
 RESULT = RESULTS / "finetune.json"

@@ -27,7 +27,7 @@ from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime
-from gaternet.run import find_model
+from gaternet.trained import find_model
 
 RESULT = RESULTS / "generalisation.json"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from gaternet.files import read_json, write_json
 from gaternet.ledger import changed_options
-from gaternet.run import describe_machine
+from gaternet.provenance import describe_machine
 
 
 def measure_runs(runs: Sequence[Path], result: Path, command: str, measure: Callable[[Path], dict[str, Any]]) -> None:

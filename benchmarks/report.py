@@ -27,9 +27,9 @@ from gaternet.findings import GateAnalysis
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.modes import channels_last_
+from gaternet.provenance import describe_machine
 from gaternet.recipe import Runtime
 from gaternet.report import write_report
-from gaternet.run import describe_machine
 
 
 def settled_model(name: str, images: Tensor) -> gaternet.GaterNet:

@@ -31,17 +31,17 @@ import gaternet
 from gaternet.checkpoint import load_model
 from gaternet.cost import CostModel
 from gaternet.data import Preprocessing, load_data
-from gaternet.evaluate import load_test_set
 from gaternet.files import read_json, write_json
 from gaternet.graph import read_graph
 from gaternet.method import GaterNet
+from gaternet.provenance import describe_machine
 from gaternet.recipe import data_name
-from gaternet.run import describe_machine, find_model
 from gaternet.skipping import Skipper
 from gaternet.skipping.bench import Timing, bench, over, time_interleaved
 from gaternet.skipping.native import NativeProgram
 from gaternet.skipping.planner import make_plan
 from gaternet.skipping.specialise import Specialised, prune
+from gaternet.trained import find_model, load_test_set
 
 RESULT = RESULTS / "skipping.json"
 GPU_RESULT = RESULT.with_name("skipping_gpu.json")

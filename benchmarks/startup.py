@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gaternet.files import write_json
-from gaternet.run import describe_machine
+from gaternet.provenance import describe_machine
 
 COMMANDS = {
     "import gaternet": ["-c", "import gaternet"],

@@ -29,9 +29,9 @@ from gaternet.files import write_json
 from gaternet.machine import make_accelerator, seed_step, tuned_convolutions
 from gaternet.objective import schedule
 from gaternet.preparation import prepare
+from gaternet.provenance import describe_machine
 from gaternet.recipe import Recipe, Runtime
 from gaternet.recipes import find_recipe
-from gaternet.run import describe_machine
 from gaternet.step import WARM_UP
 
 BATCH = 128

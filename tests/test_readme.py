@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from gaternet.cli import app
 from gaternet.recipes import RECIPES
-from gaternet.run import load_trained
+from gaternet.trained import load_trained
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -10,14 +10,15 @@ import torch
 from training_runs import CPU, send_signal_after, small
 
 import gaternet.cli
-import gaternet.run
+import gaternet.provenance
 from gaternet.checkpoint import save_model
 from gaternet.ledger import add_run, describe_run
 from gaternet.models import create_model
+from gaternet.provenance import describe_machine
 from gaternet.recipe import Runtime
-from gaternet.run import as_trained, describe_machine
 from gaternet.sweep import make_jobs
 from gaternet.train import Stopped, train
+from gaternet.trained import as_trained
 
 
 def test_commit_is_marked_where_code_was_changed_but_not_by_the_ledger(tmp_path, monkeypatch):
@@ -28,7 +29,7 @@ def test_commit_is_marked_where_code_was_changed_but_not_by_the_ledger(tmp_path,
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("a")
-    monkeypatch.setattr(gaternet.run, "__file__", str(tmp_path / "src" / "run.py"))
+    monkeypatch.setattr(gaternet.provenance, "__file__", str(tmp_path / "src" / "run.py"))
     git("init", "--quiet")
     assert describe_machine()["commit"] is None  # this code is no part of it
     git("add", ".")

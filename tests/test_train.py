@@ -31,8 +31,9 @@ from gaternet.method import GaterNet
 from gaternet.models import create_model
 from gaternet.network import build_network, load_teacher
 from gaternet.recipe import Runtime
-from gaternet.run import RunDirectory, find_model
+from gaternet.run import RunDirectory
 from gaternet.train import train
+from gaternet.trained import find_model
 
 
 def test_run_directory_holds_everything(finished):
@@ -129,9 +130,9 @@ def test_numbers_stand_for_the_names_of_classes(finished, tmp_path, monkeypatch)
     assert evaluate_saved(named, runtime=CPU) == metrics  # on digits, whose classes are numbers
     train(small("resnet20", teacher=str(named), epochs=1), tmp_path / "taught", CPU)
     data = load_data("digits")
-    monkeypatch.setattr("gaternet.evaluate.load_data", lambda *_, **__: replace(data, classes=tuple(names)))
+    monkeypatch.setattr("gaternet.trained.load_data", lambda *_, **__: replace(data, classes=tuple(names)))
     assert evaluate_saved(finished, runtime=Runtime(cpu=True)) == metrics
-    monkeypatch.setattr("gaternet.evaluate.load_data", lambda *_, **__: replace(data, classes=tuple(sorted(names))))
+    monkeypatch.setattr("gaternet.trained.load_data", lambda *_, **__: replace(data, classes=tuple(sorted(names))))
     with pytest.raises(ValueError, match="not those that the model knows"):
         evaluate_saved(named, runtime=Runtime(cpu=True))
 

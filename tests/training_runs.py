@@ -15,8 +15,8 @@ import gaternet.step
 from gaternet.checkpoint import load_model
 from gaternet.recipe import Recipe, Runtime, override
 from gaternet.recipes import find_recipe
-from gaternet.run import find_model
 from gaternet.step import training_step
+from gaternet.trained import find_model
 
 CPU = Runtime(cpu=True, precision="no", log_every=1)
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gaternet.cost import CostModel, count_dense_macs
-from gaternet.data import DataError, ImageSet, Preprocessing, ToInput, classes_of, load_data, same_classes
+from gaternet.data import Preprocessing, ToInput
 from gaternet.loader import Batches, make_batches
 from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
 from gaternet.modes import channels_last_, evaluation_mode
 from gaternet.recipe import Runtime
-from gaternet.run import Which, as_trained, data_of, load_trained
+from gaternet.trained import Which, as_trained, data_of, load_test_set, load_trained
 
 BATCH = 500  # images a step, over all processes together
 
@@ -124,38 +124,3 @@ def evaluate_saved(
     channels_last_(network.to(accelerator.device))
     metrics = evaluate(network, batches, to_input, accelerator, cost)
     return {**metrics, **counts, "parameters": parameters, "precision": accelerator.mixed_precision}
-
-
-def load_test_set(source: str, metadata: dict[str, Any], data_root: str | None = None) -> ImageSet:
-    """The test images of `source`, as `load_sets` gives them."""
-    return load_sets(source, metadata, data_root)[1]
-
-
-def load_sets(source: str, metadata: dict[str, Any], data_root: str | None = None) -> tuple[ImageSet, ImageSet]:
-    """Training and test images of `source`, without augmentation, as the model of `metadata` knows them.
-
-    They have the sizes, channels and class numbers that it was trained on.
-
-    Raises:
-        DataError: there are none, or they do not go with the model.
-    """
-    preprocessing, known = Preprocessing.from_metadata(metadata), classes_of(metadata)
-    square = preprocessing.height == preprocessing.width
-    data = load_data(source, image_size=preprocessing.height if square else None, root=data_root)
-    if data.preprocessing.channels != preprocessing.channels:
-        has, wants = data.preprocessing.channels, preprocessing.channels
-        raise DataError(
-            f"{source} has images of {has} channels, but the model was trained on {wants}: use its own data"
-        )
-    size, wanted = ((p.height, p.width) for p in (data.preprocessing, preprocessing))
-    if isinstance(data.test.images, Tensor) and size != wanted:
-        raise DataError(
-            f"{source} has images of {size[0]} x {size[1]} pixels, but the model was trained on {wanted[0]} x "
-            f"{wanted[1]}: use its own data"
-        )
-    if not same_classes(data.classes, known):
-        raise DataError(f"{source} has {len(data.classes)} classes, not those that the model knows: {', '.join(known)}")
-    for images in (data.train, data.test):
-        if not isinstance(images.images, Tensor):
-            images.transform = preprocessing.fit
-    return data.train, data.test

@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 
 from gaternet.cost import CostModel
 from gaternet.data import DataError, ImageSet, Preprocessing, classes_of, read_image
-from gaternet.evaluate import load_sets
 from gaternet.method import GaterNet
 from gaternet.report.figures import distinct_names, figure, plotly_names
 from gaternet.report.runs import class_names
-from gaternet.run import Which, data_of, load_gated
+from gaternet.trained import Which, data_of, load_gated, load_sets
 
 MAX_BYTES, MAX_PIXELS = 10 * 2**20, 40_000_000  # of an image that is uploaded
 _BATCH = 250

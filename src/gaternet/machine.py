@@ -18,8 +18,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch import Tensor
 
+from gaternet.provenance import processor
 from gaternet.recipe import Runtime
-from gaternet.run import processor
 
 PARENT = "GATERNET_PARENT"  # names the process that started a run, and without which it is not to go on
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl

@@ -18,7 +18,7 @@ from gaternet.models import create_model
 from gaternet.models.create import describe_backbone, other_classifier
 from gaternet.modes import channels_last_
 from gaternet.recipe import Gating, Recipe
-from gaternet.run import find_model, load_trained
+from gaternet.trained import find_model, load_trained
 
 
 def build_network(recipe: Recipe, data: ImageData, seed: int, trained: bool = True) -> nn.Module:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from gaternet.data import Preprocessing, classes_of
 from gaternet.export.exported import ExportedModel
 from gaternet.method import GaterNet
-from gaternet.run import Which, load_trained
 from gaternet.sessions import NotRunnableError
+from gaternet.trained import Which, load_trained
 
 _BATCH = 64
 

@@ -11,27 +11,17 @@ The checkpoint in training.pt stands for everything before it: on resuming, late
 import dataclasses
 import json
 import os
-import platform
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import nn
-
-from gaternet import __version__, checkpoint, files
+from gaternet import checkpoint, files
 from gaternet.locks import lock_folder, unlock_folder
-from gaternet.method import GaterNet
-from gaternet.recipe import Recipe, Runtime, data_name
+from gaternet.provenance import describe_machine, now
+from gaternet.recipe import Recipe, data_name
 
-Which = Literal["last", "best"]  # model of a run: of the last epoch, or of the one with the highest test accuracy
 CONFIG, METRICS, STATE = "config.json", "metrics.jsonl", "training.pt"
-_PACKAGES = ("torchvision", "accelerate", "numpy")
 
 
 class RunDirectory:
@@ -47,7 +37,7 @@ class RunDirectory:
         with self._holding():  # first of all: of two that start at the same time one is refused
             if (self.path / CONFIG).exists():
                 raise ValueError(f"{self.path} holds a run already: continue it with --resume, or name another --out")
-            files.write_json(self.path / CONFIG, {**config, "started": _now(), **describe_machine()})
+            files.write_json(self.path / CONFIG, {**config, "started": now(), **describe_machine()})
 
     def resume(self, config: Mapping[str, Any], main: bool = True) -> dict[str, Any] | None:
         """The training state to continue from, None where none was saved yet.
@@ -103,7 +93,7 @@ class RunDirectory:
         `way` has "precision" and "processes".
         """
         config = self.config()
-        found = {"epoch": epoch, "step": step, **way, "started": _now(), **describe_machine()}
+        found = {"epoch": epoch, "step": step, **way, "started": now(), **describe_machine()}
         earlier = [place for place in config.get("resumed", []) if place.get("step", -1) < step]
         before = {**found, **config, **(earlier or [{}])[-1]}  # an older version's config has less
         facts = ("machine", "versions", "commit", "precision", "processes")
@@ -210,117 +200,8 @@ class RunDirectory:
         return lines
 
 
-def find_model(path: Path, which: Which = "last") -> Path:
-    """The folder of the saved model that `path` means: a saved model itself, or a run's `last` or `best`.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if not path.is_dir():
-        raise ValueError(f"no run or saved model {path}: gaternet train makes runs, by default under runs/")
-    if (path / checkpoint.WEIGHTS).is_file():
-        return path
-    if (path / which / checkpoint.WEIGHTS).is_file():
-        return path / which
-    if (path / CONFIG).exists():
-        raise ValueError(f"the run {path} has no finished epoch yet: continue it with gaternet train --resume")
-    raise ValueError(f"{path} is neither a run nor a saved model: name a folder that gaternet train made")
-
-
-def load_trained(path: Path, which: Which = "last") -> tuple[nn.Module, dict[str, Any]]:
-    """The model that `path` means, see `find_model`, and its metadata.
-
-    It is in evaluation mode and in float32, as its inputs are, in whatever precision it was saved.
-    """
-    model, metadata = checkpoint.load_model(find_model(path, which))
-    return model.float(), metadata
-
-
-def load_gated(path: Path, which: Which = "last") -> tuple[GaterNet, dict[str, Any]]:
-    """`load_trained` of a gated network; ValueError for a plain one."""
-    model, metadata = load_trained(path, which)
-    if not isinstance(model, GaterNet):
-        raise ValueError(f"{path} is a plain network without gates: name a gated run")
-    return model, metadata
-
-
-def trained_on(path: Path, metadata: Mapping[str, Any]) -> str | None:
-    """The data that a model was trained on, if that is known; of a run, where they lay when it went on last."""
-    config: Any = files.read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
-    return (config.get("recipe") or metadata.get("trained") or {}).get("data")
-
-
-def data_of(path: Path, metadata: Mapping[str, Any], other: str | None = None) -> str:
-    """The data that a model was trained on, or `other` in its place; ValueError if neither is known."""
-    source = other or trained_on(path, metadata)
-    if source is None:
-        raise ValueError(f"{path} does not say what it was trained on: name the data with --data")
-    return source
-
-
-def as_trained(path: Path, runtime: Runtime) -> Runtime:
-    """`runtime`, with the precision in which the run in `path` ended where it is "auto", and that can be had here."""
-    config: Any = files.read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
-    precision = {**config, **(config.get("resumed") or [{}])[-1]}.get("precision")
-    possible = precision in ("no", "bf16") or (precision == "fp16" and torch.cuda.is_available() and not runtime.cpu)
-    return dataclasses.replace(runtime, precision=precision) if runtime.precision == "auto" and possible else runtime
-
-
-def describe_machine() -> dict[str, Any]:
-    """Versions, commit, processor, GPUs and command line, as plain data."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "command": " ".join(["gaternet", *sys.argv[1:]]),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,  # with the kind of build, unlike the package's metadata
-            "gaternet": __version__,  # it need not be installed
-            **{name: version(name) for name in _PACKAGES},
-        },
-        "commit": _commit(),
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpus": gpus,
-        },
-    }
-
-
 def _but_threads(value: Any) -> Any:
     return {**value, "threads": None} if isinstance(value, Mapping) else value
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this code is a part of, marked if code was changed; None where there is none.
-
-    Pages and records under docs/ may change: a ledger there, say, grows with each run.
-    """
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-    try:
-        if not git("ls-files", Path(__file__).name):  # what is installed in a folder of somebody's checkout
-            return None
-        changed = git("diff", "--name-only", "HEAD", "--", ":/", ":(top,exclude)docs", ":(top,exclude)*.md")
-        return git("describe", "--always", "--abbrev=12") + ("-dirty" if changed else "")
-    except OSError:  # no git
-        return None
-
-
-def processor() -> str:
-    """The processor's name, such as "AMD EPYC"."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _first_difference(before: Mapping[str, Any], after: Mapping[str, Any], defaults: Mapping[str, Any]) -> str | None:

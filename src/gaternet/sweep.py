@@ -27,7 +27,8 @@ from gaternet.models.create import create_backbone, create_extractor, create_mod
 from gaternet.progress import summary
 from gaternet.recipe import Recipe, Runtime, override
 from gaternet.recipes import find_recipe
-from gaternet.run import CONFIG, METRICS, STATE, RunDirectory, find_model
+from gaternet.run import CONFIG, METRICS, STATE, RunDirectory
+from gaternet.trained import find_model
 
 _FRAME = " │╭╮╰╯─"  # which errors in options come in
 _PATIENCE = 300  # seconds in which stopped runs must have saved what they have

@@ -239,8 +239,7 @@ def _model_and_images(
         images = torch.randn(count, 3, image_size, image_size)
         return gate(create_model(model.removesuffix("_gated"), 1000).eval(), images[:1], sites=select), images
     from gaternet.data import Preprocessing
-    from gaternet.evaluate import load_test_set
-    from gaternet.run import data_of, load_gated
+    from gaternet.trained import data_of, load_gated, load_test_set
 
     network, metadata = load_gated(Path(model), which)
     test = load_test_set(data_of(Path(model), metadata, data), metadata, data_root)
@@ -315,7 +314,7 @@ def _backbone_and_shape(model: str, image_size: int | None, in_chans: int | None
     """A plain network, or the one in a run, and what its images are: [channels, height, width]."""
     from gaternet.method import GaterNet
     from gaternet.models import create_model
-    from gaternet.run import load_trained
+    from gaternet.trained import load_trained
 
     seen: Any = {"mean": (0, 0, 0), "height": 224, "width": 224}
     if Path(model).exists():

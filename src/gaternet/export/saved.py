@@ -9,11 +9,10 @@ from typing import Any, Literal, get_args
 import torch
 
 from gaternet.data import DataError, ImageSet, Preprocessing
-from gaternet.evaluate import load_sets
 from gaternet.export import compare_int8, export_onnx, export_pt2, quantize_onnx
 from gaternet.export.source import Form
 from gaternet.method import GaterNet
-from gaternet.run import Which, load_trained, trained_on
+from gaternet.trained import Which, load_sets, load_trained, trained_on
 
 FileFormat = Literal["onnx", "pt2"]
 Int8 = Literal["backbone", "all"]

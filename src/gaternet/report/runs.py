@@ -12,7 +12,7 @@ from torchvision import datasets
 from gaternet import files
 from gaternet.analysis import analyze
 from gaternet.data import ImageSet, Preprocessing, classes_of
-from gaternet.evaluate import BATCH, load_test_set
+from gaternet.evaluate import BATCH
 from gaternet.findings import GateAnalysis
 from gaternet.forcing import force_gates
 from gaternet.loader import make_batches
@@ -22,7 +22,7 @@ from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime, data_name
 from gaternet.report.comparison import write_comparison
 from gaternet.report.page import write_report
-from gaternet.run import Which, data_of, load_gated
+from gaternet.trained import Which, data_of, load_gated, load_test_set
 
 _NAMES = {
     "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),

@@ -1,0 +1,108 @@
+"""What was trained, for those who use it: a run's model or a saved one, its data, and the precision that it had."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gaternet import checkpoint, files
+from gaternet.data import DataError, ImageSet, Preprocessing, classes_of, load_data, same_classes
+from gaternet.method import GaterNet
+from gaternet.recipe import Runtime
+from gaternet.run import CONFIG
+
+Which = Literal["last", "best"]  # model of a run: of the last epoch, or of the one with the highest test accuracy
+
+
+def find_model(path: Path, which: Which = "last") -> Path:
+    """The folder of the saved model that `path` means: a saved model itself, or a run's `last` or `best`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not path.is_dir():
+        raise ValueError(f"no run or saved model {path}: gaternet train makes runs, by default under runs/")
+    if (path / checkpoint.WEIGHTS).is_file():
+        return path
+    if (path / which / checkpoint.WEIGHTS).is_file():
+        return path / which
+    if (path / CONFIG).exists():
+        raise ValueError(f"the run {path} has no finished epoch yet: continue it with gaternet train --resume")
+    raise ValueError(f"{path} is neither a run nor a saved model: name a folder that gaternet train made")
+
+
+def load_trained(path: Path, which: Which = "last") -> tuple[nn.Module, dict[str, Any]]:
+    """The model that `path` means, see `find_model`, and its metadata.
+
+    It is in evaluation mode and in float32, as its inputs are, in whatever precision it was saved.
+    """
+    model, metadata = checkpoint.load_model(find_model(path, which))
+    return model.float(), metadata
+
+
+def load_gated(path: Path, which: Which = "last") -> tuple[GaterNet, dict[str, Any]]:
+    """`load_trained` of a gated network; ValueError for a plain one."""
+    model, metadata = load_trained(path, which)
+    if not isinstance(model, GaterNet):
+        raise ValueError(f"{path} is a plain network without gates: name a gated run")
+    return model, metadata
+
+
+def trained_on(path: Path, metadata: Mapping[str, Any]) -> str | None:
+    """The data that a model was trained on, if that is known; of a run, where they lay when it went on last."""
+    config: Any = files.read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    return (config.get("recipe") or metadata.get("trained") or {}).get("data")
+
+
+def data_of(path: Path, metadata: Mapping[str, Any], other: str | None = None) -> str:
+    """The data that a model was trained on, or `other` in its place; ValueError if neither is known."""
+    source = other or trained_on(path, metadata)
+    if source is None:
+        raise ValueError(f"{path} does not say what it was trained on: name the data with --data")
+    return source
+
+
+def as_trained(path: Path, runtime: Runtime) -> Runtime:
+    """`runtime`, with the precision in which the run in `path` ended where it is "auto", and that can be had here."""
+    config: Any = files.read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    precision = {**config, **(config.get("resumed") or [{}])[-1]}.get("precision")
+    possible = precision in ("no", "bf16") or (precision == "fp16" and torch.cuda.is_available() and not runtime.cpu)
+    return dataclasses.replace(runtime, precision=precision) if runtime.precision == "auto" and possible else runtime
+
+
+def load_test_set(source: str, metadata: dict[str, Any], data_root: str | None = None) -> ImageSet:
+    """The test images of `source`, as `load_sets` gives them."""
+    return load_sets(source, metadata, data_root)[1]
+
+
+def load_sets(source: str, metadata: dict[str, Any], data_root: str | None = None) -> tuple[ImageSet, ImageSet]:
+    """Training and test images of `source`, without augmentation, as the model of `metadata` knows them.
+
+    They have the sizes, channels and class numbers that it was trained on.
+
+    Raises:
+        DataError: there are none, or they do not go with the model.
+    """
+    preprocessing, known = Preprocessing.from_metadata(metadata), classes_of(metadata)
+    square = preprocessing.height == preprocessing.width
+    data = load_data(source, image_size=preprocessing.height if square else None, root=data_root)
+    if data.preprocessing.channels != preprocessing.channels:
+        has, wants = data.preprocessing.channels, preprocessing.channels
+        raise DataError(
+            f"{source} has images of {has} channels, but the model was trained on {wants}: use its own data"
+        )
+    size, wanted = ((p.height, p.width) for p in (data.preprocessing, preprocessing))
+    if isinstance(data.test.images, Tensor) and size != wanted:
+        raise DataError(
+            f"{source} has images of {size[0]} x {size[1]} pixels, but the model was trained on {wanted[0]} x "
+            f"{wanted[1]}: use its own data"
+        )
+    if not same_classes(data.classes, known):
+        raise DataError(f"{source} has {len(data.classes)} classes, not those that the model knows: {', '.join(known)}")
+    for images in (data.train, data.test):
+        if not isinstance(images.images, Tensor):
+            images.transform = preprocessing.fit
+    return data.train, data.test
