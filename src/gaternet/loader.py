@@ -121,9 +121,9 @@ def _end() -> Any:
 
 
 def _ignore_signals(end: Any, worker: int) -> None:
-    """What comes to the whole process group is for the main process alone: it saves, and then ends its workers.
+    """Ignore what a terminal sends to the whole process group: the main process saves first, and then ends its workers.
 
-    With another SIGTERM, that is, where an error left them: it waits for them to obey.
+    That sends them SIGTERM, and waits until they obey; before its end they ignore that, too.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGHUP"):

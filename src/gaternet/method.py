@@ -63,7 +63,7 @@ def improved_semhash(
 
 
 def gate_sparsity(gates: Float[Tensor, "batch gates"]) -> Float[Tensor, ""]:
-    """Mean over samples of ||g||_1 / C, in [0, 1]: the share of open filters, the paper's penalty (equation 8)."""
+    """Mean over samples of ||g||_1 / C, in [0, 1]: the share of open gates, the paper's penalty (equation 8)."""
     return gates.abs().mean()
 
 

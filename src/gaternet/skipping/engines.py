@@ -1,4 +1,4 @@
-"""Engines: the ways to run a GaterNet's backbone under given gates, and which is fastest here."""
+"""What carries out a plan here: native code, Triton's kernels or PyTorch's; and the timing of engines for "auto"."""
 
 import statistics
 import time

@@ -115,10 +115,10 @@ class Step:
         out: name of the value that it computes.
         sources: names of the values that it reads.
         pattern: of its value, an index into the plan's patterns, or `DENSE`.
-        filters: of a "conv", the pattern of its filters: that of its value, save where that is dense because the
-            convolution adds to a dense one, or because it writes zeros at its closed filters.
+        filters: of a "conv", the pattern of the filters that it computes. Another than `pattern` where its value is
+            dense all the same: because it is added to a dense one, or holds zeros at closed filters.
         adds: of a "conv", the value that it adds to, in place; also the last of its sources.
-        held: whether a "conv" has weights for the channels that are held of its source, all of them.
+        held: whether the weights of a "conv" were pruned to what is held of its source, so that none are gathered.
         relu: whether a ReLU follows.
         mask: the gates' column of each channel to multiply with, `ALIVE` for one: at a site whose filters run whether
             open or not.
