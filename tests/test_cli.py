@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -292,9 +293,28 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, gaternet_command):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
-    assert "continue with --resume" in errors
+    assert f"gaternet train --resume --out {run} goes on" in errors
     assert "Traceback" not in errors
     assert (run / "training.pt").exists()
+
+
+def test_a_run_knows_what_it_trains(run, tmp_path, capsys, monkeypatch):
+    """Its options, its seed and those of the machine are what it was started with, unless others are given."""
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    (copied / "training.pt").unlink()  # as if it had been killed before it saved anything
+    shutil.rmtree(copied / "last")
+    call("train", "--resume", "--out", copied)
+    for name in ("config.json", "last/model.safetensors"):
+        assert (copied / name).read_bytes() == (run / name).read_bytes()
+    for options, message in {
+        ("--resume", "--out", copied, "--seed", 4): "seed was 0, now it is 4",
+        ("--resume", "--out", copied, "--lr", 0.2): "lr was 0.05, now it is 0.2",
+        ("--resume", "--out", tmp_path): "holds no run to resume: name a recipe to start one",
+        ("--resume",): "name a recipe to train, or a run to go on with: gaternet train --resume --out RUN",
+        ("--out", copied): "name a recipe to train",
+    }.items():
+        assert message in fail(capsys, monkeypatch, "train", *options)[1]
 
 
 def test_sites_of_a_run_are_those_of_its_backbone(run, tmp_path):

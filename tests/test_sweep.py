@@ -250,7 +250,7 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path, gaternet_command):
     _, message = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "stopped, with all saved; 0 of 1 runs are finished: the same command goes on" in message
-    assert "with all saved in" in (run / "log.txt").read_text()
+    assert "with all saved: " in (run / "log.txt").read_text()
     config = (run / "config.json").read_text()
     done = subprocess.run([*gaternet_command, *words], check=True, **pipes)
     (line,) = json.loads(done.stdout)
@@ -274,7 +274,7 @@ def test_runs_end_with_their_sweep_however_that_ends(tmp_path, gaternet_command,
     process.send_signal(signum)
     assert process.wait(120) in (128 + signum, -signum)
     deadline = time.monotonic() + 60
-    while "with all saved in" not in (run / "log.txt").read_text():
+    while "with all saved: " not in (run / "log.txt").read_text():
         assert time.monotonic() < deadline, "the run goes on"
         time.sleep(0.05)
 

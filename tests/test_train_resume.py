@@ -28,7 +28,7 @@ from gaternet.train import Stopped, TrainingError, train
 def test_stopped_run_resumes_to_the_same_weights(finished, tmp_path, monkeypatch, step, signum):
     run = tmp_path / "run"
     send_signal_after(monkeypatch, step, signum)
-    with pytest.raises(Stopped, match=f"after step {step}, .*--resume") as stopped:
+    with pytest.raises(Stopped, match=f"after step {step}, with all saved: gaternet train --resume --out") as stopped:
         train(small(ema_decay=0.9), run, CPU)
     assert stopped.value.signum == signum
     monkeypatch.undo()

@@ -61,7 +61,17 @@ def analyze(
             images, labels = images_and_labels(batch)
             if not len(images):
                 continue
-            pass_ = pass_ or _Pass(model, images, labels, preprocessing, classes, samples, extremes, seed)
+            if pass_ is None:
+                pass_ = _Pass(
+                    model,
+                    images,
+                    labels,
+                    preprocessing=preprocessing,
+                    classes=classes,
+                    samples=samples,
+                    extremes=extremes,
+                    seed=seed,
+                )
             pass_.add(images, labels)
     if pass_ is None or not pass_.seen:
         raise ValueError("there are no images to analyze: the loader is empty")
@@ -110,6 +120,7 @@ class _Pass:
         model: GaterNet,
         images: Tensor,
         labels: Tensor | None,
+        *,
         preprocessing: Preprocessing | None,
         classes: Sequence[str] | None,
         samples: int,

@@ -5,9 +5,10 @@ the paper's public code is patterned on, else that of the backbone's authors (do
 """
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
-from gaternet.recipe import Augmentation, Gating, Optimizer, PaperRow, Recipe
+from gaternet.recipe import Augmentation, Gating, Optimizer, PaperRow, Recipe, flat_options, override
 
 # Table 1: model -> gates, then (params, error) on CIFAR-10 and on CIFAR-100
 _TABLE_1 = {
@@ -235,6 +236,17 @@ def _finetune() -> Recipe:
 _OURS = [*_digits(), *_imagenette(), *_short(), *_open_samples(), *_half(), _finetune()]
 _ALL = [*_OURS, *_table_1(), *_table_2(), *_table_3()]
 RECIPES = {recipe.name: recipe for recipe in _ALL}
+
+
+def saved_recipe(saved: Mapping[str, Any]) -> Recipe:
+    """The recipe that was saved as plain data, say in a run's config.
+
+    Raises:
+        ValueError: it has options that there are not, or that cannot be.
+    """
+    name = str(saved.get("name"))
+    options = {key: tuple(v) if isinstance(v, list) else v for key, v in flat_options(saved).items()}
+    return override(RECIPES.get(name) or Recipe(name), options)
 
 
 def find_recipe(name: str) -> Recipe:

@@ -6,6 +6,7 @@ killed and resumed ends with the same weights: bit for bit where sums always com
 """
 
 import math
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -307,5 +308,5 @@ def _explained(error: Exception) -> TrainingError | None:
 
 def _stopped(received: list[int], run: RunDirectory, epoch: int, step: int) -> Stopped:
     signum = received[0] if received else signal.SIGTERM  # another process got it
-    text = f"stopped in epoch {epoch + 1} after step {step}, with all saved in {run.path}: continue with --resume"
-    return Stopped(text, signum)
+    text = f"stopped in epoch {epoch + 1} after step {step}, with all saved"
+    return Stopped(f"{text}: gaternet train --resume --out {shlex.quote(str(run.path))} goes on with it", signum)

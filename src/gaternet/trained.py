@@ -1,6 +1,7 @@
 """What was trained, for those who use it: a run's model or a saved one, its data, and the precision that it had."""
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,8 @@ def find_model(path: Path, which: Which = "last") -> Path:
     if (path / which / checkpoint.WEIGHTS).is_file():
         return path / which
     if (path / CONFIG).exists():
-        raise ValueError(f"the run {path} has no finished epoch yet: continue it with gaternet train --resume")
+        command = f"gaternet train --resume --out {shlex.quote(str(path))}"
+        raise ValueError(f"the run {path} has no finished epoch yet: continue it with {command}")
     raise ValueError(f"{path} is neither a run nor a saved model: name a folder that gaternet train made")
 
 

@@ -7,7 +7,7 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +27,7 @@ from gaternet.recipe import (
     idle_options,
     override,
 )
-from gaternet.recipes import RECIPES, find_recipe
+from gaternet.recipes import RECIPES, find_recipe, saved_recipe
 
 _PANELS = {
     Recipe: "Recipe",
@@ -40,9 +40,17 @@ _PANELS = {
 
 
 def _train(
-    recipe: Annotated[str, typer.Argument(help="name of a recipe; [bold]gaternet recipes[/] lists them")],
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="name of a recipe; [bold]gaternet recipes[/] lists them; with --resume and --out that of the run"
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="run directory  [dim]\\[default: runs/RECIPE][/]")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of weights, order, augmentation and noise")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=2**63 - 1, help="of weights, order, augmentation and noise  [dim]\\[default: 0][/]"),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in the run directory")] = False,
     ledger: Annotated[Path | None, typer.Option(help="file to append a line to when the run is finished")] = None,
     as_json: JsonOption = False,
@@ -58,19 +66,23 @@ def _train(
 
       gaternet train cifar10_resnet20_gated --epochs 16 --schedule cosine --out runs/short
 
-      gaternet train cifar10_resnet20_gated --resume
+      gaternet train --resume --out runs/short
 
       accelerate launch --num_processes 4 -m gaternet train cifar10_resnet56_gated
     """
-    changes, runtime = _changes_and_runtime(options)
-    changed = override(find_recipe(recipe), changes)
+    if recipe is None and (out is None or not resume):
+        raise ValueError("name a recipe to train, or a run to go on with: gaternet train --resume --out RUN")
+    path = out or Path("runs") / str(recipe)
+    chosen, begun, machine = (find_recipe(recipe), 0, {}) if recipe is not None else _of_run(path)
+    seed = begun if seed is None else seed
+    changes, runtime = _changes_and_runtime(options, machine)
+    changed = override(chosen, changes)
     _refuse_idle(changes.keys(), changed)
     from gaternet.ledger import add_run, check_ledger
     from gaternet.machine import end_with_parent
     from gaternet.train import train
 
     end_with_parent()
-    path = out or Path("runs") / recipe
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
         if ledger is not None:
             check_ledger(ledger)
@@ -84,6 +96,16 @@ def _train(
             console.print(escaped(done), highlight=False)
     if as_json and PartialState().is_main_process:
         print(json.dumps(record))
+
+
+def _of_run(path: Path) -> tuple[Recipe, int, dict[str, Any]]:
+    """What a run trains, its seed, and the options of the machine that it was started with."""
+    from gaternet.run import CONFIG, RunDirectory
+
+    if not (path / CONFIG).exists():
+        raise ValueError(f"{path} holds no run to resume: name a recipe to start one")
+    config = RunDirectory(path).config()
+    return saved_recipe(config["recipe"]), config["seed"], config.get("runtime", {})
 
 
 def _refuse_idle(given: Set[str], recipe: Recipe) -> None:
@@ -183,13 +205,16 @@ def _parsed(flag: str, kind: Any, value: str) -> Any:
         raise ValueError(f"--vary {flag} takes {words[kind]}, not {value!r}") from error
 
 
-def _changes_and_runtime(options: dict[str, Any]) -> tuple[dict[str, Any], Runtime]:
-    """The options that were given, those of the recipe apart from those of the machine."""
+def _changes_and_runtime(
+    options: dict[str, Any], machine: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], Runtime]:
+    """The options that were given, those of the recipe apart from those of the machine; `machine` has defaults."""
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    machine = {field.name for field in dataclasses.fields(Runtime)}
-    runtime = Runtime(**{name: given.pop(name) for name in machine & given.keys()})
-    return given, runtime
+    names = {field.name for field in dataclasses.fields(Runtime)}
+    wanted = {name: value for name, value in (machine or {}).items() if name in names}
+    wanted |= {name: given.pop(name) for name in names & given.keys()}
+    return given, Runtime(**wanted)
 
 
 def _option_parameters() -> list[inspect.Parameter]:

@@ -68,7 +68,9 @@ def report_runs(
         else:
             directory = (out or Path("report")) / (f"run{len(found) + 1}" if len(runs) > 1 else "")
         title = f"Gates of {run.resolve().name}"
-        found[name], page = _report_run(network, metadata, source, title, directory, runtime, samples, forced)
+        found[name], page = _report_run(
+            network, metadata, source, directory, title=title, runtime=runtime, samples=samples, forced=forced
+        )
         pages.append(page)
     if len(runs) > 1:
         pages.append(write_comparison(found, out or Path("report"), [page.parent.name for page in pages]))
@@ -79,8 +81,9 @@ def _report_run(
     network: GaterNet,
     metadata: dict[str, Any],
     source: str,
-    title: str,
     directory: Path,
+    *,
+    title: str,
     runtime: Runtime,
     samples: int,
     forced: int,
