@@ -1,5 +1,6 @@
 """Figures of the gates, against a brute-force recount."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -244,6 +245,8 @@ def test_it_says_in_a_line_what_it_found(analysis):
 def test_samples_are_at_least_one():
     with pytest.raises(ValueError, match="samples must be at least 1, but is 0"):
         analyze(MODEL, batches(), preprocessing=PIXELS, samples=0)
+    with pytest.raises(ValueError, match="extremes must be at least 0, but is -1"):
+        analyze(MODEL, batches(), preprocessing=PIXELS, extremes=-1)
 
 
 def test_what_chance_shows_is_drawn_once_and_in_pieces(analysis, monkeypatch):
@@ -276,3 +279,38 @@ def test_thumbnails_are_small_and_grey_or_coloured(shape, expected):
     picture = thumbnail(torch.rand(shape))
     assert picture.shape == expected
     assert max(picture.shape[:2]) <= THUMBNAIL
+
+
+def test_numbers_are_exact_within_an_autocast():
+    """Which computes products in bf16, that knows no 257."""
+    loader = [(IMAGES[:1].expand(500, -1, -1, -1), torch.zeros(500, dtype=torch.long))]
+    found = analyze(MODEL, loader, preprocessing=PIXELS, samples=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = analyze(MODEL, loader, preprocessing=PIXELS, samples=1)
+    for analysis in (found, within):
+        assert set(analysis.rates.tolist()) <= {0, 1}
+        assert set(analysis.class_right.tolist()) <= {0, 500}
+
+
+def test_small_pictures_are_copies():
+    """The loader may fill the batch anew, and many pictures would keep whole batches."""
+    batch = IMAGES[:2].clone()
+    found = thumbnail(batch[0])
+    before = found.copy()
+    batch.zero_()
+    assert np.array_equal(found, before)
+    assert found.base is None or found.base.size == found.size
+
+
+def test_pixels_and_inputs_are_told_apart():
+    with pytest.raises(ValueError, match=r"the images are pixels in uint8: pass preprocessing=\.\.\."):
+        analyze(MODEL, [IMAGES[:4]])
+    with pytest.raises(ValueError, match=r"the images are no pixels in uint8, .*: leave it out"):
+        analyze(MODEL, [IMAGES[:4].float()], preprocessing=PIXELS)
+
+
+def test_a_model_that_gives_no_numbers_is_not_analyzed():
+    model = copy.deepcopy(MODEL)
+    torch.nn.init.constant_(next(model.backbone.parameters()), float("nan"))
+    with pytest.raises(ValueError, match="logits that are no finite numbers"):
+        analyze(model, [IMAGES[:4]], preprocessing=PIXELS)

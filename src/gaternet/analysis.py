@@ -55,6 +55,8 @@ def analyze(
     require_gated(model)
     if samples < 1:
         raise ValueError(f"samples must be at least 1, but is {samples}")
+    if extremes < 0:
+        raise ValueError(f"extremes must be at least 0, but is {extremes}")
     pass_ = None
     with evaluation_mode(model):
         for batch in loader:
@@ -109,7 +111,7 @@ def thumbnail(image: Tensor) -> NDArray[np.uint8]:
     if longest > THUMBNAIL:
         size = [max(1, round(side * THUMBNAIL / longest)) for side in image.shape[1:]]
         image = tv.resize(image, size)
-    return image.permute(1, 2, 0).cpu().numpy()
+    return image.permute(1, 2, 0).cpu().numpy().copy()  # a view would hold the whole batch, which may change
 
 
 class _Pass:
@@ -148,6 +150,14 @@ class _Pass:
         self.facts: dict[int, tuple[int, int, int, int]] = {}
 
     def _inputs(self, images: Tensor) -> Tensor:
+        pixels = images.dtype == torch.uint8
+        if pixels != (self.preprocessing is not None):
+            wrong = (
+                "pixels in uint8: pass preprocessing=..., which"
+                if pixels
+                else "no pixels in uint8, which preprocessing"
+            )
+            raise ValueError(f"the images are {wrong} makes inputs of" + ("" if pixels else ": leave it out"))
         images = images.to(self.device)
         return images if self.preprocessing is None else self.preprocessing.normalize(images)
 
@@ -165,6 +175,10 @@ class _Pass:
         logits: Any = self.model.forward_gated(inputs, gates)
         if not isinstance(logits, Tensor):
             raise ValueError(f"the backbone must give logits (B, K), but gives a {type(logits).__name__}: wrap it")
+        if not logits.isfinite().all():
+            raise ValueError(
+                "the model gives logits that are no finite numbers: its weights, or the images, are damaged"
+            )
         predictions, opened = logits.argmax(1), gates > 0.5
         if (labels is None) == self.labeled:
             raise ValueError("some batches have labels and others have not: give all or none of them")
@@ -195,14 +209,11 @@ class _Pass:
             if self.classes is not None and len(self.classes) != classes:
                 raise ValueError(f"there are {len(self.classes)} names of classes, but the model has {classes} outputs")
             for name, shape in {"count": (), "right": (), "macs": (), "open": (opened.shape[1],)}.items():
-                self.sums[name] = torch.zeros(classes, *shape, dtype=macs.dtype, device=self.device)
-        one_hot = torch.zeros(classes, len(by), device=self.device).index_put_(
-            (by, torch.arange(len(by), device=self.device)), torch.ones((), device=self.device)
-        )
-        self.sums["count"] += one_hot.sum(1)
-        self.sums["right"] += one_hot @ (by == predictions).float()
-        self.sums["macs"] += one_hot.to(macs) @ macs
-        self.sums["open"] += one_hot @ opened.float()
+                dtype = macs.dtype if name == "macs" else torch.int32
+                self.sums[name] = torch.zeros(classes, *shape, dtype=dtype, device=self.device)
+        values = {"count": torch.ones_like(by), "right": by == predictions, "macs": macs, "open": opened}
+        for name, value in values.items():
+            self.sums[name].index_add_(0, by, value.to(self.sums[name].dtype))
 
     def _keep_images(self, images: Tensor, batch: Samples) -> None:
         """Of the images that are still named somewhere; the others are dropped."""
