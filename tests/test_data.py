@@ -287,3 +287,21 @@ def test_torchvisions_arrays_keep_rows_columns_and_parts(tmp_path, monkeypatch):
         pixels = np.stack([images[i][0].permute(1, 2, 0).numpy() for i in range(len(images))])
         assert np.array_equal(pixels, Known(tmp_path, train).data)
         assert [images[i][1] for i in range(len(images))] == Known(tmp_path, train).targets
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"height": "8"}, "height must be a whole number of pixels, but is '8'"),
+        ({"width": 0}, "width must be a whole number of pixels, but is 0"),
+        ({"mean": (0.5, 0.5)}, "mean and std must have 1 or 3 channels, but have 2 and 3"),
+        ({"std": (0.25, 0.0, 0.25)}, "mean must be finite, and std above 0"),
+        ({"crop": 1.5}, r"crop must be in \(0, 1\], but is 1.5"),
+    ],
+)
+def test_preprocessing_that_cannot_be_is_refused(changes, message, unchecked_types):
+    known = {"height": 8, "width": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    with pytest.raises(ValueError, match=message):
+        Preprocessing(**(known | changes))
+    with pytest.raises(DataError, match=f"does not say how images become its input .*{message}"):
+        Preprocessing.from_metadata({"preprocessing": known | changes})

@@ -94,8 +94,11 @@ def test_a_run_is_judged_in_the_precision_in_which_it_ended(tmp_path):
         ({"precision": "bf16", "resumed": [{"precision": "no"}]}, "no"),
         ({"precision": "no", "resumed": [{"precision": "bf16"}, {"step": 3}]}, "no"),
     ):
-        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "config.json").write_text(json.dumps({"recipe": {}, **config}))
         assert as_trained(tmp_path, Runtime(cpu=True)).precision == precision
+        (tmp_path / "last").mkdir(exist_ok=True)
+        (tmp_path / "last" / "config.json").write_text("{}")
+        assert as_trained(tmp_path / "last", Runtime(cpu=True)).precision == precision
 
 
 def test_a_signal_in_the_last_step_does_not_keep_a_run_from_being_finished(tmp_path, monkeypatch):

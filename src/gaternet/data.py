@@ -4,6 +4,7 @@ Every source ends as two `ImageSet`s of uint8 images (C, H, W) and labels.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -47,6 +48,17 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            if not isinstance(side := getattr(self, name), int) or side < 1:
+                raise ValueError(f"{name} must be a whole number of pixels, but is {side!r}")
+        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
+            raise ValueError(f"mean and std must have 1 or 3 channels, but have {len(self.mean)} and {len(self.std)}")
+        if not all(math.isfinite(value) for value in self.mean) or not all(0 < value < math.inf for value in self.std):
+            raise ValueError(f"mean must be finite, and std above 0, but they are {self.mean} and {self.std}")
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"crop must be in (0, 1], but is {self.crop}")
 
     @property
     def channels(self) -> int:

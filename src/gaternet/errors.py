@@ -1,5 +1,8 @@
 """Errors of training, which the command line knows without loading that; words of errors that others raise."""
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on, and the program is not to blame; the message names the mend."""
@@ -16,3 +19,8 @@ class Stopped(TrainingError):  # noqa: N818 (it is no failure)
 def first_line(error: BaseException) -> str:
     """What an error says, without what is below it."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def some(classes: Sequence[Any]) -> str:
+    """Names of classes on one line, the first ten of many."""
+    return ", ".join(" ".join(str(name).split()) for name in classes[:10]) + (" ..." if len(classes) > 10 else "")

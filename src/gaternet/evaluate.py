@@ -123,4 +123,9 @@ def evaluate_saved(
     parameters = sum(p.numel() for p in network.parameters())
     channels_last_(network.to(accelerator.device))
     metrics = evaluate(network, batches, to_input, accelerator, cost)
+    if not math.isfinite(metrics["loss"]):
+        raise ValueError(
+            f"the model in {path} gives logits that are no finite numbers: its weights are damaged, or "
+            f"{accelerator.mixed_precision} is too coarse for them (--precision no)"
+        )
     return {**metrics, **counts, "parameters": parameters, "precision": accelerator.mixed_precision}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaternet.data import Preprocessing, classes_of
+from gaternet.data import DataError, Preprocessing, classes_of
 from gaternet.export.exported import ExportedModel
 from gaternet.method import GaterNet
 from gaternet.sessions import NotRunnableError
@@ -76,9 +76,12 @@ def predict(
 
     Raises:
         DataError: a file is missing or cannot be read.
+        ValueError: the model's outputs are no numbers, or not those of its classes.
     """
     if top < 1:
         raise ValueError(f"top must be at least 1, but is {top}")
+    if missing := [path for path in images if not Path(path).exists()]:  # before work is done that would be lost
+        raise DataError(f"no image {missing[0]}: check the path")
     preprocessing, classes = Preprocessing.from_metadata(metadata), classes_of(metadata)
     batch = 1 if isinstance(network, ExportedModel) and network.takes_one else _BATCH
     predictions = []
@@ -86,6 +89,13 @@ def predict(
         paths = images[start : start + batch]
         pixels = torch.stack([preprocessing.open(path) for path in paths])  # (B, C, H, W)
         logits, gates = _run(network, preprocessing, pixels)
+        if logits.shape[1] != len(classes):
+            raise ValueError(
+                f"the model has {logits.shape[1]} outputs, but its metadata names {len(classes)} classes: name each one"
+            )
+        if not logits.isfinite().all():
+            broken = paths[int((~logits.isfinite()).any(1).nonzero()[0])]
+            raise ValueError(f"the model gives {broken} logits that are no finite numbers: its weights are damaged")
         likeliest = logits.float().softmax(1).topk(min(top, len(classes)))
         for row, path in enumerate(paths):
             pairs = zip(likeliest.indices[row].tolist(), likeliest.values[row].tolist(), strict=True)

@@ -4,13 +4,14 @@ import dataclasses
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from gaternet import checkpoint, files
 from gaternet.data import DataError, ImageSet, Preprocessing, classes_of, load_data, same_classes
+from gaternet.errors import some
 from gaternet.method import GaterNet
 from gaternet.recipe import Runtime
 from gaternet.run import CONFIG
@@ -27,6 +28,8 @@ def find_model(path: Path, which: Which = "last") -> Path:
     if not path.is_dir():
         raise ValueError(f"no run or saved model {path}: gaternet train makes runs, by default under runs/")
     if (path / checkpoint.WEIGHTS).is_file():
+        if which != "last":
+            raise ValueError(f"{path} is one saved model, not a run with a {which} one: name the run")
         return path
     if (path / which / checkpoint.WEIGHTS).is_file():
         return path / which
@@ -55,8 +58,7 @@ def load_gated(path: Path, which: Which = "last") -> tuple[GaterNet, dict[str, A
 
 def trained_on(path: Path, metadata: Mapping[str, Any]) -> str | None:
     """The data that a model was trained on, if that is known; of a run, where they lay when it went on last."""
-    config: Any = files.read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
-    return (config.get("recipe") or metadata.get("trained") or {}).get("data")
+    return (_run_config(path).get("recipe") or metadata.get("trained") or {}).get("data")
 
 
 def data_of(path: Path, metadata: Mapping[str, Any], other: str | None = None) -> str:
@@ -69,10 +71,17 @@ def data_of(path: Path, metadata: Mapping[str, Any], other: str | None = None) -
 
 def as_trained(path: Path, runtime: Runtime) -> Runtime:
     """`runtime`, with the precision in which the run in `path` ended where it is "auto", and that can be had here."""
-    config: Any = files.read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    config = _run_config(path)
     precision = {**config, **(config.get("resumed") or [{}])[-1]}.get("precision")
     possible = precision in ("no", "bf16") or (precision == "fp16" and torch.cuda.is_available() and not runtime.cpu)
     return dataclasses.replace(runtime, precision=precision) if runtime.precision == "auto" and possible else runtime
+
+
+def _run_config(path: Path) -> dict[str, Any]:
+    """The config of the run that `path` is, or whose last or best model it is; {} where there is none."""
+    folders = [path, path.resolve().parent] if path.resolve().name in get_args(Which) else [path]
+    found = [files.read_json(folder / CONFIG) for folder in folders if (folder / CONFIG).is_file()]
+    return next((config for config in found if "recipe" in config), {})
 
 
 def load_test_set(source: str, metadata: dict[str, Any], data_root: str | None = None) -> ImageSet:
@@ -103,7 +112,7 @@ def load_sets(source: str, metadata: dict[str, Any], data_root: str | None = Non
             f"{wanted[1]}: use its own data"
         )
     if not same_classes(data.classes, known):
-        raise DataError(f"{source} has {len(data.classes)} classes, not those that the model knows: {', '.join(known)}")
+        raise DataError(f"{source} has {len(data.classes)} classes, not those that the model knows: {some(known)}")
     for images in (data.train, data.test):
         if not isinstance(images.images, Tensor):
             images.transform = preprocessing.fit

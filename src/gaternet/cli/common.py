@@ -1,10 +1,12 @@
 """What the commands share: the app, argument types, the console, and what becomes of errors."""
 
 import io
+import json
+import math
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -77,6 +79,19 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, Stopped):
         return 128 + error.signum
     return 1 if isinstance(error, TrainingError) else None
+
+
+def print_json(data: Any) -> None:
+    """Print plain data for a program; what is no finite number is null, for JSON knows none."""
+    print(json.dumps(_finite(data), allow_nan=False))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def escaped(text: str) -> str:

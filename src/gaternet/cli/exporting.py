@@ -1,12 +1,11 @@
 """The command that writes a trained model to a file for other programs."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from gaternet.cli.common import JsonOption, RunArgument, WhichOption, app, console, escaped
+from gaternet.cli.common import JsonOption, RunArgument, WhichOption, app, console, escaped, print_json
 
 
 @app.command()
@@ -59,7 +58,7 @@ def export(
             images=images,
         )
     if as_json:
-        print(json.dumps(report))
+        print_json(report)
         return
     file, compared, effect = Path(report["file"]), report["compared"], report.get("int8")
     given = " and ".join(report["outputs"])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import json
 import shlex
 import sys
 import types
@@ -15,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from gaternet.cli.common import JsonOption, app, console, escaped
+from gaternet.cli.common import JsonOption, app, console, escaped, print_json
 from gaternet.recipe import (
     Augmentation,
     Distillation,
@@ -95,7 +94,7 @@ def _train(
             done = f"trained for {changed.duration}: gaternet evaluate {shlex.quote(str(path))}"
             console.print(escaped(done), highlight=False)
     if as_json and PartialState().is_main_process:
-        print(json.dumps(record))
+        print_json(record)
 
 
 def _of_run(path: Path) -> tuple[Recipe, int, dict[str, Any]]:
@@ -179,7 +178,7 @@ def _sweep(
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
         lines = run_sweep(planned, ledger or out / "ledger.jsonl", runtime, jobs, minutes)
     if as_json:
-        print(json.dumps(lines))
+        print_json(lines)
 
 
 def _varied(text: str) -> tuple[str, list[Any]]:
@@ -188,6 +187,8 @@ def _varied(text: str) -> tuple[str, list[Any]]:
     if not equals or not values:
         raise ValueError(f"--vary takes an option and its values, say noise-std=0,0.5, not {text!r}")
     name = flag.removeprefix("--").replace("-", "_")
+    if name == "seed":
+        raise ValueError("--vary cannot vary the seed: give the number of seeds, --seeds 3 say")
     fields = {field.name: field for owner in _PANELS if owner is not Runtime for field in dataclasses.fields(owner)}
     kind = _cli_type(fields[name].type) if name in fields else str
     return name, [_parsed(flag, kind, value) for value in values.split(",")]
@@ -276,7 +277,7 @@ def recipes(
     """
     chosen = [find_recipe(name) for name in names or RECIPES]
     if as_json:
-        print(json.dumps([dataclasses.asdict(recipe) for recipe in chosen]))
+        print_json([dataclasses.asdict(recipe) for recipe in chosen])
         return
     if names:
         for recipe in chosen:

@@ -1,14 +1,13 @@
 """Commands that use and examine networks: trained ones, and those that may be gated."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
-from gaternet.cli.common import JsonOption, RunArgument, WhichOption, app, console, escaped
+from gaternet.cli.common import JsonOption, RunArgument, WhichOption, app, console, escaped, print_json
 from gaternet.recipe import Runtime
 
 
@@ -38,7 +37,7 @@ def evaluate(
 
     metrics = evaluate_saved(run, which, data, Runtime(cpu=cpu, precision=precision, data_root=data_root))
     if as_json:
-        print(json.dumps(metrics))
+        print_json(metrics)
         return
     table = Table(show_header=False, box=None)
     table.add_row("images", f"{metrics['images']:,}")
@@ -86,7 +85,7 @@ def predict(
 
     predictions = run_predict(*load(run, which), images, top)
     if as_json:
-        print(json.dumps([dataclasses.asdict(prediction) for prediction in predictions]))
+        print_json([dataclasses.asdict(prediction) for prediction in predictions])
         return
     table = Table("image", "classes", "open gates")
     for prediction in predictions:
@@ -128,7 +127,7 @@ def report(
     with console.status("looking at the gates"):
         pages = report_runs(runs, which, data, out, runtime, samples=samples, forced=forced)
     if as_json:
-        print(json.dumps([str(path) for path in pages]))
+        print_json([str(path) for path in pages])
         return
     for path in pages:
         console.print(escaped(f"the report is {path}"))
@@ -171,11 +170,18 @@ def bench(
     engine: Annotated[
         list[str] | None, typer.Option(help="dense engine to compare with; default: all that are installed")
     ] = None,
-    select: Annotated[Literal["residual", "all"], typer.Option("--sites", help="gated filters of a network")] = "all",
-    image_size: Annotated[int, typer.Option(min=1, help="side of a network's images in pixels")] = 224,
+    select: Annotated[
+        Literal["residual", "all"] | None,
+        typer.Option("--sites", help="gated filters of a network  [dim]\\[default: all][/]"),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="side of a network's images in pixels  [dim]\\[default: 224][/]")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="images for a run, see train --data; default: its own")] = None,
     data_root: Annotated[str | None, typer.Option(help="where torchvision's data sets lie")] = None,
-    which: WhichOption = "last",
+    which: Annotated[
+        Literal["last", "best"] | None, typer.Option(help="which model of a run  [dim]\\[default: last][/]")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="turns that each takes")] = 5,
     as_json: JsonOption = False,
 ) -> None:
@@ -203,7 +209,7 @@ def bench(
             chosen = engine or ENGINES
             timings += time_batch(network, images[:batch], densities, chosen, rounds=rounds, note=notes.setdefault)
     if as_json:
-        print(json.dumps([{**dataclasses.asdict(t), "images_per_second": t.images_per_second} for t in timings]))
+        print_json([{**dataclasses.asdict(t), "images_per_second": t.images_per_second} for t in timings])
         return
     for batch in batch_size:
         rows = [timing for timing in timings if timing.batch == batch]
@@ -226,22 +232,35 @@ def bench(
 
 
 def _model_and_images(
-    model: str, count: int, select: Any, image_size: int, data: str | None, data_root: str | None, which: Any
+    model: str,
+    count: int,
+    select: Literal["residual", "all"] | None,
+    image_size: int | None,
+    data: str | None,
+    data_root: str | None,
+    which: Literal["last", "best"] | None,
 ) -> Any:
     """A GaterNet and a batch for it: of a run with test images, of a network with noise."""
     import torch
 
-    if not Path(model).exists():
+    of_runs = {"--data": data, "--data-root": data_root, "--which": which}
+    of_networks = {"--sites": select, "--image-size": image_size}
+    known = Path(model).exists()
+    for flag, value in (of_networks if known else of_runs).items():
+        if value is not None:
+            raise ValueError(f"{flag} is for {'networks by name' if known else 'runs'}, not for {model}: leave it out")
+    if not known:
         from gaternet.gating import gate
         from gaternet.models import create_model
 
         torch.manual_seed(0)
-        images = torch.randn(count, 3, image_size, image_size)
-        return gate(create_model(model.removesuffix("_gated"), 1000).eval(), images[:1], sites=select), images
+        images = torch.randn(count, 3, image_size or 224, image_size or 224)
+        backbone = create_model(model.removesuffix("_gated"), 1000).eval()
+        return gate(backbone, images[:1], sites=select or "all"), images
     from gaternet.data import Preprocessing
     from gaternet.trained import data_of, load_gated, load_test_set
 
-    network, metadata = load_gated(Path(model), which)
+    network, metadata = load_gated(Path(model), which or "last")
     test = load_test_set(data_of(Path(model), metadata, data), metadata, data_root)
     pixels = test.take(i % len(test) for i in range(count))
     return network, Preprocessing.from_metadata(metadata).normalize(pixels)
@@ -281,21 +300,25 @@ def sites(
     graph = read_graph(backbone, torch.zeros(2, *shape))
     report = examine(graph, select)
     cost = CostModel(graph, report.sites)
-    savings = cost.savings()
+    savings, owners = cost.savings(), {site.start: site for site in reversed(report.sites)}
+    # Of each site the least and the most that a gate of its own saves
+    saved = [
+        [int(pick(savings[site.start : site.stop])) for pick in (min, max)] if owners[site.start] is site else None
+        for site in report.sites
+    ]
     if as_json:
-        gated = [{**dataclasses.asdict(site), "saves": int(savings[site.start])} for site in report.sites]
-        print(
-            json.dumps({"sites": gated, "left_out": report.left_out, "macs": cost.dense, "gateable": cost.gateable()})
-        )
+        gated = [{**dataclasses.asdict(site), "saves": saves} for site, saves in zip(report.sites, saved, strict=True)]
+        left_out, gateable = report.left_out, cost.gateable()
+        print_json({"sites": gated, "left_out": left_out, "macs": cost.dense, "gateable": gateable})
         return
     table = Table(box=None)
     for title in ("gated filters", "gates act behind", "role"):
         table.add_column(title, no_wrap=True)
     for title in ("gates", "MACs each saves"):
         table.add_column(title, justify="right")
-    for site in report.sites:
-        saves = "shared" if site.role == "depthwise" else f"{int(savings[site.start]):,}"
-        table.add_row(site.conv, site.name, site.role, f"{site.channels:,}", saves)
+    for site, saves in zip(report.sites, saved, strict=True):
+        text = " to ".join(f"{macs:,}" for macs in sorted(set(saves))) if saves else "shared"
+        table.add_row(site.conv, site.name, site.role, f"{site.channels:,}", text)
     console.print(table)
     gates = max(site.stop for site in report.sites)
     share = f"{100 * cost.gateable():.1f} % of {cost.dense / 1e6:,.1f}M MACs"
@@ -312,18 +335,19 @@ def sites(
 
 def _backbone_and_shape(model: str, image_size: int | None, in_chans: int | None) -> tuple[Any, list[int]]:
     """A plain network, or the one in a run, and what its images are: [channels, height, width]."""
+    from gaternet.data import Preprocessing
     from gaternet.method import GaterNet
     from gaternet.models import create_model
     from gaternet.trained import load_trained
 
-    seen: Any = {"mean": (0, 0, 0), "height": 224, "width": 224}
+    seen = Preprocessing(224, 224, (0.0,) * 3, (1.0,) * 3)
     if Path(model).exists():
         network, metadata = load_trained(Path(model))
-        if known := metadata.get("preprocessing"):
-            seen = known
-            if in_chans not in (None, len(seen["mean"])):
-                raise ValueError(f"{model} takes images of {len(seen['mean'])} channels: leave --in-chans out")
+        if metadata.get("preprocessing"):
+            seen = Preprocessing.from_metadata(metadata)
+            if in_chans not in (None, seen.channels):
+                raise ValueError(f"{model} takes images of {seen.channels} channels: leave --in-chans out")
     else:
         network = create_model(model.removesuffix("_gated"), 1000, in_chans or 3)
-    shape = [in_chans or len(seen["mean"]), image_size or seen["height"], image_size or seen["width"]]
+    shape = [in_chans or seen.channels, image_size or seen.height, image_size or seen.width]
     return network.backbone if isinstance(network, GaterNet) else network, shape

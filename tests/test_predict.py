@@ -1,0 +1,106 @@
+"""Predictions, evaluation and lists for programs, where something is wrong or unusual."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner
+
+from gaternet import cli
+from gaternet.checkpoint import load_model, save_model
+from gaternet.cli.common import print_json
+from gaternet.data import DataError, load_data
+from gaternet.evaluate import evaluate_saved
+from gaternet.models import create_model
+from gaternet.predict import load, predict
+from gaternet.recipe import Runtime
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    torch.manual_seed(0)
+    model: Any = create_model("resnet8_gated", 10, 1)
+    save_model(model, tmp_path / "model", {**model.metadata, **load_data("digits").metadata()})
+    return tmp_path / "model"
+
+
+def picture(path: Path) -> Path:
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("classes", [["a", "b"], [str(number) for number in range(20)]])
+def test_names_that_are_not_those_of_the_outputs_are_refused(saved, tmp_path, classes):
+    network, metadata = load(saved)
+    with pytest.raises(ValueError, match=rf"10 outputs, but its metadata names {len(classes)} classes: name each one"):
+        predict(network, metadata | {"classes": classes}, [picture(tmp_path / "0.png")], top=20)
+
+
+def test_a_missing_file_is_found_before_any_work(saved, tmp_path, monkeypatch):
+    network, metadata = load(saved)
+    monkeypatch.setattr("gaternet.predict._run", lambda *_: pytest.fail("work that would be lost"))
+    with pytest.raises(DataError, match=r"no image .*missing\.png: check the path"):
+        predict(network, metadata, [picture(tmp_path / "0.png"), tmp_path / "missing.png"])
+
+
+def test_a_model_that_gives_no_numbers_predicts_nothing(saved, tmp_path):
+    network, metadata = load_model(saved)
+    nn.init.constant_(next(network.parameters()), float("nan"))
+    save_model(network, saved, metadata)
+    with pytest.raises(ValueError, match=r"the model gives .*0\.png logits that are no finite numbers"):
+        predict(*load(saved), [picture(tmp_path / "0.png")])
+    with pytest.raises(ValueError, match=r"the model in .* gives logits that are no finite numbers"):
+        evaluate_saved(saved, data="digits", runtime=Runtime(cpu=True))
+
+
+def test_one_saved_model_has_no_best(saved, tmp_path):
+    with pytest.raises(ValueError, match="is one saved model, not a run with a best one: name the run"):
+        load(saved, "best")
+    run = tmp_path / "run"
+    for name in ("last", "best"):
+        shutil.copytree(saved, run / name)
+    assert load(run, "best")[1] == load(run / "best")[1]
+
+
+def call(*arguments: object) -> Any:
+    result = CliRunner().invoke(cli.app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.output)
+
+
+def test_what_gates_of_a_site_save_is_a_range():
+    """Filters of one convolution that others read more, or less, save more, or less."""
+    found = {site["conv"]: site for site in call("sites", "timm:res2net50_26w_4s", "--sites", "all", "--json")["sites"]}
+    low, high = found["layer1.1.conv1"]["saves"]
+    assert 0 < low < high
+    sites = call("sites", "torchvision:mobilenet_v2", "--sites", "all", "--json")["sites"]
+    first = {site["start"]: site["conv"] for site in reversed(sites)}
+    shared = [site for site in sites if first[site["start"]] != site["conv"]]
+    assert shared
+    assert [site for site in sites if site["saves"] is None] == shared
+
+
+def test_numbers_that_json_does_not_have_are_null(capsys):
+    print_json({"loss": float("nan"), "rows": [(1.5, float("inf"))], "text": "NaN"})
+    assert json.loads(capsys.readouterr().out) == {"loss": None, "rows": [[1.5, None]], "text": "NaN"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet8", "--data", "digits"], "--data is for runs, not for resnet8: leave it out"),
+        (["resnet8", "--which", "best"], "--which is for runs"),
+        (["SAVED", "--image-size", "16"], "--image-size is for networks by name"),
+        (["SAVED", "--sites", "all"], "--sites is for networks by name"),
+    ],
+)
+def test_bench_refuses_options_that_do_nothing(saved, arguments, message):
+    given = [str(saved) if argument == "SAVED" else argument for argument in arguments]
+    with pytest.raises(ValueError, match=message):
+        CliRunner().invoke(cli.app, ["bench", *given], catch_exceptions=False)
