@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, metadata_load
 
 import gaternet
 from gaternet.card import UNKNOWN, make_card
+from gaternet.checkpoint import fingerprint
 from gaternet.cost import count_dense_macs
 from gaternet.data import Preprocessing
 from gaternet.method import GaterNet
@@ -39,7 +40,7 @@ def cells(path: Path) -> dict[str, str]:
 def test_the_card_has_data_recipe_accuracy_density_cost_and_limits(model, tmp_path):
     model.save_pretrained(tmp_path)
     found = cells(tmp_path / "README.md")
-    assert found["trained on"] == "cifar10.npz"  # without the folders of somebody's machine
+    assert found["trained on"] == "cifar10"  # without the folders of somebody's machine
     assert found["recipe"] == "`short_resnet8_gated`"
     assert found["epochs, seed"] == "16, 3"
     assert found["accuracy"].startswith("87.50 %")
@@ -128,3 +129,33 @@ def test_a_part_that_does_not_run_on_such_images_costs_an_unknown_number(model):
 def test_what_must_be_given_to_load_the_model_stands_in_its_code(model):
     model.metadata = {**METADATA, "backbone": None}
     assert 'or this folder", backbone=backbone)' in str(make_card(model))
+
+
+def test_the_card_claims_nothing_of_weights_that_learned_on(model, tmp_path):
+    model.metadata = METADATA | {"trained": METADATA["trained"] | {"weights": fingerprint(model)}}
+    model.save_pretrained(tmp_path)
+    assert cells(tmp_path / "README.md")["accuracy"].startswith("87.50 %")
+    with torch.no_grad():
+        model.gater.fc2.bias[0] += 1
+    model.save_pretrained(tmp_path)
+    found = cells(tmp_path / "README.md")
+    assert {found[name] for name in ("trained on", "recipe", "accuracy", "open gates")} == {UNKNOWN}
+    assert "model-index" not in (metadata_load(tmp_path / "README.md") or {})
+
+
+def test_a_network_that_does_not_run_on_its_own_size_is_saved(tmp_path):
+    class Picky(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            torch._assert(images.shape[2] == 8, "wrong size")
+            return self.fc(self.conv(images).mean((2, 3)))
+
+    model = gaternet.gate(Picky(), torch.zeros(2, 3, 8, 8), gater="resnet8")
+    model.metadata |= {"classes": ["a\nb"], "preprocessing": METADATA["preprocessing"]}
+    model.save_pretrained(tmp_path)
+    found = cells(tmp_path / "README.md")
+    assert found["MACs an image"].startswith(UNKNOWN)
+    assert found["classes"] == "1: a b"

@@ -1,14 +1,14 @@
 """The model card that `save_pretrained` writes: what a stranger must know of a model, from what was saved with it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from torch import Tensor
 
+from gaternet import checkpoint
 from gaternet.cost import count_dense_macs
+from gaternet.errors import some
 from gaternet.method import Gater, GaterNet
 from gaternet.models.create import fitting
 from gaternet.recipe import data_name
@@ -26,6 +26,8 @@ def make_card(model: GaterNet) -> ModelCard:
     """A Hugging Face model card: data, recipe, accuracy, gates, cost, use and limits. What is not known says so."""
     metadata = fitting(model.metadata, model)
     trained: Mapping[str, Any] = metadata.get("trained") or {}
+    if trained.get("weights") not in (None, checkpoint.fingerprint(model)):  # it went on learning somewhere else
+        trained = {}
     classes, data, accuracy = metadata.get("classes"), trained.get("data"), trained.get("test_accuracy")
     backbone = (metadata.get("backbone") or {}).get("name", type(model.backbone).__name__)
     if type(model.gater) is Gater:
@@ -54,12 +56,14 @@ def make_card(model: GaterNet) -> ModelCard:
     backbone_macs, gater_macs = _macs(model)
     density = trained.get("density")
     rows = {
-        "trained on": Path(data).name if data else UNKNOWN,
+        "trained on": data_name(data) if data else UNKNOWN,
         "recipe": f"`{trained['recipe']}`" if "recipe" in trained else UNKNOWN,
         "epochs, seed": f"{trained['epochs']}, {trained.get('seed', UNKNOWN)}" if "epochs" in trained else UNKNOWN,
         "accuracy": UNKNOWN if accuracy is None else f"{100 * accuracy:.2f} % on its test images, after these epochs",
         "open gates": UNKNOWN if density is None else f"{100 * density:.1f} % in the mean over these images",
-        "classes": f"{len(classes):,}: {_some(classes)}" if isinstance(classes, list | tuple) else UNKNOWN,
+        "classes": f"{len(classes):,}: {some(classes)}".replace("|", "\\|")
+        if isinstance(classes, list | tuple)
+        else UNKNOWN,
         "images": _images(metadata),
         "backbone": f"{backbone}, {model.num_gates:,} gates at {len(model.sites)} sites",
         "gater": gater,
@@ -99,10 +103,6 @@ fast = gaternet.skip(model, images)  # the same logits; closed filters are not c
     return ModelCard(f"---\n{header.to_yaml()}\n---\n{text}", ignore_metadata_errors=True)
 
 
-def _some(classes: Sequence[Any]) -> str:
-    return ", ".join(map(str, classes[:10])).replace("|", "\\|") + (" ..." if len(classes) > 10 else "")
-
-
 def _preprocessing(metadata: Mapping[str, Any]) -> Mapping[str, Any] | None:
     made: Mapping[str, Any] = metadata.get("preprocessing") or {}
     if not {"height", "width", "mean", "std"} <= made.keys():
@@ -124,15 +124,11 @@ def _macs(model: GaterNet) -> tuple[str, str]:
     made = _preprocessing(model.metadata)
     if made is None:
         return UNKNOWN, UNKNOWN
-    parameter = next(model.parameters())
-    image: Tensor = torch.zeros(
-        1, len(made["mean"]), made["height"], made["width"], device=parameter.device, dtype=parameter.dtype
-    )
     counts = []
     for part in (model.backbone, model.gater):
         try:
-            with torch.no_grad():
-                counts.append(f"{count_dense_macs(part, image) / 1e6:,.1f}M")
-        except (RuntimeError, ValueError):
+            image = next(model.parameters()).new_zeros(1, len(made["mean"]), made["height"], made["width"])
+            counts.append(f"{count_dense_macs(part, image) / 1e6:,.1f}M")
+        except Exception:  # a network's own, of any kind: no reason to save nothing
             counts.append(UNKNOWN)
     return counts[0], counts[1]

@@ -204,6 +204,7 @@ def model_metadata(
         source = {"backbone": describe_backbone(network, data.preprocessing.channels)}
     trained = {"recipe": recipe.name, "data": recipe.data, "seed": seed, "epochs": epochs}
     trained |= {"test_accuracy": tested["accuracy"]} | {name: tested[name] for name in ("density",) if name in tested}
+    trained["weights"] = checkpoint.fingerprint(network)  # what this is true of
     return {**source, **data.metadata(), "trained": trained}
 
 

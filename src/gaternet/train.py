@@ -147,7 +147,7 @@ def train(
             record = _epoch_record(prepared, metrics, tested, clock.since_start())
             if main:
                 run.log(record)
-                metadata = model_metadata(recipe, network, prepared.data, seed, training.epoch, tested)
+                metadata = model_metadata(recipe, prepared.judged, prepared.data, seed, training.epoch, tested)
                 for name in ("best", "last") if is_best else ("last",):
                     checkpoint.save_model(prepared.judged, run.path / name, metadata)
                 if board is not None:
