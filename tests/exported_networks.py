@@ -30,6 +30,17 @@ class Features(nn.Module):
         return F.relu(self.conv(images)).mean((2, 3))
 
 
+class SoftGater(nn.Module):
+    """A gater whose gates lie between 0 and 1 in evaluation, too."""
+
+    def __init__(self, num_gates: int) -> None:
+        super().__init__()
+        self.features, self.fc = Features(), nn.Linear(6, num_gates)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.sigmoid(self.fc(self.features(images)))
+
+
 def residual() -> Net:
     def body(net: Net, x: Tensor) -> Tensor:
         x = F.relu(net.bn0(net.conv0(x)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gaternet.export.exported import METADATA, ExportedModel
-from gaternet.export.parity import FAULT, ExportError
+from gaternet.export.parity import FAULT, ExportError, differing
 from gaternet.export.to_onnx import import_onnx, load_with_gates
 from gaternet.files import write_atomically
 from gaternet.modes import quiet
@@ -117,7 +117,7 @@ def _check(path: Path, original: Path, images: Tensor, exact: int) -> None:
     if not exact:
         return
     gates = [run_session(session, "gates", images=images) for session in (new, old)]
-    if flips := int((gates[0] != gates[1]).sum()):
+    if flips := int(differing(gates[0], gates[1]).sum()):
         raise ExportError(f"{flips} gates are not what they were before quantisation: {FAULT}")
 
 
@@ -138,7 +138,7 @@ def compare_int8(path: str | Path, int8_path: str | Path, batches: Iterable[tupl
         same += int((found[0] == found[1]).sum())
         if gated:
             gates = [run_session(session, "gates", images=batch) for session in sessions]
-            flips += int((gates[0] != gates[1]).sum())
+            flips += int(differing(gates[0], gates[1]).sum())
     if not images:
         raise ValueError("there are no test images: pass some batches of them with their labels")
     accuracy, int8_accuracy = (right / images).tolist()

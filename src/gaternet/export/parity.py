@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from gaternet.errors import first_line
 from gaternet.method import GaterNet
 
-TOLERANCE = 1e-4  # of logits, relative to the largest where that is above 1; and of gates' distance to the threshold
+# Of logits, relative to the largest where that is above 1; of gates, and of their distance to the threshold.
+TOLERANCE = 1e-4
 DRAWN = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # densities of the gates that are drawn at random
 FAULT = "nothing was written; this is a fault of the exporter, please report the network"
 
@@ -88,7 +89,7 @@ def compare(
     assert gates is not None
     assert run_gated is not None
     wanted, borderline = _gates_of(model, inputs)
-    different = (gates != wanted) & ~borderline
+    different = differing(gates, wanted) & ~borderline
     if different.any():
         raise ExportError(f"the exported gates differ from the model's, {int(different.sum())} of {different.numel()}")
     errors = [_difference(logits, model.forward_gated(inputs, gates), "of the images")]
@@ -102,6 +103,11 @@ def compare(
         )
     patterns = len(wanted.unique(dim=0))
     return Parity(len(images), patterns, len(DRAWN), int(borderline.sum()), max(errors))
+
+
+def differing(found: Tensor, wanted: Tensor) -> Tensor:
+    """Which gates are not the same: of those that are not 0 or 1, rounding changes the last digits."""
+    return ~((found - wanted).abs() <= TOLERANCE)  # NaN is like nothing
 
 
 def _run(run: Callable[..., Any], images: Tensor, *gates: Tensor) -> Any:

@@ -89,7 +89,12 @@ class Source:
         if len(self._metadata.get("classes", logits[0])) != logits.shape[1]:
             classes = len(self._metadata["classes"])
             raise ValueError(f"it gives {logits.shape[1]} logits, but the metadata names {classes} classes")
-        backbone = OpenFilters(model, self.inputs(self.example)) if self.form == "skipping" else None
+        backbone = None
+        if self.form == "skipping":
+            own = model.gates(self.inputs(self.example))
+            if not ((own == 0) | (own == 1)).all():
+                raise ValueError("its gates are not all 0 or 1, as the skipping form needs them")
+            backbone = OpenFilters(model, self.inputs(self.example))
         return _Exportable(model, preprocessing, backbone, gates and self.gated).eval()
 
     def inputs(self, images: Tensor) -> Tensor:
