@@ -19,6 +19,7 @@ from gaternet.export.gathered import OpenFilters
 from gaternet.export.parity import FAULT, ExportError, Parity, Run, RunGated, compare, make_images
 from gaternet.method import GaterNet
 from gaternet.modes import quiet, without_autocast
+from gaternet.recipe import data_name
 
 Form = Literal["masked", "skipping"]
 _HELD_OUT = 16
@@ -114,14 +115,18 @@ class Source:
         return ({0: Dim("batch"), **({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if self.dynamic_size else {})},)
 
     def metadata(self) -> dict[str, Any]:
-        """What is kept in the file."""
+        """What is kept in the file; of the data that it was trained on the name alone, not where they lay."""
+        kept = {key: self._metadata[key] for key in ("classes", "preprocessing", "trained") if key in self._metadata}
+        trained = kept.get("trained")
+        if isinstance(trained, dict) and isinstance(trained.get("data"), str):
+            kept["trained"] = trained | {"data": data_name(trained["data"])}
         return {
             "gaternet": __version__,
             "form": self.form,
             "input": "images" if self.preprocessing is None else "pixels",
             "num_gates": self.model.num_gates if self.gated else 0,
             "sites": [asdict(site) for site in self.model.sites] if self.gated else [],
-            **{key: self._metadata[key] for key in ("classes", "preprocessing", "trained") if key in self._metadata},
+            **kept,
         }
 
     def held_out(self, images: Tensor | None) -> Tensor:

@@ -92,8 +92,20 @@ def _trace(source: Source, gates: bool) -> bytes:
         proto: Any = program.model_proto
     if source.gated and not gates:  # they stay inside, by this name, for the comparison
         del proto.graph.output[1]
+    _forget_origins(proto.graph)
+    for function in proto.functions:
+        _forget_origins(function)
     import_onnx().helper.set_model_props(proto, {METADATA: json.dumps(source.metadata())})
     return proto.SerializeToString()
+
+
+def _forget_origins(graph: Any) -> None:
+    """Take out where the code of each node lies, and its lines: they are their author's alone."""
+    for node in graph.node:
+        del node.metadata_props[:]
+        for attribute in node.attribute:
+            for inner in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
+                _forget_origins(inner)
 
 
 def import_onnx() -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Interpreter, Node
+from torch.fx import GraphModule, Interpreter, Node
 
 from gaternet.export.exported import METADATA
 from gaternet.export.parity import FAULT, ExportError, Parity
@@ -43,11 +43,19 @@ def export_pt2(
         with source.tracing():
             network, shapes = source.network(gates), source.dynamic_shapes
             program = torch.export.export(network, (source.batch,), dynamic_shapes=shapes, strict=False)
+            _forget_origins(program.graph_module)
             torch.export.save(program, buffer, extra_files={f"{METADATA}.json": json.dumps(source.metadata())})
         temporary.write_bytes(buffer.getvalue())
         return _compare(source, temporary, images)
 
     return write_atomically(Path(path), write)
+
+
+def _forget_origins(program: nn.Module) -> None:
+    """Take out where the code of each node lies, and its lines: they are their author's alone."""
+    for module in program.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else []:
+            node.meta.pop("stack_trace", None)
 
 
 def _compare(source: Source, path: Path, images: Tensor) -> Parity:
