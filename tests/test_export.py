@@ -9,6 +9,7 @@ import torch
 from exported_networks import METADATA, PIXELS, Features, concatenated, depthwise, gated, residual
 from small_networks import IMAGES, Block, Net, conv
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from gaternet.data import ImageSet, Preprocessing
 from gaternet.export import ExportedModel, ExportError, compare_int8, export_onnx, export_pt2, quantize_onnx
@@ -270,11 +271,27 @@ def test_eight_bits_refuse_what_they_cannot_do(tmp_path, exported):
         quantize_onnx(skipping, tmp_path / "int8.onnx", [PIXELS])
     with pytest.raises(ValueError, match="no images to calibrate with"):
         quantize_onnx(exported, tmp_path / "int8.onnx", [])
-    with pytest.raises(ValueError, match=r"takes images \(B, 3, 8, 8\)"):
-        quantize_onnx(exported, tmp_path / "int8.onnx", [PIXELS[:, :, :4]])
+    for batches in ([PIXELS[:, :, :4]], [PIXELS, PIXELS[:, :, :4]]):
+        with pytest.raises(ValueError, match=r"takes images \(B, 3, 8, 8\)"):
+            quantize_onnx(exported, tmp_path / "int8.onnx", batches)
+    with pytest.raises(ValueError, match=r"must be tensors of images, .* but hold str: wrap the loader"):
+        quantize_onnx(exported, tmp_path / "int8.onnx", ["images"])
     with pytest.raises(ValueError, match="no test images"):
         compare_int8(exported, exported, [])
     assert not (tmp_path / "int8.onnx").exists()
+    quantize_onnx(exported, tmp_path / "int8.onnx", [PIXELS])
+    with pytest.raises(ValueError, match=r"int8\.onnx is of 8 bits already: quantise the file that it was made from"):
+        quantize_onnx(tmp_path / "int8.onnx", tmp_path / "other.onnx", [PIXELS])
+
+
+def test_eight_bits_take_the_batches_of_a_loader(tmp_path, exported):
+    loader = DataLoader(TensorDataset(PIXELS, torch.zeros(6)), 4)
+    quantize_onnx(exported, tmp_path / "int8.onnx", PIXELS.split(4))
+    labelled = quantize_onnx(exported, tmp_path / "labelled.onnx", loader)
+    assert torch.equal(labelled(PIXELS), ExportedModel(tmp_path / "int8.onnx")(PIXELS))
+    export_onnx(residual(), IMAGES, tmp_path / "plain.onnx")
+    learnt = IMAGES.clone().requires_grad_()
+    assert quantize_onnx(tmp_path / "plain.onnx", tmp_path / "int8.onnx", [learnt]).metadata["int8"] == "all"
 
 
 def test_a_gater_may_share_weights_with_what_is_quantised(tmp_path):

@@ -1,7 +1,7 @@
 """Exported files with 8-bit weights and activations, and what that does to the gates and to the accuracy."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,32 +38,37 @@ class Int8Effect:
 
 
 def quantize_onnx(
-    path: str | Path, out: str | Path, calibration: Iterable[Tensor], *, gater: bool = False
+    path: str | Path, out: str | Path, calibration: Iterable[Tensor | Sequence[Any]], *, gater: bool = False
 ) -> ExportedModel:
     """Write an exported file anew with 8-bit weights (per channel) and activations, for ONNX Runtime.
 
     Args:
         path: a file of `export_onnx`, in the masked form.
         out: of the new file. It appears once it is whole, and replaces one of that name.
-        calibration: batches of images, as the file takes them, whose activations give the ranges: some hundred images.
+        calibration: batches of images, as the file takes them, or of (images, labels); the images' activations give
+            the ranges: some hundred images.
         gater: whether to quantise the gater, too. Left in float32, its gates are what they were.
 
     Raises:
         ExportError: the new file does not run, or the gates changed although the gater was left as it is.
-        ValueError: the file is of the skipping form, or there are no images, or ONNX Runtime is not installed.
+        ValueError: the file is of the skipping form or of 8 bits already, or there are no images or such as it does
+            not take, or ONNX Runtime is not installed.
         OSError: a file cannot be read or written.
     """
     source = ExportedModel(path)
     if source.metadata["form"] != "masked":
         raise ValueError(f"{path} is of the skipping form, whose weights are not constant: export the masked form")
+    if "int8" in source.metadata:
+        raise ValueError(f"{path} is of 8 bits already: quantise the file that it was made from")
     onnx = import_onnx()
     from onnxruntime import quantization
     from onnxruntime.quantization import shape_inference
 
-    batches = [batch for batch in calibration if len(batch)]
+    batches = [images for images in map(_images, calibration) if len(images)]
     if not batches:
         raise ValueError("there are no images to calibrate with: pass some batches of them")
-    source.run(batches[0])  # says what is wrong with them
+    for images in batches:
+        source.run(images)  # says what is wrong with them
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self) -> None:
@@ -105,6 +110,15 @@ def quantize_onnx(
 
     write_atomically(Path(out), write)
     return ExportedModel(out)
+
+
+def _images(batch: Any) -> Tensor:
+    """Those of a batch of images or of (images, labels, ...), on the CPU."""
+    images = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    if not isinstance(images, Tensor):
+        kind = type(images).__name__
+        raise ValueError(f"batches must be tensors of images, or (images, labels), but hold {kind}: wrap the loader")
+    return images.detach().cpu()
 
 
 def _check(path: Path, original: Path, images: Tensor, exact: int) -> None:
