@@ -5,6 +5,7 @@ import socket
 import struct
 import tomllib
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 import gaternet.explore
 from gaternet.checkpoint import save_model
 from gaternet.data import DataError, ImageSet, load_data
-from gaternet.explore import Explorer, explore
+from gaternet.explore import Explorer, build_app, explore
 from gaternet.models import create_model
 
 NAMES = ["![ape](http://example.org)", "<b>bee</b>", "*cat*", "_dog_", "`eel`", "[fox](x)", "a\\\\*gnu &amp;"]
@@ -105,6 +106,31 @@ def test_images_are_fitted_and_others_refused(explorer, tmp_path, monkeypatch):
     monkeypatch.setattr(gaternet.explore, "MAX_BYTES", 10)
     with pytest.raises(DataError, match="0 MB: choose one of at most"):
         explorer.open(good)
+
+
+def parts_of_page(explorer: Explorer, title: str) -> tuple[list[Any], str]:
+    """What each control does that needs an image, on a page that has none yet; and the heading."""
+    app = build_app(explorer, title)
+    asked = [function for function in app.fns.values() if function.inputs[0].get_block_name() == "state"]
+    headings = [block.value for block in app.blocks.values() if block.get_block_name() == "markdown"]
+    inputs = [None, explorer.network.sites[0].conv, []]
+    return [partial(function.fn, *inputs[: len(function.inputs)]) for function in asked], headings[0]
+
+
+@pytest.mark.filterwarnings("ignore")  # of Gradio's own parts
+def test_before_the_first_image_controls_do_nothing(explorer):
+    import gradio
+
+    controls, _ = parts_of_page(explorer, "none")
+    assert [control() for control in controls] == [gradio.skip()] * 5  # another layer, and four buttons
+    gc.collect()  # Gradio leaves sockets and event loops open
+
+
+@pytest.mark.filterwarnings("ignore")  # of Gradio's own parts
+def test_a_title_is_shown_as_it_is(explorer):
+    _, heading = parts_of_page(explorer, "_*1*_![i](http://example.org)")
+    assert heading == r"# \_\*1\*\_\!\[i\]\(http\:\/\/example\.org\)"
+    gc.collect()  # Gradio leaves sockets and event loops open
 
 
 @pytest.mark.filterwarnings("ignore")  # of Gradio's own parts

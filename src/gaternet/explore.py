@@ -194,7 +194,9 @@ def build_app(explorer: Explorer, title: str) -> Any:
         site = sites[names.index(layer)]
         return [(f"{gate} {'open' if gates[gate] else 'closed'}", gate) for gate in range(site.start, site.stop)]
 
-    def show(state: dict[str, Any], layer: str) -> tuple[Any, ...]:
+    def show(state: dict[str, Any] | None, layer: str) -> Any:
+        if state is None:  # the first image is still to come
+            return gr.skip()
         pixels, gates, own = state["pixels"], state["gates"], state["own"]
         answer = explorer.answer(pixels, gates)
         said = f"**{gates.sum():,} of {len(gates):,} gates open**, {answer.macs / 1e6:,.1f} of "
@@ -218,11 +220,11 @@ def build_app(explorer: Explorer, title: str) -> Any:
         picker = gr.Dropdown(choices=choices(gates, layer), value=[], multiselect=True)
         return state, explorer.picture(pixels), likely, said, explorer.layers(gates), near, picker
 
-    def start(pixels: Pixels, layer: str) -> tuple[Any, ...]:
+    def start(pixels: Pixels, layer: str) -> Any:
         own = explorer.gates(pixels)
         return show({"pixels": pixels, "own": own, "gates": own}, layer)
 
-    def upload(path: str | None, layer: str) -> tuple[Any, ...]:
+    def upload(path: str | None, layer: str) -> Any:
         if path is None:
             raise gr.Error("choose an image file first")
         try:
@@ -230,7 +232,9 @@ def build_app(explorer: Explorer, title: str) -> Any:
         except DataError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    def force(state: dict[str, Any], layer: str, chosen: list[int], what: str) -> tuple[Any, ...]:
+    def force(state: dict[str, Any] | None, layer: str, chosen: list[int], what: str) -> Any:
+        if state is None:
+            return gr.skip()
         gates, site = state["gates"].copy(), sites[names.index(layer)]
         if what == "flip":
             gates[chosen] = ~gates[chosen]
@@ -242,7 +246,7 @@ def build_app(explorer: Explorer, title: str) -> Any:
 
     # Pictures of an hour ago, uploaded ones above all, are deleted; the rest when the page is closed.
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
-        gr.Markdown(f"# {title}")
+        gr.Markdown(f"# {_markdown(title)}")
         state = gr.State()
         with gr.Row():
             with gr.Column(scale=1):
