@@ -283,7 +283,7 @@ def test_names_of_classes_are_shown_as_they_are_and_kept_apart(tmp_path, browser
     assert texts("#map .legendtext") == wanted
     assert page.locator(".figure a[href*=example]").count() == 0
     pair = {"<b>one</b>": analysis, "R&amp;D": analysis}
-    page = Shown(browser, write_comparison(pair, tmp_path, ["one", "two"])).page
+    page = Shown(browser, write_comparison(pair, tmp_path, ["one", "two"], ["a", "a"])).page
     assert texts("#classes .xtick text") == wanted
     for figure in ("off", "classes"):
         assert texts(f"#{figure} .legendtext") == pair.keys()

@@ -9,12 +9,27 @@ import plotly.graph_objects as go
 
 from gaternet import files
 from gaternet.findings import GateAnalysis
+from gaternet.recipe import data_name
 from gaternet.report import figures
 from gaternet.report.page import figure_place, page
 
+_OTHER_IMAGES = (
+    "These models were not run on the same images: how accurate they are, how many gates depend on the image and what "
+    "an image costs are not to be compared."
+)
 
-def write_comparison(runs: Mapping[str, GateAnalysis], directory: Path, links: Sequence[str]) -> Path:
-    """Write index.html, which links to each run's own page in the folders `links`; its path.
+
+def write_comparison(
+    runs: Mapping[str, GateAnalysis], directory: Path, links: Sequence[str], data: Sequence[str]
+) -> Path:
+    """Write index.html, which links to each run's own page; its path.
+
+    Args:
+        runs: what was found of each, by name.
+        directory: of the page; made if it is not there.
+        links: folder of each run's own page, seen from there.
+        data: whose test images each was run on. What depends on the images is drawn side by side where all are the
+            same.
 
     Raises:
         OSError: the file cannot be written.
@@ -25,8 +40,8 @@ def write_comparison(runs: Mapping[str, GateAnalysis], directory: Path, links: S
         "on": figures.comparison(runs, 1),
         "dependent": figures.comparison(runs, 2),
     }
-    classes = [analysis.classes for analysis in runs.values()]
-    if all(names == classes[0] for names in classes) and all(analysis.labeled for analysis in runs.values()):
+    same = _same_images(list(runs.values()), data)
+    if same and all(analysis.labeled for analysis in runs.values()):
         drawn["classes"] = _accuracies(runs)
     headings = {
         "off": "Gates that are always closed",
@@ -39,21 +54,47 @@ def write_comparison(runs: Mapping[str, GateAnalysis], directory: Path, links: S
         "gate tells about the class, on average. MMACs: million multiply-accumulates that the backbone takes for an "
         "image, on average, and their share of what it takes with all gates open."
     )
-    body = [f'<div class="scroll">{_table(runs, links)}</div><p class="soft">{explained}</p>']
+    body = [] if same else [f'<p class="notice">{_OTHER_IMAGES}</p>']
+    body += [f'<div class="scroll">{_table(runs, links, data)}</div><p class="soft">{explained}</p>']
     body += [f"<section><h2>{headings[name]}</h2>{figure_place(name, headings[name])}</section>\n" for name in drawn]
-    data = {"figures": {name: figure.to_plotly_json() for name, figure in drawn.items()}, "strips": {}}
-    text = page("Gates compared", ", ".join(runs), body, data, "")
+    shown = {"figures": {name: figure.to_plotly_json() for name, figure in drawn.items()}, "strips": {}}
+    text = page("Gates compared", ", ".join(runs), body, shown, "")
     files.write_atomically(directory / "index.html", lambda path: path.write_text(text, encoding="utf-8"))
     return directory / "index.html"
 
 
-def _table(runs: Mapping[str, GateAnalysis], links: Sequence[str]) -> str:
-    titles = ("run", "accuracy", "gates", "open", "dependent", "bits", "MMACs", "of all open", "gater's MMACs")
+def _same_images(analyses: Sequence[GateAnalysis], data: Sequence[str]) -> bool:
+    """Whether all were run on one set: by its name, its classes and how many images each has."""
+    found = {
+        (source, analysis.classes, analysis.images, tuple(analysis.counts) if analysis.labeled else None)
+        for analysis, source in zip(analyses, data, strict=True)
+    }
+    return len(found) == 1
+
+
+def _table(runs: Mapping[str, GateAnalysis], links: Sequence[str], data: Sequence[str]) -> str:
+    names = [data_name(source) for source in data]
+    names = names if len(set(names)) == len(set(data)) else data  # folders tell those of one name apart
+    titles = (
+        "run",
+        "data",
+        "images",
+        "accuracy",
+        "gates",
+        "open",
+        "dependent",
+        "bits",
+        "MMACs",
+        "of all open",
+        "gater's MMACs",
+    )
     rows = []
-    for (name, analysis), link in zip(runs.items(), links, strict=True):
+    for (name, analysis), link, source in zip(runs.items(), links, names, strict=True):
         told = analysis.information()[analysis.dependent]
         cells = [
             f'<a href="{html.escape(link)}/index.html">{html.escape(name)}</a>',
+            html.escape(source),
+            f"{analysis.images:,}",
             "" if analysis.accuracy is None else f"{100 * analysis.accuracy:.2f} %",
             f"{analysis.num_gates:,}",
             f"{100 * analysis.rates.mean():.1f} %",

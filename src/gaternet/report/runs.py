@@ -73,7 +73,7 @@ def report_runs(
         )
         pages.append(page)
     if len(runs) > 1:
-        pages.append(write_comparison(found, out or Path("report"), [page.parent.name for page in pages]))
+        pages.append(write_comparison(found, out or Path("report"), [page.parent.name for page in pages], sources))
     return pages
 
 

@@ -1,0 +1,74 @@
+"""The page that sets several models side by side: its table, and what it draws of like and of unlike data."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from analyzed_model import IMAGES, LABELS, MODEL, PIXELS
+
+from gaternet import analyze
+from gaternet.report.comparison import write_comparison
+
+
+def analysis_of(number: int = 90, classes: Sequence[str] | None = None, labels: Any = LABELS) -> Any:
+    batch = IMAGES[:number] if labels is None else (IMAGES[:number], labels[:number])
+    return analyze(MODEL, [batch], preprocessing=PIXELS, samples=20, extremes=1, classes=classes)
+
+
+def figures_of(path: Path) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="report-data">(.*?)</script>', path.read_text())
+    assert found
+    return json.loads(found[1])["figures"]
+
+
+def rows_of(path: Path) -> list[list[str]]:
+    """Text of the table's cells."""
+    rows = re.findall(r"<tr>(.*?)</tr>", path.read_text())
+    return [re.findall(r"<t[dh][^>]*>(?:<a[^>]*>)?(.*?)(?:</a>)?</t[dh]>", row) for row in rows]
+
+
+OTHERS = {
+    "data": ({}, "b"),
+    "classes": ({"classes": "abcdefg"}, "a"),
+    "number": ({"number": 60}, "a"),
+    "labels": ({"labels": torch.ones_like(LABELS)}, "a"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_models_on_other_data_are_not_compared_by_class(analysis, tmp_path, case):
+    options, data = OTHERS[case]
+    path = write_comparison({"one": analysis, "two": analysis_of(**options)}, tmp_path, ["x", "y"], ["a", data])
+    assert figures_of(path).keys() == {"off", "on", "dependent"}
+    assert "not run on the same images" in path.read_text()
+
+
+def test_models_on_the_same_images_are_compared_by_class(analysis, tmp_path):
+    path = write_comparison({"one": analysis, "two": analysis_of()}, tmp_path, ["x", "y"], ["a", "a"])
+    assert figures_of(path).keys() == {"off", "on", "dependent", "classes"}
+    assert "not run on the same images" not in path.read_text()
+
+
+def test_without_labels_classes_are_what_a_model_predicts_and_are_not_compared(tmp_path):
+    unlabeled = analysis_of(labels=None)
+    flipped = {name: getattr(unlabeled, name)[::-1].copy() for name in ("counts", "class_open", "class_macs")}
+    other = dataclasses.replace(unlabeled, **flipped)
+    path = write_comparison({"one": unlabeled, "two": other}, tmp_path, ["x", "y"], ["a", "a"])
+    assert figures_of(path).keys() == {"off", "on", "dependent"}
+    assert "not run on the same images" not in path.read_text()
+
+
+def test_the_table_says_which_images(analysis, tmp_path):
+    few = analysis_of(60)
+    path = write_comparison({"one": analysis, "two": few}, tmp_path, ["x", "y"], ["sets/<a>.npz", "digits"])
+    titles, first, second = rows_of(path)
+    assert titles[:4] == ["run", "data", "images", "accuracy"]
+    assert first[1:3] == ["&lt;a&gt;", "90"]
+    assert second[1:3] == ["digits", "60"]
+    path = write_comparison({"one": analysis, "two": few}, tmp_path, ["x", "y"], ["old/a.npz", "new/a.npz"])
+    assert [row[1] for row in rows_of(path)[1:]] == ["old/a.npz", "new/a.npz"]
