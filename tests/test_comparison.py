@@ -72,3 +72,45 @@ def test_the_table_says_which_images(analysis, tmp_path):
     assert second[1:3] == ["digits", "60"]
     path = write_comparison({"one": analysis, "two": few}, tmp_path, ["x", "y"], ["old/a.npz", "new/a.npz"])
     assert [row[1] for row in rows_of(path)[1:]] == ["old/a.npz", "new/a.npz"]
+
+
+LONG = [
+    f"/experiments/sweep/cifar10_resnet20_gated-sparsity_weight=0.{number}-learning_rate=0.1" for number in range(12)
+]
+
+
+@pytest.fixture(scope="module")
+def twelve(analysis, tmp_path_factory) -> Path:
+    links = [f"run{number}" for number in range(1, 13)]
+    return write_comparison(
+        dict(zip(LONG, [analysis] * 12, strict=True)), tmp_path_factory.mktemp("page"), links, ["a"] * 12
+    )
+
+
+def test_figures_number_the_models_that_the_table_names(twelve):
+    for figure in figures_of(twelve).values():
+        assert [trace["name"] for trace in figure["data"]] == [str(number) for number in range(1, 13)]
+        assert figure["layout"]["height"] == 340 + 6 * 20
+    names = [row[0] for row in rows_of(twelve)[1:]]
+    assert names[11].startswith("12: ")
+    assert "run12/index.html" in names[11]
+    assert "12 models in /experiments/sweep/" in twelve.read_text()
+
+
+def test_long_names_leave_room_for_the_numbers_and_the_figures(twelve, browser):
+    page = browser.new_context(offline=True, viewport={"width": 1100, "height": 900}).new_page()
+    page.goto(twelve.as_uri())
+    page.wait_for_selector("html[data-drawn]", state="attached")
+    sizes = page.eval_on_selector(".scroll", "box => [box.scrollWidth, box.clientWidth]")
+    assert sizes[0] <= sizes[1]
+    assert page.evaluate("document.getElementById('off')._fullLayout._size.h") > 300
+
+
+def test_names_are_shortened_by_whole_folders(analysis, tmp_path):
+    pair = {"runs/one": analysis, "runs/one (1)": analysis}
+    page = write_comparison(pair, tmp_path, ["x", "y"], ["a", "a"]).read_text()
+    assert ">one</a>" in page
+    assert ">one (1)</a>" in page
+    page = write_comparison({"one": analysis, "other": analysis}, tmp_path, ["x", "y"], ["a", "a"]).read_text()
+    assert ">one</a>" in page
+    assert "2 models</p>" in page

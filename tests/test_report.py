@@ -286,7 +286,8 @@ def test_names_of_classes_are_shown_as_they_are_and_kept_apart(tmp_path, browser
     page = Shown(browser, write_comparison(pair, tmp_path, ["one", "two"], ["a", "a"])).page
     assert texts("#classes .xtick text") == wanted
     for figure in ("off", "classes"):
-        assert texts(f"#{figure} .legendtext") == pair.keys()
+        assert texts(f"#{figure} .legendtext") == {"1", "2"}
+    assert texts("tbody td:first-child") == {"1: <b>one</b>", "2: R&amp;D"}
 
 
 # --- Data that makes figures impossible

@@ -1,11 +1,9 @@
 """One page that compares the gates of several models."""
 
 import html
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
-import plotly.graph_objects as go
 
 from gaternet import files
 from gaternet.findings import GateAnalysis
@@ -35,6 +33,9 @@ def write_comparison(
         OSError: the file cannot be written.
     """
     files.make_folder(directory)
+    folders = zip(*(name.split("/")[:-1] for name in runs), strict=False)
+    folder = "".join(f"{same[0]}/" for same in itertools.takewhile(lambda same: len(set(same)) == 1, folders))
+    runs = {name.removeprefix(folder): analysis for name, analysis in runs.items()}
     drawn = {
         "off": figures.comparison(runs, 0),
         "on": figures.comparison(runs, 1),
@@ -42,7 +43,7 @@ def write_comparison(
     }
     same = _same_images(list(runs.values()), data)
     if same and all(analysis.labeled for analysis in runs.values()):
-        drawn["classes"] = _accuracies(runs)
+        drawn["classes"] = figures.class_accuracies(runs)
     headings = {
         "off": "Gates that are always closed",
         "on": "Gates that are always open",
@@ -50,15 +51,16 @@ def write_comparison(
         "classes": "Accuracy by class",
     }
     explained = (
-        "Open: share of the gates, on average. Dependent: open for some images, closed for others. Bits: what such a "
-        "gate tells about the class, on average. MMACs: million multiply-accumulates that the backbone takes for an "
-        "image, on average, and their share of what it takes with all gates open."
+        "Figures name the models by their numbers. Open: share of the gates, on average. Dependent: open for some "
+        "images, closed for others. Bits: what such a gate tells about the class, on average. MMACs: million "
+        "multiply-accumulates that the backbone takes for an image, on average, and their share of what it takes with "
+        "all gates open."
     )
     body = [] if same else [f'<p class="notice">{_OTHER_IMAGES}</p>']
     body += [f'<div class="scroll">{_table(runs, links, data)}</div><p class="soft">{explained}</p>']
     body += [f"<section><h2>{headings[name]}</h2>{figure_place(name, headings[name])}</section>\n" for name in drawn]
     shown = {"figures": {name: figure.to_plotly_json() for name, figure in drawn.items()}, "strips": {}}
-    text = page("Gates compared", ", ".join(runs), body, shown, "")
+    text = page("Gates compared", f"{len(runs)} models" + (f" in {folder}" if folder else ""), body, shown, "")
     files.write_atomically(directory / "index.html", lambda path: path.write_text(text, encoding="utf-8"))
     return directory / "index.html"
 
@@ -89,10 +91,11 @@ def _table(runs: Mapping[str, GateAnalysis], links: Sequence[str], data: Sequenc
         "gater's MMACs",
     )
     rows = []
-    for (name, analysis), link, source in zip(runs.items(), links, names, strict=True):
+    for number, (name, link, source) in enumerate(zip(runs, links, names, strict=True), start=1):
+        analysis = runs[name]
         told = analysis.information()[analysis.dependent]
         cells = [
-            f'<a href="{html.escape(link)}/index.html">{html.escape(name)}</a>',
+            f'{number}: <a href="{html.escape(link)}/index.html">{html.escape(name)}</a>',
             html.escape(source),
             f"{analysis.images:,}",
             "" if analysis.accuracy is None else f"{100 * analysis.accuracy:.2f} %",
@@ -107,14 +110,3 @@ def _table(runs: Mapping[str, GateAnalysis], links: Sequence[str], data: Sequenc
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{title}</th>" for title in titles)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-
-
-def _accuracies(runs: Mapping[str, GateAnalysis]) -> go.Figure:
-    bars = []
-    for name, analysis in zip(figures.plotly_names(runs), runs.values(), strict=True):
-        present, names = np.flatnonzero(analysis.counts), figures.plotly_names(analysis.classes)
-        share = 100 * analysis.class_right[present] / analysis.counts[present]
-        bars.append(go.Bar(x=[names[row] for row in present], y=share, name=name))
-    drawn = figures.figure(bars, "", "accuracy (%)", barmode="group")
-    drawn.update_xaxes(type="category")
-    return drawn

@@ -298,11 +298,31 @@ def exchanged_gates(forced: Forced) -> go.Figure:
 def comparison(runs: Mapping[str, GateAnalysis], row: int) -> go.Figure:
     """One row of `GateAnalysis.site_shares`, of several runs, along the depth of their networks."""
     lines, symbols = [], ("circle", "diamond", "square", "x", "triangle-up", "cross")
-    for number, (name, analysis) in enumerate(zip(plotly_names(runs), runs.values(), strict=True)):
+    for number, analysis in enumerate(runs.values()):
         share = analysis.site_shares[row]
         depth = (np.arange(len(share)) + 0.5) / len(share)
         marker = {"color": PALETTE[number % len(PALETTE)], "symbol": symbols[number % len(symbols)], "size": 8}
-        lines.append(go.Scatter(x=100 * depth, y=100 * share, name=name, mode="lines+markers", marker=marker))
-    drawn = figure(lines, "depth of the gated layer, %", "% of its gates")
+        lines.append(go.Scatter(x=100 * depth, y=100 * share, mode="lines+markers", marker=marker))
+    drawn = side_by_side(lines, runs, "depth of the gated layer, %", "% of its gates")
     drawn.update_yaxes(range=[-3, 103])
     return drawn
+
+
+def class_accuracies(runs: Mapping[str, GateAnalysis]) -> go.Figure:
+    """Of several runs on the same images, the share of each class that is predicted rightly."""
+    bars = []
+    for analysis in runs.values():
+        present, names = np.flatnonzero(analysis.counts), plotly_names(analysis.classes)
+        share = 100 * analysis.class_right[present] / analysis.counts[present]
+        bars.append(go.Bar(x=[names[row] for row in present], y=share))
+    drawn = side_by_side(bars, runs, "", "accuracy (%)", barmode="group")
+    drawn.update_xaxes(type="category")
+    return drawn
+
+
+def side_by_side(traces: Sequence[Any], runs: Iterable[str], x: str, y: str, **layout: Any) -> go.Figure:
+    """One trace of each run: the legend has their numbers, for names can be long; pointing at one shows its name."""
+    for number, (trace, name) in enumerate(zip(traces, plotly_names(runs), strict=True), start=1):
+        trace.name, trace.hovertext = str(number), name
+        trace.hovertemplate = f"{number}: %{{hovertext}}<br>%{{y:.1f}} %<extra></extra>"
+    return figure(traces, x, y, _HEIGHT + min(600, 20 * max(0, len(traces) - 6)), **layout)
