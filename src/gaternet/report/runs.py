@@ -11,7 +11,7 @@ from torchvision import datasets
 
 from gaternet import files
 from gaternet.analysis import analyze
-from gaternet.data import ImageSet, Preprocessing, classes_of
+from gaternet.data import ImageSet, Preprocessing, check_source, classes_of
 from gaternet.evaluate import BATCH
 from gaternet.findings import GateAnalysis
 from gaternet.forcing import force_gates
@@ -61,6 +61,8 @@ def report_runs(
     pages = []
     loaded = [load_gated(run, which) for run in runs]  # what is wrong is to be found before the work on others is done
     sources = [data_of(run, metadata, data) for run, (_, metadata) in zip(runs, loaded, strict=True)]
+    for source in sources:
+        check_source(source)
     for run, (network, metadata), source in zip(runs, loaded, sources, strict=True):
         name = str(run) if str(run) not in found else f"{run} ({len(found)})"
         if out is None and len(runs) == 1:
@@ -98,7 +100,7 @@ def _report_run(
     analysis = analyze(network, batches.epoch(), classes=classes, samples=samples, **options)
     tried = force_gates(network, _shuffled(images, forced), analysis, images=forced, **options) if forced else None
     about = [f"{network.num_gates:,} gates", f"test images of {data_name(source)} in full precision"]
-    about += _about(metadata.get("trained") or {})
+    about += training_of(metadata.get("trained") or {})
     page = write_report(analysis, directory, forced=tried, title=title, subtitle=", ".join(about))
     return analysis, page
 
@@ -111,8 +113,9 @@ def class_names(source: str, classes: Sequence[str]) -> list[str]:
     )
 
 
-def _about(trained: dict[str, Any]) -> list[str]:
-    return [f"recipe {trained['recipe']}, seed {trained['seed']}"] if "recipe" in trained else []
+def training_of(trained: dict[str, Any]) -> list[str]:
+    """What is known of the training: saved models need not say it."""
+    return [f"{name} {trained[name]}" for name in ("recipe", "seed") if name in trained]
 
 
 def _shuffled(images: ImageSet, number: int) -> Iterator[tuple[Tensor, Tensor]]:

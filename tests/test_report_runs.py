@@ -1,0 +1,22 @@
+"""Reports of runs: what is wrong with one is found before the work on others, and what is known of each is told."""
+
+import pytest
+from analyzed_model import MODEL
+
+from gaternet.data import DataError
+from gaternet.report import runs
+
+
+def test_missing_data_of_one_run_are_found_before_the_work_on_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "_report_run", lambda *_, **__: pytest.fail("worked in vain"))
+    sources = iter(("digits", str(tmp_path / "missing.npz")))
+    monkeypatch.setattr(runs, "data_of", lambda *_: next(sources))
+    monkeypatch.setattr(runs, "load_gated", lambda *_: (MODEL, {}))
+    with pytest.raises(DataError, match=r"no file .*missing.npz"):
+        runs.report_runs([tmp_path / "good", tmp_path / "bad"], out=tmp_path)
+
+
+def test_what_is_known_of_a_training_is_told():
+    assert runs.training_of({"recipe": "x", "seed": 3}) == ["recipe x", "seed 3"]
+    assert runs.training_of({"recipe": "x"}) == ["recipe x"]
+    assert runs.training_of({}) == []
