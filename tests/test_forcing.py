@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import gaternet.forcing
 from gaternet import GaterNet, GateSite, analyze
-from gaternet.forcing import class_gates, exchange_gates, force_gates
+from gaternet.forcing import Effect, class_gates, exchange_gates, force_gates
 
 
 def test_forced_gates_by_hand(analysis, truth):
@@ -194,3 +194,38 @@ def test_as_many_gates_images_and_draws_are_taken_as_was_asked_for(analysis):
 def test_chance_is_drawn_from_its_seed(analysis):
     first, other = (dataclasses.replace(analysis).information_by_chance(draws=2, seed=seed) for seed in (0, 1))
     assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize(("name", "number", "least"), [("images", 0, 1), ("draws", 0, 1), ("gates", -1, 0)])
+def test_numbers_that_are_too_small_are_refused(analysis, name, number, least):
+    with pytest.raises(ValueError, match=f"{name} must be at least {least}, but is {number}"):
+        force_gates(MODEL, batches(), analysis, preprocessing=PIXELS, **{name: number})
+
+
+def test_an_analysis_of_another_model_is_refused(analysis):
+    fewer = {name: getattr(analysis, name)[..., :-64] for name in ("histogram", "class_open", "surest")}
+    other = dataclasses.replace(analysis, sites=analysis.sites[:-1], **fewer)
+    with pytest.raises(ValueError, match="of another model, with 272 gates at 8 sites, and this one has 336 at 9"):
+        force_gates(MODEL, batches(), other, preprocessing=PIXELS)
+
+
+def test_images_of_two_sizes_are_refused():
+    mixed = [(IMAGES[:5], LABELS[:5]), (IMAGES[:5, :, :8], LABELS[:5])]
+    with pytest.raises(ValueError, match=r"images are \(3, 16, 16\) and \(3, 8, 16\), and gates are exchanged among"):
+        exchange_gates(MODEL, mixed, preprocessing=PIXELS)
+
+
+def test_findings_are_equal_to_themselves_alone_and_can_be_keys(analysis):
+    effect = Effect(np.zeros((2, 1, 1)), np.zeros((2, 1, 1)))
+    for found in (analysis, analysis.samples, effect):
+        other = dataclasses.replace(found)
+        assert found != other
+        assert len({found, other}) == 2
+
+
+def test_both_measures_of_chance_see_the_same_shuffles(analysis, monkeypatch):
+    fresh, alone = dataclasses.replace(analysis), dataclasses.replace(analysis)
+    expected = alone.selectivity_by_chance(draws=2)
+    fresh.information_by_chance(draws=2)
+    monkeypatch.setattr(np.random, "default_rng", lambda _: pytest.fail("drawn again"))
+    assert np.array_equal(fresh.selectivity_by_chance(draws=2), expected)

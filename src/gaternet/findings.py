@@ -1,6 +1,7 @@
 """What `gaternet.analyze` finds, as plain numbers: who opens which gates, and what that tells and costs."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 _DRAWN = 10_000_000  # numbers that are drawn at once, to find what chance would show
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Samples:
     """Images of the data set, at random or chosen: what is known of each.
 
@@ -35,7 +36,7 @@ class Samples:
     macs: Float[NDArray[np.float64], " m"]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class GateAnalysis:
     """What `analyze` found in N images with C gates and K classes.
 
@@ -76,7 +77,7 @@ class GateAnalysis:
     surest: Int[NDArray[np.int64], "2 extremes gates"] | None
     thumbnails: dict[int, NDArray[np.uint8]]
     facts: dict[int, tuple[int, int, int, int]]
-    _chance: dict[Any, Any] = field(default_factory=dict, init=False, compare=False)  # drawn already
+    _chance: dict[Any, Any] = field(default_factory=dict, init=False)  # drawn already
 
     def __repr__(self) -> str:
         opened, dependent = self.rates.mean(), self.dependent.mean()
@@ -169,14 +170,18 @@ class GateAnalysis:
         return order[told[order] >= 0]
 
     def _by_chance(self, measure: Any, draws: int, seed: int) -> Float[NDArray[np.float64], "draws gates"]:
-        if (measure, draws, seed) in self._chance:
-            return self._chance[measure, draws, seed]
-        generator, found = np.random.default_rng(seed), np.zeros((draws, self.num_gates))
+        if (draws, seed) not in self._chance:  # drawing takes far longer than measuring: both measures see one draw
+            self._chance[draws, seed] = self._draw((mutual_information, selectivity), draws, seed)
+        return self._chance[draws, seed][measure]
+
+    def _draw(self, measures: Sequence[Any], draws: int, seed: int) -> dict[Any, NDArray[np.float64]]:
+        generator = np.random.default_rng(seed)
+        found = {measure: np.zeros((draws, self.num_gates)) for measure in measures}
         # The classes of m images drawn without repetition: just what shuffling gives for a gate that is open m times.
         for opened in np.unique(self.open_counts[self.dependent]):
             same = np.flatnonzero(self.open_counts == opened)
             for some in np.array_split(same, math.ceil(len(same) * draws * len(self.counts) / _DRAWN)):
                 shuffled = generator.multivariate_hypergeometric(self.counts, int(opened), (draws, len(some)))
-                found[:, some] = measure(np.moveaxis(shuffled, -1, 0), self.counts)
-        self._chance[measure, draws, seed] = found
+                for measure in measures:
+                    found[measure][:, some] = measure(np.moveaxis(shuffled, -1, 0), self.counts)
         return found

@@ -22,7 +22,7 @@ CHUNK = 100  # images at a time
 CLOSED, OPEN = 0, 1  # rows of an effect, and the values of their gates
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Effect:
     """What forcing does: the share of right predictions for each class, in [0, 1]; NaN for a class without images.
 
@@ -57,7 +57,7 @@ class Exchanged:
     gates: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Forced:
     """Accuracy on M labeled images with gates forced.
 
@@ -127,8 +127,17 @@ def force_gates(
         seed: of these draws.
 
     Raises:
-        ValueError: the loader has no images or no labels.
+        ValueError: the loader has no images or no labels, the analysis is of another model, or a number is too small.
     """
+    for name, number, least in (("draws", draws, 1), ("gates", gates, 0), ("classes", classes, 0)):
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, but is {number}")
+    spans = [(site["start"], site["stop"]) for site in analysis.sites]
+    if spans != [(site.start, site.stop) for site in model.sites]:
+        raise ValueError(
+            f"the analysis is of another model, with {analysis.num_gates} gates at {len(spans)} sites, and this one "
+            f"has {model.num_gates} at {len(model.sites)}: give what gaternet.analyze found of this one"
+        )
     with evaluation_mode(model):
         trial = _Trial(model, loader, preprocessing, images, seed)
         trial.count(len(analysis.classes))
@@ -166,7 +175,7 @@ def exchange_gates(
         seed: of which image gets whose gates.
 
     Raises:
-        ValueError: the loader has no images or no labels.
+        ValueError: the loader has no images or no labels, or `images` is below 1.
     """
     with evaluation_mode(model):
         return _Trial(model, loader, preprocessing, images, seed).exchange()
@@ -279,12 +288,18 @@ def class_gates(analysis: GateAnalysis, label: int, number: int) -> Int[NDArray[
 def _first(
     loader: Iterable[Any], number: int, preprocessing: Preprocessing | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    inputs, labels, found = [], [], 0
+    if number < 1:
+        raise ValueError(f"images must be at least 1, but is {number}")
+    inputs: list[Tensor] = []
+    labels, found = [], 0
     for batch in loader:
         images, own = images_and_labels(batch)
         if own is None:
             raise ValueError("forcing gates needs labels: give batches of (images, labels)")
         images = images.to(device)
+        if inputs and images.shape[1:] != inputs[0].shape[1:]:
+            sizes = " and ".join(str(tuple(shape)) for shape in (inputs[0].shape[1:], images.shape[1:]))
+            raise ValueError(f"images are {sizes}, and gates are exchanged among those of one size: bring them to one")
         inputs.append(preprocessing.normalize(images) if preprocessing else images)
         labels.append(own.to(device))
         found += len(images)
