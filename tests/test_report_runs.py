@@ -16,6 +16,13 @@ def test_missing_data_of_one_run_are_found_before_the_work_on_others(tmp_path, m
         runs.report_runs([tmp_path / "good", tmp_path / "bad"], out=tmp_path)
 
 
+def test_no_numbers_are_written_where_the_page_fails(analysis, tmp_path, monkeypatch):
+    monkeypatch.setattr("gaternet.report.page.report_page", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        analysis.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_known_of_a_training_is_told():
     assert runs.training_of({"recipe": "x", "seed": 3}) == ["recipe x", "seed 3"]
     assert runs.training_of({"recipe": "x"}) == ["recipe x"]

@@ -52,8 +52,8 @@ def write_report(
         OSError: the files cannot be written.
     """
     files.make_folder(directory)
-    files.write_json(directory / "gates.json", numbers(analysis, forced))
-    page = report_page(analysis, forced, title, subtitle)
+    found, page = numbers(analysis, forced), report_page(analysis, forced, title, subtitle)
+    files.write_json(directory / "gates.json", found)
     files.write_atomically(directory / "index.html", lambda path: path.write_text(page, encoding="utf-8"))
     return directory / "index.html"
 
