@@ -84,7 +84,7 @@ def test_numbers_of_forced_gates(pages):
     found = json.loads((pages / "gates.json").read_text())["forced"]
     assert (found["images"], found["accuracy"]) == (60, forced.accuracy)
     assert found["gates"]["gate"] == analysis.telling_gates(60).tolist()
-    assert found["sites"]["shut"] == pytest.approx(forced.overall(forced.sites.forced[0]).tolist(), abs=1e-6)
+    assert found["sites"]["closed"] == pytest.approx(forced.overall(forced.sites.forced[0]).tolist(), abs=1e-6)
     assert found["gates"]["open_by_class"][7] == pytest.approx(
         forced.single.forced[1, 7, :5].round(6).tolist() + [None] * 2
     )

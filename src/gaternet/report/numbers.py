@@ -57,7 +57,7 @@ def numbers(analysis: GateAnalysis, forced: Forced | None = None) -> dict[str, A
 def _forced_numbers(forced: Forced) -> dict[str, Any]:
     def effect(of: Effect) -> dict[str, Any]:
         told: dict[str, Any] = {}
-        for name, value in (("shut", CLOSED), ("open", OPEN)):  # the file's word for closed is shut
+        for name, value in (("closed", CLOSED), ("open", OPEN)):
             told[name] = _rounded(forced.overall(of.forced[value]))
             told[f"{name}_by_chance"] = _rounded(forced.overall(of.by_chance[value]))
             told[f"{name}_by_class"] = [_rounded(row) for row in of.forced[value]]
