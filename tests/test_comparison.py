@@ -12,7 +12,13 @@ import torch
 from analyzed_model import IMAGES, LABELS, MODEL, PIXELS
 
 from gaternet import analyze
+from gaternet.checkpoint import save_model
+from gaternet.data import load_data
+from gaternet.models import create_model
+from gaternet.recipe import Runtime
 from gaternet.report.comparison import write_comparison
+from gaternet.report.page import report_page
+from gaternet.report.runs import report_runs
 
 
 def analysis_of(number: int = 90, classes: Sequence[str] | None = None, labels: Any = LABELS) -> Any:
@@ -114,3 +120,25 @@ def test_names_are_shortened_by_whole_folders(analysis, tmp_path):
     page = write_comparison({"one": analysis, "other": analysis}, tmp_path, ["x", "y"], ["a", "a"]).read_text()
     assert ">one</a>" in page
     assert "2 models</p>" in page
+
+
+def test_gates_without_logits_have_no_images_that_open_them_most_surely(analysis):
+    page = report_page(analysis, None, "", "")
+    assert "Images that open it most surely" in page
+    without = report_page(dataclasses.replace(analysis, surest=None), None, "", "")
+    assert "most surely" not in without
+    assert "How often each class opens it" in without
+
+
+def test_the_best_models_report_stands_beside_the_lasts(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model: Any = create_model("resnet8_gated", 10, 1)
+    about = {**model.metadata, **load_data("digits").metadata()}
+    for name, epochs in (("last", 3), ("best", 2)):
+        save_model(model, tmp_path / "run" / name, about | {"trained": {"data": "digits", "epochs": epochs}})
+    options: Any = {"runtime": Runtime(cpu=True), "samples": 20, "forced": 0}
+    (last,) = report_runs([tmp_path / "run"], "last", **options)
+    (best,) = report_runs([tmp_path / "run"], "best", **options)
+    assert (last.parent.name, best.parent.name) == ("report", "report-best")
+    assert "after epoch 3" in last.read_text()
+    assert "after epoch 2" in best.read_text()

@@ -104,3 +104,15 @@ def test_bench_refuses_options_that_do_nothing(saved, arguments, message):
     given = [str(saved) if argument == "SAVED" else argument for argument in arguments]
     with pytest.raises(ValueError, match=message):
         CliRunner().invoke(cli.app, ["bench", *given], catch_exceptions=False)
+
+
+def test_classes_of_a_file_have_the_names_of_its_set(tmp_path):
+    torch.manual_seed(0)
+    model: Any = create_model("resnet8_gated", 10)
+    known = {"height": 8, "width": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    about = {"classes": [str(number) for number in range(10)], "preprocessing": known}
+    save_model(model, tmp_path / "a", model.metadata | about | {"trained": {"data": "somewhere/cifar10.npz"}})
+    save_model(model, tmp_path / "b", model.metadata | about)
+    found, unnamed = (predict(*load(tmp_path / name), [picture(tmp_path / "0.png")], top=10)[0] for name in "ab")
+    assert {name for name, _ in found.classes} >= {"bird", "truck"}
+    assert {name for name, _ in unnamed.classes} == set(about["classes"])

@@ -22,7 +22,7 @@ from gaternet.report import figures, runs, write_report
 from gaternet.report.comparison import write_comparison
 from gaternet.report.numbers import numbers
 from gaternet.report.reading import arrange, embed, probe
-from gaternet.report.runs import class_names
+from gaternet.trained import class_names
 
 NAMES = ["ape", "bee", "cat & <dog>", "eel", "fox", "gnu", "hen"]
 

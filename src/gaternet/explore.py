@@ -24,8 +24,7 @@ from gaternet.cost import CostModel
 from gaternet.data import DataError, ImageSet, Preprocessing, classes_of, read_image
 from gaternet.method import GaterNet
 from gaternet.report.figures import distinct_names, figure, plotly_names
-from gaternet.report.runs import class_names
-from gaternet.trained import Which, data_of, load_gated, load_sets
+from gaternet.trained import Which, class_names, data_of, load_gated, load_sets
 
 MAX_BYTES, MAX_PIXELS = 10 * 2**20, 40_000_000  # of an image that is uploaded
 _BATCH = 250

@@ -12,7 +12,7 @@ from gaternet.data import DataError, Preprocessing, classes_of
 from gaternet.export.exported import ExportedModel
 from gaternet.method import GaterNet
 from gaternet.sessions import NotRunnableError
-from gaternet.trained import Which, load_trained
+from gaternet.trained import Which, class_names, load_trained, trained_on
 
 _BATCH = 64
 
@@ -49,17 +49,21 @@ def load(path: Path, which: Which = "last") -> tuple[nn.Module | ExportedModel, 
         )
     if not path.is_file() and path.suffix != ".onnx":
         model, metadata = load_trained(path, which)
-        classes_of(metadata)  # says what is wrong with it
-        Preprocessing.from_metadata(metadata)
-        return model, metadata
+        return model, _named(metadata, trained_on(path, metadata))
     try:
         exported = ExportedModel(path)
     except NotRunnableError as error:
         raise ValueError(f"{error}: name a run, a saved model or an .onnx file that was exported") from error
     if missing := {"classes", "preprocessing"} - exported.metadata.keys():
         raise ValueError(f"{path} was exported without its {min(missing)}: export it again with metadata=...")
-    Preprocessing.from_metadata(exported.metadata)
-    return exported, exported.metadata
+    return exported, _named(exported.metadata, (exported.metadata.get("trained") or {}).get("data"))
+
+
+def _named(metadata: Mapping[str, Any], data: str | None) -> dict[str, Any]:
+    """With the classes' names, which a file of images has not; ValueError where something is missing or wrong."""
+    Preprocessing.from_metadata(metadata)
+    classes = classes_of(metadata)
+    return {**metadata, "classes": class_names(data, classes) if data else classes}
 
 
 @torch.no_grad()

@@ -2,21 +2,26 @@
 
 import dataclasses
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torchvision import datasets
 
 from gaternet import checkpoint, files
 from gaternet.data import DataError, ImageSet, Preprocessing, classes_of, load_data, same_classes
 from gaternet.errors import some
 from gaternet.method import GaterNet
-from gaternet.recipe import Runtime
+from gaternet.recipe import Runtime, data_name
 from gaternet.run import CONFIG
 
 Which = Literal["last", "best"]  # model of a run: of the last epoch, or of the one with the highest test accuracy
+_NAMES = {
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "fashion_mnist": tuple(datasets.FashionMNIST.classes),
+}
 
 
 def find_model(path: Path, which: Which = "last") -> Path:
@@ -117,3 +122,11 @@ def load_sets(source: str, metadata: dict[str, Any], data_root: str | None = Non
         if not isinstance(images.images, Tensor):
             images.transform = preprocessing.fit
     return data.train, data.test
+
+
+def class_names(source: str, classes: Sequence[str]) -> list[str]:
+    """The classes' names; a file's have none, but it may be called after a set whose classes are known."""
+    known = _NAMES.get(data_name(source), ())
+    return list(
+        known if len(known) == len(classes) and list(classes) == list(map(str, range(len(classes)))) else classes
+    )

@@ -57,7 +57,7 @@ def write_comparison(
         "all gates open."
     )
     body = [] if same else [f'<p class="notice">{_OTHER_IMAGES}</p>']
-    body += [f'<div class="scroll">{_table(runs, links, data)}</div><p class="soft">{explained}</p>']
+    body += [f'<div class="scroll" tabindex="0">{_table(runs, links, data)}</div><p class="soft">{explained}</p>']
     body += [f"<section><h2>{headings[name]}</h2>{figure_place(name, headings[name])}</section>\n" for name in drawn]
     shown = {"figures": {name: figure.to_plotly_json() for name, figure in drawn.items()}, "strips": {}}
     text = page("Gates compared", f"{len(runs)} models" + (f" in {folder}" if folder else ""), body, shown, "")
@@ -108,5 +108,5 @@ def _table(runs: Mapping[str, GateAnalysis], links: Sequence[str], data: Sequenc
             f"{analysis.gater_macs / 1e6:,.1f}",
         ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    head = "".join(f"<th>{title}</th>" for title in titles)
+    head = "".join(f'<th scope="col">{title}</th>' for title in titles)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"

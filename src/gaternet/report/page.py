@@ -197,50 +197,34 @@ def _sections(
             f"{tested.images:,} images; the model for {100 * tested.model:.1f} % of them, the most frequent class "
             f"for {100 * tested.chance:.1f}\u00a0%."
         )
-    found: list[tuple[str, Section]] = [
-        ("units", ("Layer by layer", "Gates that are closed for every image, open for every image, or neither.", "")),
-        ("per-sample", ("Open gates for each image", "How many of all gates an image opens.", "")),
-        ("per-gate", ("Images for each gate", "Of the dependent gates: how many images open each of them.", "")),
-        (
-            "map",
-            (
-                "Images with similar gates",
-                f"{len(analysis.samples.index):,} images, drawn at random; those whose gates are alike lie together "
-                f"(PCA, then t-SNE of the dependent gates). Point at one to see it.{said}",
-                "",
-            ),
+    texts = {  # figure -> heading and text
+        "units": ("Layer by layer", "Gates that are closed for every image, open for every image, or neither."),
+        "per-sample": ("Open gates for each image", "How many of all gates an image opens."),
+        "per-gate": ("Images for each gate", "Of the dependent gates: how many images open each of them."),
+        "map": (
+            "Images with similar gates",
+            f"{len(analysis.samples.index):,} images, drawn at random; those whose gates are alike lie together "
+            f"(PCA, then t-SNE of the dependent gates). Point at one to see it.{said}",
         ),
-        (
-            "class-map",
-            (
-                "Which class opens which gates",
-                "The dependent gates that tell most about the class, at most 300; alike ones stand together.",
-                "",
-            ),
+        "class-map": (
+            "Which class opens which gates",
+            "The dependent gates that tell most about the class, at most 300; alike ones stand together.",
         ),
-        (
-            "information",
-            (
-                "What a gate tells about the class",
-                "Mutual information of each dependent gate with the class, beside the same with the labels shuffled: "
-                "what lies in the grey could be chance.",
-                "",
-            ),
+        "information": (
+            "What a gate tells about the class",
+            "Mutual information of each dependent gate with the class, beside the same with the labels shuffled: "
+            "what lies in the grey could be chance.",
         ),
-        (
-            "selectivity",
-            (
-                "How much a gate is one class's",
-                "Selectivity: 1 if a single class opens the gate, 0 if all open it equally often. Gates that few "
-                "images open are selective by chance; the grey shows how much.",
-                "",
-            ),
+        "selectivity": (
+            "How much a gate is one class's",
+            "Selectivity: 1 if a single class opens the gate, 0 if all open it equally often. Gates that few "
+            "images open are selective by chance; the grey shows how much.",
         ),
-    ]
-    labels = _LABELS | {name: head for name, (head, *_) in found}
-    sections = [(head, text, place(name)) for name, (head, text, _) in found if name in drawn]
+    }
+    labels = _LABELS | {name: heading for name, (heading, _) in texts.items()}
+    sections = [(heading, text, place(name)) for name, (heading, text) in texts.items() if name in drawn]
     if gates:
-        sections.append(_gate_section(gates))
+        sections.append(_gate_section(gates, analysis.surest is not None))
     costs = "".join(place(name) for name in ("class-costs", "class-densities", "costs"))
     strips = (
         '<h3>Fewest MACs</h3><div class="strip" id="cheapest"></div>'
@@ -269,7 +253,7 @@ def _sections(
     return sections
 
 
-def _gate_section(gates: Sequence[Mapping[str, Any]]) -> Section:
+def _gate_section(gates: Sequence[Mapping[str, Any]], has_logits: bool) -> Section:
     options = "".join(
         f'<option value="{number}">gate {gate["gate"]}, {html.escape(gate["conv"])}</option>'
         for number, gate in enumerate(gates)
@@ -279,10 +263,12 @@ def _gate_section(gates: Sequence[Mapping[str, Any]]) -> Section:
         f'<select id="gate" aria-label="gate">{options}</select>'
         '<button id="gate-next" type="button">Next</button></div>'
     )
-    inside = (
-        f'{controls}<p id="gate-facts"></p><p id="gate-forced"></p>'
+    strips = (
         '<h3>Images that open it most surely</h3><div class="strip" id="gate-surest"></div>'
         '<h3>Images that close it most surely</h3><div class="strip" id="gate-least"></div>'
+    )
+    inside = (
+        f'{controls}<p id="gate-facts"></p><p id="gate-forced"></p>{strips if has_logits else ""}'
         f"<h3>How often each class opens it</h3>{figure_place('gate-classes', 'How often each class opens the gate')}"
     )
     return ("Gate by gate", f"The {len(gates)} gates that tell most about the class.", inside)

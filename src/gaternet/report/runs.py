@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision import datasets
 
 from gaternet import files
 from gaternet.analysis import analyze
@@ -22,12 +21,7 @@ from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime, data_name
 from gaternet.report.comparison import write_comparison
 from gaternet.report.page import write_report
-from gaternet.trained import Which, data_of, load_gated, load_test_set
-
-_NAMES = {
-    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-    "fashion_mnist": tuple(datasets.FashionMNIST.classes),
-}
+from gaternet.trained import Which, class_names, data_of, find_model, load_gated, load_test_set
 
 
 def report_runs(
@@ -47,7 +41,7 @@ def report_runs(
         which: model of a run.
         data: in place of the sets that they were trained on.
         out: folder of the page; of several runs' with one folder each in it. Default: `report` in the run's directory,
-            of several in the current one.
+            `report-best` for its best model, of several `report` in the current one.
         runtime: device, and where the data lie.
         samples: number of images on the map.
         forced: number of images to force gates on; 0 leaves that part out.
@@ -66,7 +60,7 @@ def report_runs(
     for run, (network, metadata), source in zip(runs, loaded, sources, strict=True):
         name = str(run) if str(run) not in found else f"{run} ({len(found)})"
         if out is None and len(runs) == 1:
-            directory = run / "report"
+            directory = run / ("report" if find_model(run, which) != run / "best" else "report-best")
         else:
             directory = (out or Path("report")) / (f"run{len(found) + 1}" if len(runs) > 1 else "")
         title = f"Gates of {run.resolve().name}"
@@ -105,17 +99,10 @@ def _report_run(
     return analysis, page
 
 
-def class_names(source: str, classes: Sequence[str]) -> list[str]:
-    """The classes' names; a file's have none, but it may be called after a set whose classes are known."""
-    known = _NAMES.get(data_name(source), ())
-    return list(
-        known if len(known) == len(classes) and list(classes) == list(map(str, range(len(classes)))) else classes
-    )
-
-
 def training_of(trained: dict[str, Any]) -> list[str]:
     """What is known of the training: saved models need not say it."""
-    return [f"{name} {trained[name]}" for name in ("recipe", "seed") if name in trained]
+    found = [f"{name} {trained[name]}" for name in ("recipe", "seed") if name in trained]
+    return [*found, f"after epoch {trained['epochs']}"] if "epochs" in trained else found
 
 
 def _shuffled(images: ImageSet, number: int) -> Iterator[tuple[Tensor, Tensor]]:
