@@ -63,15 +63,20 @@ def _same(ours: Recipe, other: Recipe) -> bool:
 
 
 CHOSEN = (
-    "\\* Chosen among the gated networks that were trained at full length (docs/results.md) by their test errors, with "
-    "these very seeds, which favours it: other seeds are to confirm it.\n"
+    "\\* Chosen among the gated networks that were trained at full length (docs/results.md) by their test errors, "
+    "which favours the seeds that the choice saw: others are to confirm it.\n"
 )
 
 
 def marked_error(lines: list[dict[str, Any]], recipe: str) -> str:
     """`error_of`, with a mark that `chosen` explains where runs are older than the recipe: it was made after them."""
-    older = any(line["recipe"] != recipe or line["options"] for line in lines)
-    return error_of(lines) + (r" \*" if older else "")
+    seen = [line for line in lines if line["recipe"] != recipe or line["options"]]
+    others = [line for line in lines if line not in seen]
+    if not seen:
+        return error_of(lines)
+    seeds = " and ".join(str(seed) for seed in sorted(line["seed"] for line in seen))
+    alone = f"; without seed {seeds} {error_of(others)}" if others else ""
+    return error_of(lines) + alone + r" \*"
 
 
 def chosen(cells: list[str]) -> str:
