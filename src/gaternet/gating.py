@@ -104,9 +104,9 @@ def gate(
         nn.init.zeros_(built.fc2.weight)
     metadata = {"backbone": describe_backbone(backbone, example_input.shape[1]), "extractor": source}
     model, mode, extractors = GaterNet(backbone, built, found, metadata), backbone.training, extractor.training
-    for module in (model, built, built.fc1, built.norm, built.fc2):  # not train(): frozen parts stay in their mode
+    for module in (model, built, built.fc1, built.norm, built.fc2):  # not train(): parts may be in another mode
         module.training = mode
-    if extractors != mode:
+    if extractors != mode:  # a network that is in the other mode itself comes over with all of its parts
         extractor.train(mode)
     return model
 

@@ -61,8 +61,8 @@ def load(path: Path, which: Which = "last") -> tuple[nn.Module | ExportedModel, 
 
 def _named(metadata: Mapping[str, Any], data: str | None) -> dict[str, Any]:
     """With the classes' names, which a file of images has not; ValueError where something is missing or wrong."""
-    Preprocessing.from_metadata(metadata)
     classes = classes_of(metadata)
+    Preprocessing.from_metadata(metadata)
     return {**metadata, "classes": class_names(data, classes) if data else classes}
 
 

@@ -12,7 +12,7 @@ from gaternet.data import DataError, ImageSet, Preprocessing
 from gaternet.export import compare_int8, export_onnx, export_pt2, quantize_onnx
 from gaternet.export.source import Form
 from gaternet.method import GaterNet
-from gaternet.trained import Which, find_model, load_sets, load_trained, trained_on
+from gaternet.trained import Which, load_sets, load_trained, trained_on
 
 FileFormat = Literal["onnx", "pt2"]
 Int8 = Literal["backbone", "all"]
@@ -74,8 +74,7 @@ def export_saved(
     example = torch.zeros(1, preprocessing.channels, preprocessing.height, preprocessing.width, dtype=torch.uint8)
     held_out = None if sets is None else sets[1].take(_spread(sets[1], _HELD_OUT))
     if out is None:
-        best = find_model(path, which) == path / "best"
-        parts = {"best": best, "skipping": form == "skipping", "int8": int8 is not None}
+        parts = {"best": which == "best", "skipping": form == "skipping", "int8": int8 is not None}
         name = "-".join(["model", *(part for part, named in parts.items() if named)])
         out = path / f"{name}.{file_format}"
     options: dict[str, Any] = {"gates": gates and gated, "dynamic_size": dynamic_size, "metadata": metadata}

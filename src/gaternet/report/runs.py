@@ -21,7 +21,7 @@ from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime, data_name
 from gaternet.report.comparison import write_comparison
 from gaternet.report.page import write_report
-from gaternet.trained import Which, class_names, data_of, find_model, load_gated, load_test_set
+from gaternet.trained import Which, class_names, data_of, load_gated, load_test_set
 
 
 def report_runs(
@@ -60,7 +60,7 @@ def report_runs(
     for run, (network, metadata), source in zip(runs, loaded, sources, strict=True):
         name = str(run) if str(run) not in found else f"{run} ({len(found)})"
         if out is None and len(runs) == 1:
-            directory = run / ("report" if find_model(run, which) != run / "best" else "report-best")
+            directory = run / ("report-best" if which == "best" else "report")
         else:
             directory = (out or Path("report")) / (f"run{len(found) + 1}" if len(runs) > 1 else "")
         title = f"Gates of {run.resolve().name}"
