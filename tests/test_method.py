@@ -236,6 +236,15 @@ def test_compiled_in_one_graph_it_is_the_same(model, images, gates, unchecked_ty
     assert torch.equal(model.backbone(images), as_plain(model)(images))  # nothing is left behind
 
 
+def test_compiled_it_learns_from_batches_of_any_size(model, unchecked_types):
+    """Compiled anew for any number of images, it draws noise for as many."""
+    compiled = torch.compile(model.train(), backend="eager")
+    for count in (4, 3, 2, 4):
+        logits, gates = compiled(torch.randn(count, 3, 8, 8), return_gates=True)
+        assert logits.shape[0] == gates.shape[0] == count
+        gates.sum().backward()
+
+
 def test_exported_it_is_the_same(model, images):
     program = torch.export.export(model, (images, True))
     for ours, theirs in zip(program.module()(images, True), model(images, return_gates=True), strict=True):

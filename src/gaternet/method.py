@@ -50,7 +50,8 @@ def improved_semhash(
     """
     if not training:
         return (logits > threshold).to(logits.dtype)
-    noise = torch.randn(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
+    chosen: dict[str, Any] = {} if generator is None else {"generator": generator}  # torch.compile traces no None
+    noise = torch.randn(logits.shape, device=logits.device, dtype=logits.dtype, **chosen)
     noisy = logits + noise_std * noise  # (4)
     soft = (1.2 * noisy.sigmoid() - 0.1).clamp(0, 1)  # (5)
     hard = (noisy > threshold).to(soft.dtype)  # (6)
@@ -58,7 +59,7 @@ def improved_semhash(
     hard = hard + straight_through
     if slope is not None:
         soft = (1.2 * (slope * noisy).sigmoid() - 0.1).clamp(0, 1).detach() + straight_through
-    is_hard = torch.rand(logits.shape[0], 1, generator=generator, device=logits.device) < hard_probability  # (B, 1)
+    is_hard = torch.rand(logits.shape[0], 1, device=logits.device, **chosen) < hard_probability  # (B, 1)
     return torch.where(is_hard, hard, soft)  # (7)
 
 
@@ -295,8 +296,7 @@ class GaterNet(
             if filters != site.channels:
                 raise ValueError(f"site {site.name} gates {site.channels} filters, but {site.conv} has {filters}")
         refuse_gated(backbone)
-        self.backbone = backbone
-        self.gater = gater
+        self.backbone, self.gater = backbone, gater
         self.sites = tuple(sites)
         self.metadata: dict[str, Any] = dict(metadata or {})
         self._channel = _SideChannel()
