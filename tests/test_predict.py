@@ -68,6 +68,20 @@ def test_one_saved_model_has_no_best(saved, tmp_path):
     assert load(run, "best")[1] == load(run / "best")[1]
 
 
+def test_numbers_in_place_of_names_are_said(saved, tmp_path):
+    """A folder's classes are numbered by their names, a file's by nothing that is known."""
+    names = ["ape", "bat", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay"]
+    for name in names:
+        for part in ("train", "test"):
+            (tmp_path / "photos" / part / name).mkdir(parents=True)
+            picture(tmp_path / "photos" / part / name / "0.png")
+    model: Any = create_model("resnet8_gated", 10)
+    known = {"height": 8, "width": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    save_model(model, saved, {**model.metadata, "preprocessing": known, "classes": list(map(str, range(10)))})
+    with pytest.warns(UserWarning, match=r"photos are taken to be the model's in their order: ape is 0, bat is 1"):
+        evaluate_saved(saved, data=str(tmp_path / "photos"), runtime=Runtime(cpu=True, workers=0))
+
+
 def call(*arguments: object) -> Any:
     result = CliRunner().invoke(cli.app, list(map(str, arguments)), catch_exceptions=False)
     assert result.exit_code == 0, result.output

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision import datasets
 
 from gaternet import checkpoint, files
-from gaternet.data import DataError, ImageSet, Preprocessing, classes_of, load_data, same_classes
+from gaternet.data import DataError, ImageSet, Preprocessing, classes_of, load_data, same_classes, warn_of_numbers
 from gaternet.errors import some
 from gaternet.method import GaterNet
 from gaternet.recipe import Runtime, data_name
@@ -103,7 +103,7 @@ def load_sets(source: str, metadata: dict[str, Any], data_root: str | None = Non
         DataError: there are none, or they do not go with the model.
     """
     preprocessing, known = Preprocessing.from_metadata(metadata), classes_of(metadata)
-    square = preprocessing.height == preprocessing.width
+    square, trained = preprocessing.height == preprocessing.width, metadata.get("trained") or {}
     data = load_data(source, image_size=preprocessing.height if square else None, root=data_root)
     if data.preprocessing.channels != preprocessing.channels:
         has, wants = data.preprocessing.channels, preprocessing.channels
@@ -118,6 +118,7 @@ def load_sets(source: str, metadata: dict[str, Any], data_root: str | None = Non
         )
     if not same_classes(data.classes, known):
         raise DataError(f"{source} has {len(data.classes)} classes, not those that the model knows: {some(known)}")
+    warn_of_numbers(source, data.classes, class_names(trained["data"], known) if "data" in trained else known)
     for images in (data.train, data.test):
         if not isinstance(images.images, Tensor):
             images.transform = preprocessing.fit
