@@ -233,6 +233,9 @@ def test_a_pretrained_backbone_gets_the_inputs_that_it_knows(digits):
     data = dataclasses.replace(digits, preprocessing=rgb)
     network = nn.Identity()
     assert prepared_for(data, network) is data
+    gated: Any = create_model("resnet8_gated")
+    gated.metadata["preprocessing"] = {"height": 1, "width": 1, "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}
+    assert prepared_for(data, gated).preprocessing.mean == (0.1, 0.2, 0.3)
     network.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.4, 0.4, 0.4)}  # pyright: ignore[reportArgumentType]
     found = prepared_for(data, network).preprocessing
     assert (found.mean, found.std) == ((0.5,) * 3, (0.4,) * 3)

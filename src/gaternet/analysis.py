@@ -173,8 +173,9 @@ class _Pass:
         else:
             scores, gates = None, self.model.gates(inputs)
         logits: Any = self.model.forward_gated(inputs, gates)
-        if not isinstance(logits, Tensor):
-            raise ValueError(f"the backbone must give logits (B, K), but gives a {type(logits).__name__}: wrap it")
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            given = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise ValueError(f"the backbone must give logits (B, K), but gives {given}: wrap it")
         if not logits.isfinite().all():
             raise ValueError(
                 "the model gives logits that are no finite numbers: its weights, or the images, are damaged"

@@ -1,9 +1,10 @@
 """How a network runs: in evaluation mode, in its own precision, without logs; and how its weights lie in memory."""
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # where torch.export prints them, too
             warnings.simplefilter("ignore")
             yield
     finally:

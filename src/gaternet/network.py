@@ -134,14 +134,16 @@ def prepared_for(
     """The data, normalised as the network's trained weights want it.
 
     As is `known`, a preprocessing, of a run that goes on; or as it was where backbone_from was trained, if that was
-    saved; or else by the network's `pretrained_cfg`, timm's, where it has one. With a recipe that starts from no
-    trained weights, the data as it is.
+    saved; or as the metadata of a GaterNet say; or else by the network's `pretrained_cfg`, timm's, where it has one.
+    With a recipe that starts from no trained weights, the data as it is.
     """
     source = recipe.gating.backbone_from if recipe else None
     if recipe and not (source or recipe.pretrained):
         return data
     backbone = network.backbone if isinstance(network, GaterNet) else network
-    config: Any = known or (source and _saved_preprocessing(Path(source))) or getattr(backbone, "pretrained_cfg", None)
+    own = network.metadata.get("preprocessing") if isinstance(network, GaterNet) else None
+    config: Any = known or (source and _saved_preprocessing(Path(source))) or own
+    config = config or getattr(backbone, "pretrained_cfg", None)
     if not config or len(config["mean"]) != data.preprocessing.channels:
         return data
     mean, std = tuple(config["mean"]), tuple(config["std"])
