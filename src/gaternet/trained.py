@@ -118,7 +118,8 @@ def load_sets(source: str, metadata: dict[str, Any], data_root: str | None = Non
         )
     if not same_classes(data.classes, known):
         raise DataError(f"{source} has {len(data.classes)} classes, not those that the model knows: {some(known)}")
-    warn_of_numbers(source, data.classes, class_names(trained["data"], known) if "data" in trained else known)
+    named = class_names(trained["data"], known) if "data" in trained else known
+    warn_of_numbers(source, class_names(source, data.classes), named)
     for images in (data.train, data.test):
         if not isinstance(images.images, Tensor):
             images.transform = preprocessing.fit
