@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from gaternet.cost import CostModel, count_dense_macs
-from gaternet.data import Preprocessing
+from gaternet.data import Preprocessing, images_of
 from gaternet.findings import GateAnalysis, Samples
 from gaternet.method import GaterNet, require_gated
 from gaternet.modes import evaluation_mode
@@ -82,11 +82,8 @@ def analyze(
 
 def images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:
     """Of a batch of images, (images,) or (images, labels, ...)."""
-    parts = list(batch) if isinstance(batch, list | tuple) else [batch]
-    images, labels = (*parts, None)[:2]
-    if not isinstance(images, Tensor):
-        kind = type(images).__name__
-        raise ValueError(f"batches must be tensors of images, or (images, labels), but hold {kind}: wrap the loader")
+    images = images_of(batch)
+    labels = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
     if images.ndim != 4:
         raise ValueError(
             f"images must be (B, channels, H, W), but are {tuple(images.shape)}: pass a DataLoader of the data set"

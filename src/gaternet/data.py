@@ -6,7 +6,6 @@ Every source ends as two `ImageSet`s of uint8 images (C, H, W) and labels.
 import hashlib
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +22,6 @@ from torchvision.transforms.v2 import functional as tv
 
 from gaternet.arrays import EMBEDDED, TORCHVISION, DataError, digits, read_npz, read_torchvision
 from gaternet.augment import file_transform
-from gaternet.errors import some
 from gaternet.folders import read_folder
 from gaternet.recipe import Augmentation
 
@@ -279,17 +277,17 @@ def read_image(path: str | Path, channels: int) -> UInt8[Tensor, "chans h w"]:
     raise DataError(f"image {path} holds signed, 32-bit or float pixels: convert it to 8 bits")
 
 
-def same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
-    """Whether these may be the same classes: a .npz file does not name them, so "0", "1", ... stand for any others."""
-    numbers = [str(label) for label in range(len(names))]
-    return list(names) == list(others) or (len(names) == len(others) and numbers in (list(names), list(others)))
+def images_of(batch: Any) -> Tensor:
+    """Of a batch of images, or of (images, ...) as loaders give them.
 
-
-def warn_of_numbers(source: str, names: Sequence[str], known: Sequence[str]) -> None:
-    """Say what numbers are taken for, where one side has names of the classes and the other has none."""
-    if list(names) != list(known):
-        pairs = some([f"{name} is {other}" for name, other in zip(names, known, strict=True)])
-        warnings.warn(f"classes of {source} are taken to be the model's in their order: {pairs}", stacklevel=2)
+    Raises:
+        ValueError: it holds something else.
+    """
+    images = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    if not isinstance(images, Tensor):
+        kind = type(images).__name__
+        raise ValueError(f"batches must be tensors of images, or (images, labels), but hold {kind}: wrap the loader")
+    return images
 
 
 def mix_seed(purpose: str, *numbers: int) -> int:

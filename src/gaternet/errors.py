@@ -1,4 +1,4 @@
-"""Errors of training, which the command line knows without loading that; words of errors that others raise."""
+"""Errors of training, which the command line knows without loading that; and words for messages of any kind."""
 
 from collections.abc import Sequence
 from typing import Any

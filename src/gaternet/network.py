@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from gaternet import checkpoint, files
 from gaternet.cost import CostModel
-from gaternet.data import ImageData, Preprocessing, ToInput, classes_of, same_classes
+from gaternet.data import ImageData, Preprocessing, ToInput
 from gaternet.gating import gate
 from gaternet.method import Gater, GaterNet
 from gaternet.models import create_model
 from gaternet.models.create import describe_backbone, other_classifier
 from gaternet.modes import channels_last_
 from gaternet.recipe import Gating, Recipe
-from gaternet.trained import find_model, load_trained
+from gaternet.trained import find_model, load_trained, match_classes
 
 
 def build_network(recipe: Recipe, data: ImageData, seed: int, trained: bool = True) -> nn.Module:
@@ -118,7 +118,7 @@ def load_teacher(recipe: Recipe, data: ImageData, accelerator: Accelerator) -> C
     preprocessing, ours = Preprocessing.from_metadata(metadata), data.preprocessing
     to_input = ToInput(preprocessing)
     sizes = [(p.channels, p.height, p.width) for p in (preprocessing, ours)]
-    if not same_classes(classes_of(metadata), data.classes) or sizes[0] != sizes[1]:
+    if not match_classes(recipe.data, data.classes, metadata) or sizes[0] != sizes[1]:
         raise ValueError(f"the teacher {source} was trained on other classes or images of another size: name another")
 
     def ask(images: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torchvision import datasets
 
 from gaternet import checkpoint, files
-from gaternet.data import DataError, ImageSet, Preprocessing, classes_of, load_data, same_classes, warn_of_numbers
+from gaternet.data import DataError, ImageSet, Preprocessing, classes_of, load_data
 from gaternet.errors import some
 from gaternet.method import GaterNet
 from gaternet.recipe import Runtime, data_name
@@ -102,8 +103,8 @@ def load_sets(source: str, metadata: dict[str, Any], data_root: str | None = Non
     Raises:
         DataError: there are none, or they do not go with the model.
     """
-    preprocessing, known = Preprocessing.from_metadata(metadata), classes_of(metadata)
-    square, trained = preprocessing.height == preprocessing.width, metadata.get("trained") or {}
+    preprocessing = Preprocessing.from_metadata(metadata)
+    square = preprocessing.height == preprocessing.width
     data = load_data(source, image_size=preprocessing.height if square else None, root=data_root)
     if data.preprocessing.channels != preprocessing.channels:
         has, wants = data.preprocessing.channels, preprocessing.channels
@@ -116,14 +117,29 @@ def load_sets(source: str, metadata: dict[str, Any], data_root: str | None = Non
             f"{source} has images of {size[0]} x {size[1]} pixels, but the model was trained on {wanted[0]} x "
             f"{wanted[1]}: use its own data"
         )
-    if not same_classes(data.classes, known):
-        raise DataError(f"{source} has {len(data.classes)} classes, not those that the model knows: {some(known)}")
-    named = class_names(trained["data"], known) if "data" in trained else known
-    warn_of_numbers(source, class_names(source, data.classes), named)
+    if not match_classes(source, data.classes, metadata):
+        known = some(classes_of(metadata))
+        raise DataError(f"{source} has {len(data.classes)} classes, not those that the model knows: {known}")
     for images in (data.train, data.test):
         if not isinstance(images.images, Tensor):
             images.transform = preprocessing.fit
     return data.train, data.test
+
+
+def match_classes(source: str, classes: Sequence[str], metadata: Mapping[str, Any]) -> bool:
+    """Whether the classes of the images in `source` may be those that the model of `metadata` knows.
+
+    A .npz file does not name them, so "0", "1", ... stand for any others, in their order; a warning says for which.
+    """
+    known, numbers = classes_of(metadata), [str(label) for label in range(len(classes))]
+    if list(classes) != known and (len(classes) != len(known) or numbers not in (list(classes), known)):
+        return False
+    names = class_names(source, classes)
+    known = class_names((metadata.get("trained") or {}).get("data") or "", known)
+    if names != known:
+        pairs = some([f"{name} is {other}" for name, other in zip(names, known, strict=True)])
+        warnings.warn(f"classes of {source} are taken to be the model's in their order: {pairs}", stacklevel=2)
+    return True
 
 
 def class_names(source: str, classes: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gaternet.data import images_of
 from gaternet.export.exported import METADATA, ExportedModel
 from gaternet.export.parity import FAULT, ExportError, differing
 from gaternet.export.to_onnx import import_onnx, load_with_gates
@@ -64,7 +65,7 @@ def quantize_onnx(
     from onnxruntime import quantization
     from onnxruntime.quantization import shape_inference
 
-    batches = [images for images in map(_images, calibration) if len(images)]
+    batches = [images for batch in calibration if len(images := images_of(batch).detach().cpu())]
     if not batches:
         raise ValueError("there are no images to calibrate with: pass some batches of them")
     for images in batches:
@@ -110,15 +111,6 @@ def quantize_onnx(
 
     write_atomically(Path(out), write)
     return ExportedModel(out)
-
-
-def _images(batch: Any) -> Tensor:
-    """Those of a batch of images or of (images, labels, ...), on the CPU."""
-    images = batch[0] if isinstance(batch, list | tuple) and batch else batch
-    if not isinstance(images, Tensor):
-        kind = type(images).__name__
-        raise ValueError(f"batches must be tensors of images, or (images, labels), but hold {kind}: wrap the loader")
-    return images.detach().cpu()
 
 
 def _check(path: Path, original: Path, images: Tensor, exact: int) -> None:

@@ -26,8 +26,7 @@ class _Lifetimes:
                 if (conv := self._expanding_conv(step)) is not None:
                     conv.pattern = DENSE
                 step.in_place = self._in_place(step)
-        done = [step for step in self.steps if self._add_by_conv(step)]
-        return [step for step in self.steps if not any(step is other for other in done)]
+        return [step for step in self.steps if not self._add_by_conv(step)]
 
     def _expanding_conv(self, step: Step) -> Step | None:
         """Of two convolutions with unlike open filters whose only reader is this addition: the earlier.

@@ -328,13 +328,16 @@ def _sides(conv: Conv) -> list[tuple[int, int]] | None:
     given: Any = [*conv.node.args[3:6]]
     stride, padding, dilation = [*given, *[(1, 1), (0, 0), (1, 1)][len(given) :]]
     if padding == "same":
-        added = [dilation[-i] * (conv.kernel[i] - 1) for i in (0, 1)]  # to both edges together; the stride is 1
+        added = [by * (size - 1) for by, size in zip(_pair(dilation), conv.kernel, strict=True)]  # to both edges
         if any(pixels % 2 for pixels in added):
             return None
         padding = [pixels // 2 for pixels in added]
-    elif padding == "valid":
-        padding = (0, 0)
-    return [(side[0], side[-1]) for side in (stride, padding, dilation)]
+    return [_pair(side) for side in (stride, (0, 0) if padding == "valid" else padding, dilation)]
+
+
+def _pair(option: Sequence[int]) -> tuple[int, int]:
+    """Height's and width's value of an option of a convolution, which may name one for both."""
+    return (option[0], option[-1])
 
 
 def _target(node: Node) -> Callable[..., Any]:
