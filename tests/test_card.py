@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard, metadata_load
+from training_runs import CPU, small
 
 import gaternet
 from gaternet.card import UNKNOWN, make_card
@@ -12,6 +13,7 @@ from gaternet.checkpoint import fingerprint
 from gaternet.cost import count_dense_macs
 from gaternet.data import Preprocessing
 from gaternet.method import GaterNet
+from gaternet.train import train
 
 TRAINED = {"recipe": "short_resnet8_gated", "data": "/home/somebody/cifar10.npz", "seed": 3, "epochs": 16}
 METADATA = {
@@ -159,3 +161,10 @@ def test_a_network_that_does_not_run_on_its_own_size_is_saved(tmp_path):
     found = cells(tmp_path / "README.md")
     assert found["MACs an image"].startswith(UNKNOWN)
     assert found["classes"] == "1: a b"
+
+
+def test_the_card_of_a_run_claims_what_was_measured_of_its_weights(tmp_path):
+    """With averaged weights, too: those are what is judged, and saved."""
+    record = train(small(epochs=1, ema_decay=0.5), tmp_path / "run", CPU)
+    gaternet.load_pretrained(tmp_path / "run" / "last").save_pretrained(tmp_path / "again")
+    assert cells(tmp_path / "again" / "README.md")["accuracy"].startswith(f"{100 * record['test_accuracy']:.2f} %")

@@ -315,6 +315,10 @@ def test_a_run_knows_what_it_trains(run, tmp_path, capsys, monkeypatch):
         ("--out", copied): "name a recipe to train",
     }.items():
         assert message in fail(capsys, monkeypatch, "train", *options)[1]
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "seed": 3}))
+    assert "evaluate" in call("train", "--resume", "--out", copied)  # it is finished
+    assert "seed was 3, now it is 0" in fail(capsys, monkeypatch, "train", "--resume", "--out", copied, "--seed", 0)[1]
 
 
 def test_sites_of_a_run_are_those_of_its_backbone(run, tmp_path):

@@ -44,6 +44,7 @@ def test_names_that_are_not_those_of_the_outputs_are_refused(saved, tmp_path, cl
 
 def test_a_missing_file_is_found_before_any_work(saved, tmp_path, monkeypatch):
     network, metadata = load(saved)
+    monkeypatch.setattr("gaternet.predict._BATCH", 1)
     monkeypatch.setattr("gaternet.predict._run", lambda *_: pytest.fail("work that would be lost"))
     with pytest.raises(DataError, match=r"no image .*missing\.png: check the path"):
         predict(network, metadata, [picture(tmp_path / "0.png"), tmp_path / "missing.png"])
