@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from typing import cast
 
 import pytest
 import timm
@@ -57,15 +58,41 @@ def test_a_backbone_that_was_changed_after_gating_does_not_come_back_as_it_was(t
     assert_same(load_pretrained(tmp_path, backbone=copy.deepcopy(model).ungate()), model, PIXELS)
 
 
-def test_what_matters_in_training_alone_may_be_changed_after_gating(tmp_path):
-    model = spoiled(gate(create_backbone("timm:test_resnet", 4), PIXELS))
+@pytest.mark.parametrize("first", ["change", "gate"])
+def test_what_matters_in_training_alone_may_be_another(tmp_path, first):
+    network = create_backbone("timm:test_resnet", 4)
+    if first == "change":  # as it must be for modules that are new
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network.eval())
+    model = spoiled(gate(network, PIXELS))
     for module in model.backbone.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
             module.momentum = 0.01
         if isinstance(module, nn.ReLU):
             module.inplace = not module.inplace
     model.save_pretrained(tmp_path)
     assert_same(load_pretrained(tmp_path), model, PIXELS)
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, torch.compile, lambda part: nn.DataParallel(cast(nn.Module, torch.compile(part)))]
+)
+@pytest.mark.parametrize("name", ["backbone", "backbone.layer1", "gater.extractor"])
+def test_what_compiles_or_spreads_a_part_is_not_saved(tmp_path, wrap, name):
+    model = spoiled(gate(create_backbone("timm:test_resnet", 4), PIXELS))
+    own = copy.deepcopy(model)
+    part = wrap(model.get_submodule(name))
+    model.set_submodule(name, part)
+    model.save_pretrained(tmp_path)
+    assert model.get_submodule(name) is part
+    assert_same(load_pretrained(tmp_path), own, PIXELS)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_a_wrapped_backbone_is_refused(wrap):
+    network = wrap(create_backbone("timm:test_resnet", 4))
+    kind = type(network).__name__
+    with pytest.raises(ValueError, match=f"the backbone is in a {kind}: gate what that wraps, and wrap or compile the"):
+        gate(network, PIXELS)
 
 
 def test_a_shrinking_gater_comes_back_by_itself(tmp_path):

@@ -265,15 +265,45 @@ def test_what_cannot_run_leaves_no_run_directory(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_network_that_was_given_comes_back_without_mixed_precision(tmp_path):
+def test_a_network_that_was_given_comes_back_without_mixed_precision(tmp_path, capsys):
     model = gate(create_model("resnet8", 10, 1), torch.zeros(2, 1, 8, 8), gater="resnet8")
     train(small("resnet8_gated", epochs=1), tmp_path / "run", replace(CPU, precision="bf16"), network=model)
     images = torch.rand(4, 1, 8, 8)
     logits = model.eval()(images)
     assert logits.dtype == torch.float32
     assert torch.equal(logits, model.forward_gated(images, model.gates(images)))
+    assert "CifarResNet (0.16M parameters, 112 gates)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="trained a CifarResNet that was given to it in Python: no command repeats"):
         describe_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_a_network_that_was_given_knows_what_it_was_trained_on(tmp_path, decay):
+    model = gate(create_model("resnet8", 10, 1), torch.zeros(2, 1, 8, 8), gater="resnet8")
+    recipe = small("resnet8_gated", epochs=1, ema_decay=decay)
+    train(recipe, tmp_path / "run", CPU, network=model)
+    model.save_pretrained(tmp_path / "mine")
+    assert load_model(tmp_path / "mine")[1] == load_model(tmp_path / "run" / "last")[1]
+    accuracy = evaluate_saved(tmp_path / "mine", runtime=CPU)["accuracy"]
+    assert (accuracy == load_model(tmp_path / "mine")[1]["trained"]["test_accuracy"]) is (decay == 0)
+    again = gate(create_model("resnet8", 10, 1), torch.zeros(2, 1, 8, 8), gater="resnet8")
+    train(recipe, tmp_path / "run", CPU, resume=True, network=again)  # finished already
+    assert again.metadata == load_model(tmp_path / "mine")[1]
+
+
+def test_an_accelerator_of_the_callers_stays_as_it_was(tmp_path):
+    own = make_accelerator(replace(CPU, precision="bf16"))
+    for _ in range(2):
+        train(
+            small("resnet8", epochs=1),
+            tmp_path / "run",
+            replace(CPU, precision="no"),
+            resume=(tmp_path / "run").exists(),
+        )
+        evaluate_saved(tmp_path / "run", runtime=CPU)
+        describe_run(tmp_path / "run", CPU)
+        assert own.mixed_precision == Accelerator().mixed_precision == "bf16"
+        assert own.device == Accelerator().device
 
 
 def test_a_second_sigterm_is_the_launchers():

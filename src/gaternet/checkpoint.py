@@ -8,7 +8,8 @@ import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,19 +43,41 @@ def save_model(model: nn.Module, directory: Path, metadata: Mapping[str, Any] | 
             A description that the backbone no longer fits, since it was changed after gating, is left out.
     """
     config: dict[str, Any] = {"gaternet": __version__}
-    if isinstance(model, GaterNet):
-        given = metadata or model.metadata
-        metadata = fitting(given, model)
-        if given.get("backbone") and not metadata["backbone"]:
-            warnings.warn("the backbone was changed after it was gated: load it with backbone=...", stacklevel=2)
-        config["gater"] = _gater_options(model.gater)
-        config["sites"] = [asdict(site) for site in model.sites]
-    try:
-        json.dumps(metadata)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"metadata must be plain data, as JSON has it: {first_line(error)}") from error
-    write_atomically(directory / WEIGHTS, lambda path: save_safetensors(model, str(path)))
+    with _unwrapped(model):
+        if isinstance(model, GaterNet):
+            given = metadata or model.metadata
+            metadata = fitting(given, model)
+            if given.get("backbone") and not metadata["backbone"]:
+                warnings.warn("the backbone was changed after it was gated: load it with backbone=...", stacklevel=2)
+            config["gater"] = _gater_options(model.gater)
+            config["sites"] = [asdict(site) for site in model.sites]
+        try:
+            json.dumps(metadata)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"metadata must be plain data, as JSON has it: {first_line(error)}") from error
+        write_atomically(directory / WEIGHTS, lambda path: save_safetensors(model, str(path)))
     write_json(directory / CONFIG, {**config, "metadata": metadata})
+
+
+@contextmanager
+def _unwrapped(model: nn.Module) -> Iterator[None]:
+    """The model without what compiles or spreads its parts, for a while: the names of their weights would show it."""
+    from accelerate.utils import extract_model_from_parallel  # late: it takes a second
+
+    wrapped: list[tuple[nn.Module, str, nn.Module]] = []
+    for parent in model.modules():
+        for name, part in parent.named_children():
+            inner = part
+            while (within := extract_model_from_parallel(inner, keep_torch_compile=False)) is not inner:
+                inner = within
+            if inner is not part:
+                wrapped.append((parent, name, part))
+                setattr(parent, name, inner)
+    try:
+        yield
+    finally:
+        for parent, name, part in wrapped:
+            setattr(parent, name, part)
 
 
 def fingerprint(model: nn.Module) -> str:

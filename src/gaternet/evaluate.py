@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gaternet.cost import CostModel, count_dense_macs
 from gaternet.data import Preprocessing, ToInput
 from gaternet.loader import Batches, make_batches
-from gaternet.machine import make_accelerator
+from gaternet.machine import accelerate_restored, make_accelerator
 from gaternet.method import GaterNet
 from gaternet.modes import channels_last_, evaluation_mode
 from gaternet.recipe import Runtime
@@ -90,6 +90,7 @@ def gate_metrics(network: GaterNet, rates: Float[Tensor, " gates"]) -> dict[str,
     }
 
 
+@accelerate_restored()
 def evaluate_saved(
     path: Path,
     which: Which = "last",

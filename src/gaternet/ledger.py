@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from gaternet import files
 from gaternet.evaluate import evaluate_saved
-from gaternet.machine import make_accelerator
+from gaternet.machine import accelerate_restored, make_accelerator
 from gaternet.recipe import Recipe, Runtime, data_name, flat_options, idle_options
 from gaternet.recipes import RECIPES
 from gaternet.run import CONFIG, RunDirectory
@@ -59,6 +59,7 @@ def train_flags(options: Mapping[str, Any]) -> list[str]:
     return words
 
 
+@accelerate_restored()
 def describe_run(path: Path, runtime: Runtime | None = None) -> dict[str, Any]:
     """The ledger's line for a finished run; it evaluates the run's model to count its MACs, as `runtime` says.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch import Tensor
 
@@ -46,6 +46,20 @@ def make_accelerator(runtime: Runtime) -> Accelerator:
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("fp16 needs a GPU, for its gradients must be scaled: use --precision bf16 or no")
     return accelerator
+
+
+@contextmanager
+def accelerate_restored() -> Iterator[None]:
+    """What Accelerate knows of the whole process, such as its precision, is afterwards what the caller's made it."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    states = [AcceleratorState, GradientState, *([PartialState] if alone else [])]  # processes that met stay together
+    before = [dict(state._shared_state) for state in states]
+    try:
+        yield
+    finally:
+        for state, known in zip(states, before, strict=True):
+            state._shared_state.clear()
+            state._shared_state.update(known)
 
 
 def seed_step(seed: int, device: torch.device) -> None:

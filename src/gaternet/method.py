@@ -202,9 +202,6 @@ class _SideChannel(threading.local):
         self.gates: Tensor | None = None
         self.sites_run: list[str] = []  # their names, in the order in which they ran
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_SideChannel":
-        return _SideChannel()
-
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _SideChannel, ()
 
@@ -236,7 +233,10 @@ class _GateHook:
 
 
 def refuse_gated(network: nn.Module) -> None:
-    """Raise ValueError if any module of the network has gates."""
+    """Raise ValueError if any module of the network has gates, or if it is but a wrapper of a network."""
+    if hasattr(network, "_orig_mod") or isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        wrapper = type(network).__name__
+        raise ValueError(f"the backbone is in a {wrapper}: gate what that wraps, and wrap or compile the GaterNet")
     if any(isinstance(hook, _GateHook) for module in network.modules() for hook in module._forward_hooks.values()):
         raise ValueError("the backbone is gated already: call ungate() on its GaterNet, or on a deep copy of that")
 

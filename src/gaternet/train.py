@@ -24,7 +24,9 @@ from gaternet import checkpoint
 from gaternet.data import load_data, mix_seed
 from gaternet.errors import Stopped, TrainingError, first_line
 from gaternet.evaluate import evaluate
+from gaternet.files import read_json
 from gaternet.machine import (
+    accelerate_restored,
     collect_signals,
     import_tensorboard,
     make_accelerator,
@@ -44,6 +46,7 @@ from gaternet.state import TrainingState
 
 
 @tuned_convolutions()
+@accelerate_restored()
 def train(
     recipe: Recipe,
     run_dir: str | Path,
@@ -61,7 +64,8 @@ def train(
         seed: of the weights, the order of images, the augmentation and the gates' noise.
         resume: continue the run that is there.
         network: train this one, a GaterNet say that `gate` made, in place of the recipe's own; of the
-            recipe, options that build a network or start it from weights then have no effect.
+            recipe, options that build a network or start it from weights then have no effect. A GaterNet's metadata
+            then name its classes, its preprocessing and this training, so that `save_pretrained` saves them, too.
 
     Returns:
         The metrics of the last epoch, as in metrics.jsonl; accuracies and densities lie in [0, 1].
@@ -105,8 +109,9 @@ def train(
             if training.epoch < recipe.epochs:
                 run.note_place(training.epoch + 1, training.step, _way(accelerator))
         if training.epoch == recipe.epochs:
+            _tell(network, read_json(run.path / "last" / checkpoint.CONFIG)["metadata"])
             return run.epochs()[-1]
-        for line in (_title(recipe, prepared), *unreached(recipe)):
+        for line in (_title(recipe, prepared, config.get("network")), *unreached(recipe)):
             display.line(line)
         for epoch in range(training.epoch, recipe.epochs):
             set_training_mode(network, recipe)
@@ -145,9 +150,10 @@ def train(
             display.epoch(epoch, metrics, tested)
             is_best = training.end_epoch(tested["accuracy"])
             record = _epoch_record(prepared, metrics, tested, clock.since_start())
+            metadata = model_metadata(recipe, prepared.judged, prepared.data, seed, training.epoch, tested)
+            _tell(network, metadata)
             if main:
                 run.log(record)
-                metadata = model_metadata(recipe, prepared.judged, prepared.data, seed, training.epoch, tested)
                 for name in ("best", "last") if is_best else ("last",):
                     checkpoint.save_model(prepared.judged, run.path / name, metadata)
                 if board is not None:
@@ -160,6 +166,12 @@ def train(
                 raise _stopped(received, run, epoch, training.step)
     accelerator.wait_for_everyone()  # what follows may read what the main process has still to write
     return record
+
+
+def _tell(network: nn.Module, metadata: Mapping[str, Any]) -> None:
+    """What is saved beside the weights is known to a GaterNet itself."""
+    if isinstance(network, GaterNet):
+        network.metadata.update(metadata)
 
 
 def _evaluated(prepared: Prepared) -> dict[str, Any]:
@@ -264,13 +276,14 @@ def _gradient_norms(network: nn.Module) -> dict[str, float]:
     return norms
 
 
-def _title(recipe: Recipe, prepared: Prepared) -> str:
+def _title(recipe: Recipe, prepared: Prepared, given: str | None) -> str:
     network, data, accelerator = prepared.network, prepared.data, prepared.accelerator
     parameters = sum(p.numel() for p in network.parameters()) / 1e6
     gates = f", {network.num_gates:,} gates" if isinstance(network, GaterNet) else ""
     where = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.mixed_precision} precision"
+    name = given or recipe.model or recipe.backbone
     return (
-        f"{recipe.name}: {recipe.model or recipe.backbone} ({parameters:.2f}M parameters{gates}) on {recipe.data}, "
+        f"{recipe.name}: {name} ({parameters:.2f}M parameters{gates}) on {recipe.data}, "
         f"{len(data.train):,} + {len(data.test):,} images, {recipe.duration}, {where}"
     ).replace("no precision", "full precision")
 

@@ -150,22 +150,25 @@ def describe_backbone(backbone: nn.Module, in_chans: int) -> dict[str, Any] | No
         if "architecture" not in config or not isinstance(num_classes, int):
             return None
         source = {"name": _TIMM + config["architecture"], "num_classes": num_classes, "in_chans": in_chans}
-    return source if _makes(source, backbone, repr) else None
+    return source if _makes(source, backbone, _shown) else None
 
 
 def fitting(metadata: Mapping[str, Any], model: GaterNet) -> Mapping[str, Any]:
     """The metadata, without the description of another backbone than the model has.
 
-    What changes no prediction may be another: momentum of statistics, over which images they are, what is dropped,
-    what is done in place.
+    What changes no prediction may be another: momentum of statistics, what is dropped, what is done in place.
     """
 
-    def shown(network: nn.Module) -> str:
-        text = re.sub(r"(, )?\b(momentum|p|drop_prob|inplace)=[^,)]*", "", repr(network))
-        return re.sub(r"\b(Sync)?BatchNorm(2d)?\(", "BatchNorm(", text)
+    def predicts(network: nn.Module) -> str:
+        return re.sub(r"(, )?\b(momentum|p|drop_prob|inplace)=[^,)]*", "", _shown(network))
 
     described = metadata.get("backbone")
-    return metadata if not described or _makes(described, model.backbone, shown) else {**metadata, "backbone": None}
+    return metadata if not described or _makes(described, model.backbone, predicts) else {**metadata, "backbone": None}
+
+
+def _shown(network: nn.Module) -> str:
+    """All modules with their options; those of BatchNorm are the same over however many processes."""
+    return re.sub(r"\b(Sync)?BatchNorm(2d)?\(", "BatchNorm(", repr(network))
 
 
 def _makes(source: Mapping[str, Any], backbone: nn.Module, shown: Callable[[nn.Module], str]) -> bool:

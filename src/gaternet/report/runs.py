@@ -15,7 +15,7 @@ from gaternet.evaluate import BATCH
 from gaternet.findings import GateAnalysis
 from gaternet.forcing import force_gates
 from gaternet.loader import make_batches
-from gaternet.machine import make_accelerator
+from gaternet.machine import accelerate_restored, make_accelerator
 from gaternet.method import GaterNet
 from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime, data_name
@@ -73,6 +73,7 @@ def report_runs(
     return pages
 
 
+@accelerate_restored()
 def _report_run(
     network: GaterNet,
     metadata: dict[str, Any],
