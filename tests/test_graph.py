@@ -1,13 +1,20 @@
 """Reading a network's graph leaves the network as it was."""
 
 import copy
+import logging
 import pickle
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from small_networks import IMAGES, conv
 from torch import Tensor, nn
 
 import gaternet
+from gaternet.graph import read_graph
 
 
 class Keeps(nn.Module):
@@ -67,3 +74,33 @@ def test_what_a_network_makes_in_its_first_run_is_made_in_a_real_one():
     assert "cache" not in vars(network)
     model = gaternet.gate(network, IMAGES, gater=nn.Sequential(conv(3, 6), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
     assert copy.deepcopy(model)(IMAGES).isfinite().all()
+
+
+def test_networks_can_be_read_by_several_threads():
+    networks = [nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)) for _ in range(4)]
+    together = threading.Barrier(len(networks))  # torch.export takes one at a time
+
+    def read(network: nn.Module) -> int:
+        together.wait()
+        return len(read_graph(network, IMAGES).convs)
+
+    with ThreadPoolExecutor(len(networks)) as pool:
+        assert list(pool.map(read, networks)) == [2] * len(networks)
+
+
+class Loud(nn.Module):
+    """Says much, and then decides by the numbers, which cannot be exported."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        warnings.warn("a warning", stacklevel=1)
+        logging.getLogger("torch").error("an error")
+        print("a graph", file=sys.stderr)
+        return images if images.sum() > 0 else -images
+
+
+def test_a_network_that_cannot_be_exported_is_one_sentence(capsys, recwarn, caplog):
+    with pytest.raises(ValueError, match="Loud cannot be exported"):
+        read_graph(Loud(), IMAGES)
+    assert capsys.readouterr() == ("", "")
+    assert not recwarn
+    assert "an error" not in caplog.text
