@@ -187,7 +187,7 @@ def training_speed(found: dict[str, Any]) -> str:
     """Steps of the gated model, of its backbone and of its extractor."""
     rows = [
         [
-            f"`{name}`",
+            f"`{name}`" + ", compiled" * (part == "compiled"),
             f"{1e3 * found['seconds'][part]:{'.2f' if found['machine']['gpus'] else '.0f'}}",
             f"{found['images_per_second'][part]:.0f}",
             f"{100 * found['outside'][part]:.1f} %",
@@ -201,6 +201,8 @@ def training_speed(found: dict[str, Any]) -> str:
     text += f"\nGated over plain: {found['time_ratio']:.2f} in time, {found['mac_ratio']:.2f} in MACs, "
     text += f"quotient {found['time_ratio_over_mac_ratio']:.2f} (target: at most 1.10). Gates and bookkeeping, the "
     text += f"gated step over the sum of plain backbone and extractor: {found['overhead']:.3f}.\n"
+    if "compiled" in found:
+        text += f"Compiled, a gated step takes {found['compiled']:.2f} times as long, the median over turns.\n"
     if found["machine"]["gpus"]:
         text += "Outside of kernels it is at most that much: the profiler slows the processor, and not the GPU.\n"
     return text

@@ -8,7 +8,7 @@ process, so that a machine whose speed drifts slows all three alike; medians are
 are counted by PyTorch's FlopCounterMode. `overhead` is the time of a gated step over that of its two parts: what gates
 and bookkeeping cost. `outside` is the share of a step's time in which no kernel runs, from PyTorch's profiler: on a
 CPU the time outside of aten's operators, on a GPU that in which it is idle: at most that much, for the profiler slows
-the processor and not the GPU.
+the processor and not the GPU. With --compile a gated model under torch.compile takes its turns as well.
 """
 
 import argparse
@@ -92,13 +92,16 @@ def main() -> None:
     parser.add_argument("--depth", type=int, choices=(20, 56, 110, 164), default=56)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--no-cuda-graph", action="store_true", help="on a GPU: run each step anew")
-    parser.add_argument("--compile", action="store_true", help="compile the models")
+    parser.add_argument("--compile", action="store_true", help="a compiled gated model as well")
     name = "training_gpu.json" if torch.cuda.is_available() else "training.json"
     parser.add_argument("--out", type=Path, default=Path("docs/results") / name)
     args = parser.parse_args()
-    runtime = replace(Runtime(), precision=args.precision, cuda_graph=not args.no_cuda_graph, compile=args.compile)
+    runtime = replace(Runtime(), precision=args.precision, cuda_graph=not args.no_cuda_graph)
     names = {"plain": f"resnet{args.depth}", "extractor": "resnet20", "gated": f"resnet{args.depth}_gated"}
     steppers = {part: Stepper(find_recipe(f"cifar10_{name}"), runtime) for part, name in names.items()}
+    if args.compile:
+        names["compiled"] = names["gated"]
+        steppers["compiled"] = Stepper(find_recipe(f"cifar10_{names['gated']}"), replace(runtime, compile=True))
     for round_ in range(args.steps + WARM_UP + 2):
         for stepper in steppers.values():
             stepper.step()
@@ -110,6 +113,8 @@ def main() -> None:
     ratio, work = seconds["gated"] / seconds["plain"], macs["gated"] / macs["plain"]
     pairs = zip(steppers["gated"].seconds, steppers["plain"].seconds, steppers["extractor"].seconds, strict=True)
     overhead = statistics.median(gated / (plain + extractor) for gated, plain, extractor in pairs)
+    turns = zip(steppers["compiled"].seconds, steppers["gated"].seconds, strict=True) if args.compile else ()
+    compiled = statistics.median(one / other for one, other in turns) if args.compile else None
     result = {
         "models": names,
         "batch": BATCH,
@@ -123,6 +128,7 @@ def main() -> None:
         "mac_ratio": work,
         "time_ratio_over_mac_ratio": ratio / work,
         "overhead": overhead,
+        **({"compiled": compiled} if args.compile else {}),
         **describe_machine(),
         "command": f"python benchmarks/training.py --steps {args.steps} --depth {args.depth} "
         f"--precision {args.precision}{' --no-cuda-graph' * args.no_cuda_graph}{' --compile' * args.compile}",
@@ -134,12 +140,13 @@ def main() -> None:
     )
     for part, name in names.items():
         times = f"{1e3 * seconds[part]:.0f}", f"{BATCH / seconds[part]:.0f}", f"{100 * outside[part]:.0f} %"
-        table.add_row(name, *times, f"{macs[part] / 1e6:.1f}M")
+        table.add_row(name + ", compiled" * (part == "compiled"), *times, f"{macs[part] / 1e6:.1f}M")
     console = Console()
     console.print(table)
     console.print(
         f"gated / plain: time {ratio:.2f}, MACs {work:.2f}, quotient {ratio / work:.2f} (target: at most 1.10)\n"
         f"gated / (plain + extractor), the cost of gates and bookkeeping: {overhead:.3f}"
+        + (f"\ncompiled / gated: {compiled:.2f}" if args.compile else "")
     )
 
 
