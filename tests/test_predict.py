@@ -50,6 +50,28 @@ def test_a_missing_file_is_found_before_any_work(saved, tmp_path, monkeypatch):
         predict(network, metadata, [picture(tmp_path / "0.png"), tmp_path / "missing.png"])
 
 
+@pytest.mark.parametrize("batch", [1, 2, 64])
+def test_a_broken_file_does_not_cost_the_others(saved, tmp_path, monkeypatch, batch):
+    network, metadata = load(saved)
+    monkeypatch.setattr("gaternet.predict._BATCH", batch)
+    files = [picture(tmp_path / f"{number}.png") for number in range(4)]
+    files.append(files[-1])  # named twice
+    whole = predict(network, metadata, files)
+    for number in (0, 1):
+        files[number].write_text("no image")
+    noted: list[DataError] = []
+    assert predict(network, metadata, files, note=noted.append) == whole[2:]
+    assert [str(files[number]) in str(noted[number]) for number in (0, 1)] == [True, True]
+    with pytest.raises(DataError, match=r"0\.png"):
+        predict(network, metadata, files)
+    shown = CliRunner().invoke(cli.app, ["predict", str(saved), *map(str, files), "--json"])
+    assert [found["image"] for found in json.loads(shown.stdout)] == [str(file) for file in files[2:]]
+    assert str(shown.exception).startswith("2 of 5 files could not be read, the first of them: ")
+    assert str(files[0]) in str(shown.exception)
+    one = CliRunner().invoke(cli.app, ["predict", str(saved), str(files[1])])
+    assert (str(one.exception), one.stdout) == (str(noted[1]), "")
+
+
 def test_a_model_that_gives_no_numbers_predicts_nothing(saved, tmp_path):
     network, metadata = load_model(saved)
     nn.init.constant_(next(network.parameters()), float("nan"))

@@ -1,6 +1,6 @@
 """Predictions for image files, with the number of gates that each image opened."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,11 @@ def _named(metadata: Mapping[str, Any], data: str | None) -> dict[str, Any]:
 
 @torch.no_grad()
 def predict(
-    network: nn.Module | ExportedModel, metadata: Mapping[str, Any], images: Sequence[str | Path], top: int = 5
+    network: nn.Module | ExportedModel,
+    metadata: Mapping[str, Any],
+    images: Sequence[str | Path],
+    top: int = 5,
+    note: Callable[[DataError], Any] | None = None,
 ) -> list[Prediction]:
     """Classify image files.
 
@@ -77,9 +81,10 @@ def predict(
         metadata: what was saved with it, or its own: its classes, and its preprocessing.
         images: files that Pillow reads.
         top: number of classes to report, at least 1; never more than there are.
+        note: told of each file that cannot be read, which is then left out; by default it is raised.
 
     Raises:
-        DataError: a file is missing or cannot be read.
+        DataError: a file is missing, or cannot be read and there is no `note`.
         ValueError: the model's outputs are no numbers, or not those of its classes.
     """
     if top < 1:
@@ -90,9 +95,11 @@ def predict(
     batch = 1 if isinstance(network, ExportedModel) and network.takes_one else _BATCH
     predictions = []
     for start in range(0, len(images), batch):
-        paths = images[start : start + batch]
-        pixels = torch.stack([preprocessing.open(path) for path in paths])  # (B, C, H, W)
-        logits, gates = _run(network, preprocessing, pixels)
+        opened = _opened(images[start : start + batch], preprocessing, note)
+        if not opened:
+            continue
+        paths = [path for path, _ in opened]
+        logits, gates = _run(network, preprocessing, torch.stack([pixels for _, pixels in opened]))
         if logits.shape[1] != len(classes):
             raise ValueError(
                 f"the model has {logits.shape[1]} outputs, but its metadata names {len(classes)} classes: name each one"
@@ -104,9 +111,24 @@ def predict(
         for row, path in enumerate(paths):
             pairs = zip(likeliest.indices[row].tolist(), likeliest.values[row].tolist(), strict=True)
             named = tuple((classes[index], probability) for index, probability in pairs)
-            opened = (None, None) if gates is None else (int(gates[row].sum()), gates.shape[1])
-            predictions.append(Prediction(str(path), named, *opened))
+            counts = (None, None) if gates is None else (int(gates[row].sum()), gates.shape[1])
+            predictions.append(Prediction(str(path), named, *counts))
     return predictions
+
+
+def _opened(
+    paths: Sequence[str | Path], preprocessing: Preprocessing, note: Callable[[DataError], Any] | None
+) -> list[tuple[str | Path, Tensor]]:
+    """The files that can be read, with their pixels (C, H, W)."""
+    found = []
+    for path in paths:
+        try:
+            found.append((path, preprocessing.open(path)))
+        except DataError as error:
+            if note is None:
+                raise
+            note(error)
+    return found
 
 
 def _run(network: nn.Module | ExportedModel, preprocessing: Preprocessing, pixels: Tensor) -> tuple[Tensor, Any]:

@@ -83,10 +83,8 @@ def predict(
     from gaternet.predict import load
     from gaternet.predict import predict as run_predict
 
-    predictions = run_predict(*load(run, which), images, top)
-    if as_json:
-        print_json([dataclasses.asdict(prediction) for prediction in predictions])
-        return
+    unread: list[ValueError] = []
+    predictions = run_predict(*load(run, which), images, top, note=unread.append)
     table = Table("image", "classes", "open gates")
     for prediction in predictions:
         classes = "  ".join(f"{escaped(name)} {100 * share:.1f} %" for name, share in prediction.classes)
@@ -94,7 +92,14 @@ def predict(
         if prediction.num_gates:
             opened = f"{prediction.open_gates} of {prediction.num_gates}"
         table.add_row(escaped(prediction.image), classes, opened)
-    console.print(table)
+    if as_json:
+        print_json([dataclasses.asdict(prediction) for prediction in predictions])
+    elif predictions:
+        console.print(table)
+    if len(unread) > 1:
+        raise ValueError(f"{len(unread)} of {len(images)} files could not be read, the first of them: {unread[0]}")
+    if unread:
+        raise unread[0]
 
 
 @app.command()
