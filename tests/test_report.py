@@ -205,6 +205,15 @@ def test_every_figure_is_drawn_and_nothing_overflows(pages, browser, options):
     assert (colour == "rgb(232, 234, 237)") == ("color_scheme" in options)
 
 
+def test_without_javascript_the_page_says_where_the_numbers_are(pages, browser):
+    page = browser.new_context(offline=True, java_script_enabled=False).new_page()
+    page.goto((pages / "index.html").as_uri())
+    assert (
+        page.inner_text("noscript") == "JavaScript, which draws the figures, is off here: gates.json has their numbers."
+    )
+    assert page.locator(".tile").first.is_visible()
+
+
 def test_a_finger_on_a_figure_scrolls_the_page(pages, browser):
     page = Shown(browser, pages / "index.html", has_touch=True, is_mobile=True).page
     page.locator("#units").scroll_into_view_if_needed()

@@ -127,6 +127,9 @@ def page(title: str, subtitle: str, body: Sequence[str], data: Mapping[str, Any]
 <body>
 <h1>{name}</h1>
 <p class="soft">{below}</p>
+<noscript>
+<p class="notice">JavaScript, which draws the figures, is off here: gates.json has their numbers.</p>
+</noscript>
 {"".join(body)}
 <div id="tip" role="status"></div>
 {image}
