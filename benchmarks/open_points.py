@@ -10,16 +10,13 @@ which `python benchmarks/results.py` writes docs/results.md. It can be cut at an
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tables import RESULTS
 
-from gaternet.ledger import changed_options, read_ledger
 from gaternet.recipe import Recipe, Runtime, override
 from gaternet.recipes import GUIDED, OPEN_SAMPLES, find_recipe
 from gaternet.sweep import make_jobs, sweep
@@ -128,23 +125,11 @@ def main() -> None:
     for study in [STUDIES[args.network]] if args.network else STUDIES.values():
         recipes += study.networks(args.data)
         recipes += [recipe for changed in study.variants_of(args.data, args.out).values() for recipe in changed]
-    measured = {_key(line["recipe"], line["options"], line["seed"]) for line in read_ledger(LEDGER)}
     jobs = make_jobs(recipes, range(args.seeds), args.out)
-    missing = [job for job in jobs if _key(job.recipe.name, changed_options(job.recipe), job.seed) not in measured]
-    gatings = [job.recipe.gating for job in missing]
-    needed = {source for gating in gatings for source in (gating.extractor_from, gating.backbone_from)}
-    needed |= {job.recipe.distillation.teacher for job in missing}
-    starts = [job for job in jobs if job not in missing and str(job.path) in needed]
     try:
-        if starts:
-            sweep(starts, args.out / "ledger.jsonl", Runtime(), args.jobs, args.minutes)
-        sweep(missing, LEDGER, Runtime(), args.jobs, args.minutes)
+        sweep(jobs, LEDGER, Runtime(), args.jobs, args.minutes)
     except Stopped as stopped:
         sys.exit(str(stopped))
-
-
-def _key(recipe: str, options: Mapping[str, Any], seed: int) -> str:
-    return json.dumps([recipe, options, seed], sort_keys=True)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,9 @@ def commands(lines: list[dict[str, Any]]) -> str:
 def study_of(line: dict[str, Any]) -> Study | None:
     """The study of benchmarks/open_points.py that a run belongs to."""
     for study in STUDIES.values():
-        if line["recipe"] in study.names and study.common.items() <= line["options"].items():
+        others = {"data", "epochs", "batch_size", "image_size"} - study.common.keys()
+        ours = study.common.items() <= line["options"].items() and not others & line["options"].keys()
+        if line["recipe"] in study.names and ours:
             return study
     return None
 

@@ -30,7 +30,8 @@ def error_of(lines: list[dict[str, Any]]) -> str:
     """
     seeds = [line["seed"] for line in lines]
     if twice := {seed for seed in seeds if seeds.count(seed) > 1}:
-        raise ValueError(f"seed {min(twice)} of {lines[0]['command']} was measured twice: keep one of the lines")
+        command = next(line["command"] for line in lines if line["seed"] == min(twice))
+        raise ValueError(f"{command} was measured twice: keep one of the lines")
     errors = [line["test_error"] for line in lines]
     spread = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
     return f"{statistics.mean(errors):.2f}{spread} (n = {len(errors)})"

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
@@ -78,6 +78,12 @@ def test_unknown_names_are_refused_with_a_near_one(name, message):
     for create in (create_model, create_backbone):
         with pytest.raises(ValueError, match=message):
             create(name)
+
+
+def test_torchvisions_networks_say_what_inputs_their_weights_want():
+    """Also before these are there: a file may have them."""
+    assert cast(Any, create_model("torchvision:resnet18")).pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
+    assert cast(Any, create_model("torchvision:googlenet")).pretrained_cfg["std"] == (0.5, 0.5, 0.5)
 
 
 def test_torchvision_takes_color_images_only():

@@ -8,8 +8,8 @@ from torch import nn
 from training_runs import CPU
 
 from gaternet.cost import CostModel
-from gaternet.data import ToInput, load_data
-from gaternet.evaluate import evaluate
+from gaternet.data import Preprocessing, ToInput, load_data
+from gaternet.evaluate import batch_size_for, evaluate
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
@@ -59,3 +59,13 @@ def test_evaluation_equals_a_recount():
     varying = rates[(rates > 0) & (rates < 1)].numpy()
     bits = -varying * np.log2(varying) - (1 - varying) * np.log2(1 - varying)
     assert np.isclose(metrics["entropy"], bits.sum() / network.num_gates)
+
+
+def test_large_images_are_evaluated_in_smaller_batches(monkeypatch):
+    accelerator = make_accelerator(CPU)
+    for side, alone, shared in ((32, 500, 500), (64, 500, 500), (224, 40, 160), (4096, 1, 4)):
+        preprocessing = Preprocessing(side, side, (0.5,) * 3, (0.5,) * 3)
+        assert batch_size_for(preprocessing, accelerator) == alone
+        with monkeypatch.context() as four:
+            four.setattr(type(accelerator), "num_processes", 4)
+            assert batch_size_for(preprocessing, accelerator) == shared

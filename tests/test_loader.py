@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from gaternet.augment import DRAWS, GREY, augment_batch, file_transform
 from gaternet.data import DataError, ImageSet, load_data
-from gaternet.loader import make_batches
+from gaternet.loader import _cores, make_batches
 from gaternet.machine import make_accelerator
 from gaternet.recipe import Augmentation, Runtime
 
@@ -276,3 +276,11 @@ def test_a_policy_does_something_else_in_each_epoch_and_step(accelerator):
     seen = [[batch.numpy().tobytes() for batch, _ in batches.epoch(epoch)] for epoch in range(10)]
     assert len(set(seen[0])) > 5
     assert len({steps[0] for steps in seen}) > 5
+
+
+def test_processes_that_read_files_share_the_cores_that_are_allowed(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(12)), raising=False)
+    for local, each in ((None, 12), ("2", 6), ("16", 1)):
+        if local is not None:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        assert _cores() == each

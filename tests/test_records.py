@@ -23,6 +23,7 @@ from gaternet.files import write_json
 from gaternet.ledger import changed_options, read_ledger, train_flags
 from gaternet.recipe import override
 from gaternet.recipes import find_recipe
+from gaternet.sweep import Job, check_jobs
 
 
 def test_pages_are_those_of_the_recorded_figures():
@@ -231,9 +232,11 @@ def test_what_is_measured_of_a_run_takes_the_place_of_what_was(tmp_path):
 
 
 def test_no_seed_counts_twice():
-    lines: list[dict[str, Any]] = [{"seed": seed, "test_error": 8.0 + seed, "command": "a"} for seed in (0, 2)]
+    lines: list[dict[str, Any]] = [
+        {"seed": seed, "test_error": 8.0 + seed, "command": "ab"[seed // 2]} for seed in (0, 2)
+    ]
     assert tables.error_of(lines) == "9.00 ± 1.41 (n = 2)"
-    with pytest.raises(ValueError, match="seed 2 of a was measured twice: keep one of the lines"):
+    with pytest.raises(ValueError, match="b was measured twice: keep one of the lines"):
         tables.error_of([*lines, lines[1]])
 
 
@@ -246,18 +249,31 @@ def test_runs_that_are_older_than_their_recipe_are_marked():
 
 def test_what_the_ledger_has_is_not_trained_again(tmp_path, monkeypatch):
     """All of both studies with seed 0 is there: a fresh checkout has nothing to do."""
-    asked: list[list[Any]] = []
-    first = [line for line in open_points.read_ledger(open_points.LEDGER) if line["seed"] == 0]
-    monkeypatch.setattr(open_points, "read_ledger", lambda ledger: first)
-    monkeypatch.setattr(open_points, "sweep", lambda jobs, *rest: asked.append(list(jobs)))
+    asked: list[list[Job]] = []
+    ledger = tmp_path / "ledger.jsonl"
+    lines = [line for line in read_ledger(open_points.LEDGER) if line["seed"] == 0]
+    ledger.write_text("\n".join(json.dumps(line) for line in lines))
+
+    def find(jobs: list[Job], *rest: object) -> None:
+        check_jobs(jobs, ledger)
+        asked.append([job for job in jobs if not job.finished(ledger)])
+
+    monkeypatch.setattr(open_points, "sweep", find)
     monkeypatch.chdir(tmp_path)
     for seeds in (1, 2):
         monkeypatch.setattr("sys.argv", ["open_points.py", "--seeds", str(seeds), "--network", "resnet8"])
         open_points.main()
     assert asked[0] == []
-    starts, missing = asked[1:]
+    start, *missing = asked[1]
     assert {job.seed for job in missing} == {1}
-    assert [(job.recipe.name, job.seed) for job in starts] == [("short_resnet8", 0)]
+    assert (start.recipe.name, start.seed) == ("short_resnet8", 0)  # from which these start
+
+
+@pytest.mark.parametrize("change", [{"epochs": 16}, {"data": "fashion_mnist"}, {"image_size": 24}])
+def test_a_study_is_of_runs_that_can_be_compared(change):
+    line = {"recipe": "short_resnet8_gated", "options": {"noise_std": 0.5}}
+    assert results.study_of(line) is EACH_OPTION
+    assert results.study_of({**line, "options": {"noise_std": 0.5, **change}}) is None
 
 
 def test_exchanged_gates_are_averaged_over_seeds(tmp_path, monkeypatch):

@@ -281,8 +281,8 @@ def test_runs_end_with_their_sweep_however_that_ends(tmp_path, gaternet_command,
 
 def test_a_damaged_ledger_is_named_before_any_run(tmp_path):
     ledger = tmp_path / "ledger.jsonl"
-    ledger.write_text('{"recipe": "digits_resnet20"}\n{"recip')
-    with pytest.raises(ValueError, match=r"line 2 of .*ledger\.jsonl is damaged"):
+    ledger.write_text('{"recipe": "digits_resnet20"}\n\n{"recip')
+    with pytest.raises(ValueError, match=r"line 3 of .*ledger\.jsonl is damaged"):
         sweep(make_jobs([override(PLAIN, SHORT)], [0], tmp_path), ledger, CPU)
     assert not (tmp_path / "digits_resnet20,epochs=1,batch_size=512").exists()
 

@@ -75,6 +75,11 @@ def test_a_recipe_that_no_command_repeats_is_named_before_any_run(tmp_path):
         check(tmp_path, override(find_recipe("imagenette64_resnet18"), {"image_size": None, "data": "digits"}))
 
 
+def test_a_list_without_values_cannot_be_written_as_an_option(tmp_path):
+    with pytest.raises(ValueError, match="cannot be trained: --milestones cannot be taken back on the command line"):
+        check(tmp_path, override(find_recipe("cifar10_resnet20"), {"milestones": (), "data": "digits"}))
+
+
 def test_every_recipe_could_be_trained(tmp_path):
     for recipe in RECIPES.values():
         check(tmp_path, replace(recipe, data="digits"))
@@ -144,9 +149,45 @@ def test_a_plain_network_takes_no_notice_of_where_a_gater_starts(tmp_path):
     check(tmp_path, override(PLAIN, {"extractor_from": "none"}))
 
 
-def test_what_is_in_the_ledger_is_not_checked(tmp_path, monkeypatch):
-    monkeypatch.setattr(gaternet.sweep, "find_line", lambda ledger, path: {"data": "none"})
-    check(tmp_path, override(PLAIN, {"data": "none.npz"}))
+def in_ledger(ledger: Path, recipe: Recipe) -> dict[str, Any]:
+    line = {"recipe": recipe.name, "options": changed_options(recipe), "seed": 0, "started": "then", "command": "it"}
+    with ledger.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    return line
+
+
+def test_what_is_in_the_ledger_is_not_checked(tmp_path):
+    recipe = override(PLAIN, {"data": "none.npz"})
+    in_ledger(tmp_path / "ledger.jsonl", recipe)
+    check(tmp_path, recipe)
+
+
+def test_what_is_in_the_ledger_is_not_trained_again_wherever_it_lay(tmp_path):
+    ledger = tmp_path / "ledger.jsonl"
+    lines = [in_ledger(ledger, recipe) for recipe in (GATED, PLAIN)]
+    assert sweep(make_jobs([PLAIN, GATED], [0], tmp_path / "runs"), ledger) == lines[::-1]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_others_learn_from_is_trained_again_where_it_is_gone(tmp_path, monkeypatch):
+    started: list[list[str]] = []
+    monkeypatch.setattr("subprocess.Popen", lambda words, **options: started.append(words))
+    ledger = tmp_path / "ledger.jsonl"
+    follower = override(GATED, {"teacher": str(make_jobs([PLAIN], [0], tmp_path)[0].path)})
+    jobs = make_jobs([PLAIN, follower], [0], tmp_path)
+    in_ledger(ledger, PLAIN)
+    check_jobs(jobs, ledger)
+    assert [job.finished(ledger) for job in jobs] == [False, False]
+    for job in jobs:
+        job.start(Runtime(cpu=True), ledger, {})
+    assert ["--ledger" in words for words in started] == [False, True]  # where the first has a line already
+    lines = [{"kind": "epoch", "step": epoch} for epoch in range(PLAIN.epochs)]
+    (jobs[0].path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert [job.finished(ledger) for job in jobs] == [True, False]
+    (jobs[0].path / "metrics.jsonl").unlink()
+    in_ledger(ledger, follower)
+    check_jobs(jobs, ledger)
+    assert [job.finished(ledger) for job in jobs] == [True, True]
 
 
 def test_values_to_vary_may_be_given_in_several_options(tmp_path, monkeypatch):
@@ -181,6 +222,8 @@ def test_an_option_may_act_beside_what_is_varied(tmp_path, monkeypatch):
         ("cifar10_resnet20", {"schedule": "cosine", "gamma": 0.2}, {"gamma"}),
         ("cifar10_resnet20", {"noise_std": 0.5}, {"noise_std"}),
         ("finetune", {"sparsity": 0.0, "penalty": "macs", "density_weight": 5.0}, {"penalty", "density_weight"}),
+        ("finetune", {"freeze": "gater", "gater_lr": 0.1, "target_density": 0.3}, {"gater_lr", "target_density"}),
+        ("finetune", {"freeze": "backbone", "gater_lr": 0.1, "target_density": 0.3}, set()),
     ],
 )
 def test_options_that_change_nothing_are_no_changes(name, changes, idle):

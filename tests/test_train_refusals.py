@@ -53,3 +53,16 @@ def test_squares_that_cover_every_image_whole_are_refused(tmp_path):
         train(small("resnet8", cutout=15), tmp_path / "run", CPU)
     assert not (tmp_path / "run").exists()
     assert train(small("resnet8", cutout=14, epochs=1), tmp_path / "run", CPU)["epoch"] == 1
+
+
+def test_a_recipe_for_gates_takes_no_plain_network(tmp_path):
+    with pytest.raises(ValueError, match="resnet20_gated trains gates, and the network has none: gate it with"):
+        train(small("resnet20_gated"), tmp_path / "run", CPU, network=create_model("resnet8", 10, 1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_frozen_for_a_training_learns_again_afterwards(tmp_path):
+    network: Any = create_model("resnet8_gated", 10, 1, extractor="resnet8")
+    network.gater.fc1.bias.requires_grad_(False)  # the caller's own wish
+    train(small("resnet8_gated", epochs=1, freeze="backbone"), tmp_path / "run", CPU, network=network)
+    assert [name for name, tensor in network.named_parameters() if not tensor.requires_grad] == ["gater.fc1.bias"]

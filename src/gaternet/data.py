@@ -75,8 +75,12 @@ class Preprocessing:
             return image
         target = self.height / self.width
         side = image.shape[1:]
-        scale = (self.height / side[0] if side[0] / side[1] < target else self.width / side[1]) / self.crop
-        height, width = max(self.height, round(side[0] * scale)), max(self.width, round(side[1] * scale))
+        if side[0] / side[1] < target:  # the other side is rounded down, as torchvision and timm do
+            height = math.floor(self.height / self.crop)
+            width = max(self.width, math.floor(height * side[1] / side[0]))
+        else:
+            width = math.floor(self.width / self.crop)
+            height = max(self.height, math.floor(width * side[0] / side[1]))
         if max(height / self.height, width / self.width) * self.crop > 4:  # resized whole, it might fill the memory
             top, left = round((height - self.height) / 2), round((width - self.width) / 2)
             down, right = side[0] / height, side[1] / width  # pixels of the image, a pixel of the resized one

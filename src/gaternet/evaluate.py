@@ -20,6 +20,13 @@ from gaternet.recipe import Runtime
 from gaternet.trained import Which, as_trained, data_of, load_test_set, load_trained
 
 BATCH = 500  # images a step, over all processes together
+_PIXELS = BATCH * 64**2  # of a step, in each process
+
+
+def batch_size_for(preprocessing: Preprocessing, accelerator: Accelerator) -> int:
+    """Images a step, over all processes together: `BATCH`, or as many as need no more memory than small ones do."""
+    fit = max(1, _PIXELS // (preprocessing.height * preprocessing.width))
+    return min(BATCH, fit * accelerator.num_processes)
 
 
 @torch.no_grad()
@@ -113,8 +120,9 @@ def evaluate_saved(
     runtime = as_trained(path, runtime or Runtime())
     accelerator = make_accelerator(runtime)
     images = load_test_set(source, metadata, runtime.data_root)
-    batches = make_batches(images, BATCH, runtime, accelerator)
-    to_input = ToInput(Preprocessing.from_metadata(metadata))
+    preprocessing = Preprocessing.from_metadata(metadata)
+    batches = make_batches(images, batch_size_for(preprocessing, accelerator), runtime, accelerator)
+    to_input = ToInput(preprocessing)
     example = to_input(images.take([0]))
     if isinstance(network, GaterNet):
         cost = CostModel.of(network, example)

@@ -45,11 +45,11 @@ def changed_options(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def train_flags(options: Mapping[str, Any]) -> list[str]:
-    """Options as words for `gaternet train`; ValueError for one that has no value and so cannot be written."""
+    """Options as words for `gaternet train`; ValueError for one that has no value, or an empty list of them."""
     words = []
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
-        if value is None:
+        if value is None or value == [] or value == ():
             raise ValueError(f"{flag} cannot be taken back on the command line: use a recipe of your own in Python")
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
@@ -117,6 +117,8 @@ def read_ledger(ledger: Path) -> list[dict[str, Any]]:
     """
     found = []
     for number, text in enumerate(ledger.read_text().splitlines() if ledger.exists() else [], 1):
+        if not text.strip():
+            continue
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
@@ -134,15 +136,21 @@ def find_line(ledger: Path, path: Path) -> dict[str, Any] | None:
     if not (path / CONFIG).exists():
         return None
     config = RunDirectory(path).config()
-    recipe = config["recipe"]
-    run = {"recipe": recipe["name"], "options": changed_options(recipe), "seed": config["seed"]}
-    run["started"] = config.get("started")
-    idle = idle_options(flat_options(recipe))  # which older versions counted
+    found = find_lines(ledger, config["recipe"], config["seed"])
+    return next((line for line in found if line.get("started") == config.get("started")), None)
+
+
+def find_lines(ledger: Path, recipe: Recipe | Mapping[str, Any], seed: int) -> list[dict[str, Any]]:
+    """The lines of all runs of a recipe with a seed, wherever they lie or lay."""
+    named = recipe if isinstance(recipe, Mapping) else dataclasses.asdict(recipe)
+    run = {"recipe": named["name"], "options": changed_options(named), "seed": seed}
+    idle = idle_options(flat_options(named))  # which older versions counted
+    found = []
     for line in read_ledger(ledger):
         options = {name: value for name, value in line.get("options", {}).items() if name not in idle}
         if run.items() <= {**line, "options": options}.items():
-            return line
-    return None
+            found.append(line)
+    return found
 
 
 def check_ledger(ledger: Path) -> None:

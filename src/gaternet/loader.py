@@ -66,7 +66,7 @@ class FileBatches:
             images,
             max(1, batch_size // accelerator.num_processes),
             sampler=self._sampler,
-            num_workers=min(8, os.cpu_count() or 1) if runtime.workers is None else runtime.workers,
+            num_workers=min(8, _cores()) if runtime.workers is None else runtime.workers,
             drop_last=seed is not None,
             pin_memory=accelerator.device.type == "cuda",
             worker_init_fn=partial(_ignore_signals, _end()),
@@ -110,6 +110,12 @@ def make_batches(
     if isinstance(images.images, Tensor):
         return MemoryBatches(images, batch_size, accelerator, seed)
     return FileBatches(images, batch_size, runtime, accelerator, seed)
+
+
+def _cores() -> int:
+    """Those that this process may use, shared out among the processes of a launcher on this machine; at least 1."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @cache

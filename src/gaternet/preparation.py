@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gaternet.data import ImageData, ToInput
 from gaternet.errors import TrainingError, first_line
-from gaternet.evaluate import BATCH as EVALUATION_BATCH
+from gaternet.evaluate import batch_size_for
 from gaternet.loader import Batches, make_batches
 from gaternet.method import Gater, GaterNet
 from gaternet.modes import channels_last_, run_once
@@ -90,6 +90,11 @@ def prepare(
     sides, cutout = (data.preprocessing.height, data.preprocessing.width), recipe.augmentation.cutout
     if cutout >= 2 * max(sides) - 1:
         raise ValueError(f"cutout {cutout} covers images of {sides[0]} x {sides[1]} pixels whole: lower it")
+    if network is not None and recipe.gated and not isinstance(network, GaterNet):
+        raise ValueError(
+            f"the recipe {recipe.name} trains gates, and the network has none: gate it with gaternet.gate first, or "
+            "take a plain recipe"
+        )
     built_from = recipe if network is None else None
     with _fitting():
         if network is None:
@@ -123,6 +128,7 @@ def prepare(
     step = TrainingStep(
         model, optimizer, recipe, accelerator, to_input, density_of=density_of, gater=gater, teacher=teacher
     )
+    evaluated = max(recipe.batch_size, batch_size_for(data.preprocessing, accelerator))
     return Prepared(
         accelerator=accelerator,
         data=data,
@@ -134,7 +140,7 @@ def prepare(
         step=captured(step, runtime),
         state=TrainingState(network, optimizer, ema, accelerator, auxiliary),
         train_batches=make_batches(data.train, recipe.batch_size, runtime, accelerator, seed),
-        test_batches=make_batches(data.test, EVALUATION_BATCH, runtime, accelerator),
+        test_batches=make_batches(data.test, evaluated, runtime, accelerator),
     )
 
 

@@ -235,7 +235,9 @@ class Runtime:
         "on one GPU: capture the training step as a CUDA graph, and replay that; needs some memory, and must be off "
         "for networks that wait for the GPU, or whose Python code does something else from step to step",
     )
-    workers: int | None = option(None, "processes that read image files; default: one a core, at most 8")
+    workers: int | None = option(
+        None, "processes that read image files, of each process that trains; default: one a core, at most 8"
+    )
     log_every: int = option(20, "steps between lines in metrics.jsonl")
     save_minutes: float = option(5.0, "minutes between checkpoints within an epoch; each epoch ends with one anyway")
     tensorboard: bool = option(False, "also write TensorBoard files into the run directory")
@@ -248,6 +250,10 @@ class Runtime:
         _check(self, "save_minutes", self.save_minutes >= 0, "at least 0")
 
 
+_OF_GATES = (
+    *("sparsity", "target_density", "density_weight", "penalty", "sparsity_start", "sparsity_ramp"),
+    *("anneal_noise", "final_slope", "gater_lr", "auxiliary_weight"),
+)  # options that act on what the gater learns
 ACTS_ON_PLAIN = frozenset({"backbone_from"})  # of the options in `Gating`
 GROUPS = ("augmentation", "optimizer", "gating", "distillation")  # fields of a recipe that hold options themselves
 
@@ -265,6 +271,7 @@ def idle_options(options: Mapping[str, Any]) -> dict[str, str | None]:
         ("--target-density", options.get("target_density") is not None, ("density_weight",)),
         ("--target-density or --sparsity", penalty, ("penalty", "sparsity_start", "sparsity_ramp")),
         ("--schedule step", options.get("schedule") == "step", ("milestones", "gamma")),
+        ("--freeze none or backbone", options.get("freeze") != "gater", _OF_GATES),
     ):
         found |= dict.fromkeys(() if there else names, needed)
     model = options.get("model")

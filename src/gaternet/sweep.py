@@ -21,7 +21,7 @@ from rich.text import Text
 from gaternet.data import check_source
 from gaternet.errors import Stopped, TrainingError
 from gaternet.files import make_folder
-from gaternet.ledger import changed_options, check_ledger, find_line, train_flags
+from gaternet.ledger import changed_options, check_ledger, find_line, find_lines, train_flags
 from gaternet.machine import PARENT, collect_signals, shared_gpu
 from gaternet.models.create import create_backbone, create_extractor, create_model
 from gaternet.progress import summary
@@ -39,12 +39,14 @@ class Job:
 
     Attributes:
         state: "waiting", "running", "finished", "stopped" or "failed".
+        needed: whether another job, which is not finished, learns from what this one makes.
     """
 
     def __init__(self, recipe: Recipe, seed: int, path: Path) -> None:
         self.recipe, self.seed, self.path = recipe, seed, path
         self.name = "/".join(path.parts[-2:])
         self.state = "waiting"
+        self.needed = False
         self._process: subprocess.Popen[bytes] | None = None
         self._printed = 0  # bytes of log.txt from before
         self._refusal = ""  # why it could not begin
@@ -62,13 +64,16 @@ class Job:
             self.state, self._refusal = "failed", str(error)
 
     def _start(self, runtime: Runtime, ledger: Path, environment: Mapping[str, str]) -> None:
-        if (line := find_line(ledger, self.path)) is not None:
-            self._check_own(line)
+        if (own := find_line(ledger, self.path)) is not None:
+            self._check_own(own)
+        line = self.line(ledger)
+        if self.finished(ledger):
             self.state = "finished"
             return
         machine = {name: value for name, value in asdict(runtime).items() if value != getattr(Runtime(), name)}
         flags = train_flags({**changed_options(self.recipe), "data": self.recipe.data, **machine})
-        flags += ["--out", str(self.path), "--seed", str(self.seed), "--ledger", str(ledger)]
+        flags += ["--out", str(self.path), "--seed", str(self.seed)]
+        flags += ["--ledger", str(ledger)] if line is None else []  # else it is trained again for those that need it
         if (self.path / CONFIG).exists():
             flags.append("--resume")
         make_folder(self.path)
@@ -83,6 +88,16 @@ class Job:
                 start_new_session=True,  # Ctrl-C reaches the sweep alone, which passes it on
             )
         self.state = "running"
+
+    def line(self, ledger: Path) -> dict[str, Any] | None:
+        """The ledger's line of this run, or of one like it that lay elsewhere; None if there is none."""
+        found = find_lines(ledger, self.recipe, self.seed)
+        return find_line(ledger, self.path) or (found[0] if found else None)
+
+    def finished(self, ledger: Path) -> bool:
+        """Whether nothing is left to do: it is in the ledger, and also here where others need it."""
+        there = len(self._finished_epochs()) == self.recipe.epochs
+        return self.line(ledger) is not None and (there or not self.needed)
 
     def _check_own(self, line: Mapping[str, Any]) -> None:
         """That a finished run in this directory is this job's; of one that goes on `train` finds it out."""
@@ -178,7 +193,8 @@ def sweep(
     """Run jobs to their end; each appends a line to the ledger when it is finished.
 
     Args:
-        jobs: see `make_jobs`. Those in the ledger are not run again, those that were cut go on.
+        jobs: see `make_jobs`. Those in the ledger are not run again, but where another learns from them and they are
+            gone; those that were cut go on.
         ledger: a file, see `gaternet.ledger`.
         runtime: how each uses this machine.
         at_once: number of runs side by side: they share one GPU, or take turns at several, or share the cores.
@@ -199,7 +215,7 @@ def sweep(
     runtime = runtime or Runtime()
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     gpus = [] if runtime.cpu else _visible_gpus()
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // at_once)))
     waiting, running = deque(jobs), dict[int, Job]()
     check_ledger(ledger)
     check_jobs(jobs, ledger)
@@ -227,7 +243,7 @@ def sweep(
             time.sleep(0.2)
     if bad := [job for job in jobs if job.state != "finished"]:
         raise TrainingError(f"{len(bad)} of {len(jobs)} runs failed, {bad[0].name} with: {bad[0].last_words()}")
-    lines = [find_line(ledger, job.path) for job in jobs]
+    lines = [job.line(ledger) for job in jobs]
     return [line for line in lines if line is not None]
 
 
@@ -238,14 +254,14 @@ def check_jobs(jobs: Sequence[Job], ledger: Path) -> None:
         ValueError: a model cannot be built, or there are no such data, teacher or weights, and no earlier job makes
             them.
     """
-    built, made = list[Recipe](), list[Path]()
+    built, made, unfinished = list[Recipe](), list[Path](), list[Job]()
+    for job in reversed(jobs):  # what learns from others comes after them
+        job.needed = any(_lies_in(source, [job.path.resolve()]) for other in unfinished for source in _sources(other))
+        with suppress(ValueError, OSError):  # its directory is damaged, which keeps no other from being trained
+            unfinished += [] if job.finished(ledger) else [job]
     for job in jobs:
         try:
-            done = find_line(ledger, job.path) is not None
-        except (ValueError, OSError):  # its directory is damaged, which keeps no other from being trained
-            done = True
-        try:
-            if not done:
+            if job in unfinished:
                 if job.recipe not in built:
                     _check_model(job.recipe)
                     built.append(job.recipe)

@@ -84,6 +84,7 @@ def train(
     with accelerator.local_main_process_first():  # one download a machine
         data = load_data(recipe.data, recipe.augmentation, recipe.image_size, runtime.data_root, seed)
     known = RunDirectory(Path(run_dir)).preprocessing() if resume else None
+    learnable = [] if network is None else [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     prepared = prepare(recipe, data, runtime, seed, accelerator, network, known)
     if runtime.tensorboard:
         import_tensorboard()
@@ -99,7 +100,7 @@ def train(
     main = accelerator.is_main_process
     with (
         _loaded(run, training, state),
-        _unwrapped(prepared.model, accelerator),
+        _given_back(prepared.model, accelerator, learnable),
         TrainingDisplay(recipe.epochs, steps_per_epoch, training.step, quiet=not main) as display,
         tensorboard(run.path if runtime.tensorboard and main else None, training.step) as board,
         collect_signals() as received,
@@ -220,12 +221,16 @@ def _loaded(run: RunDirectory, training: TrainingState, state: dict[str, Any] | 
 
 
 @contextmanager
-def _unwrapped(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Takes Accelerate's mixed precision off the model at the end: it may be the caller's, and goes on without."""
+def _given_back(
+    model: nn.Module, accelerator: Accelerator, learnable: list[tuple[nn.Parameter, bool]]
+) -> Iterator[None]:
+    """At the end the model, which may be the caller's, has no mixed precision, and learns what it did before."""
     try:
         yield
     finally:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        for parameter, learns in learnable:
+            parameter.requires_grad_(learns)
 
 
 def _open_run(

@@ -297,11 +297,11 @@ def _torchvision(name: str, num_classes: int, in_chans: int, pretrained: bool) -
                 "of timm's"
             )
         network.load_state_dict({key: wanted[key] if key in classifier else trained[key] for key in wanted})
-        made = models.get_model_weights(name)["DEFAULT"].transforms()
-        config: Any = {"mean": tuple(made.mean), "std": tuple(made.std)}
-        if auxiliary:  # their transform_input makes these inputs of the usual ones
-            config = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-        network.pretrained_cfg = config  # as timm's models have it
+    made = models.get_model_weights(name)["DEFAULT"].transforms()
+    config: Any = {"mean": tuple(made.mean), "std": tuple(made.std)}
+    if auxiliary:  # their transform_input makes these inputs of the usual ones
+        config = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    network.pretrained_cfg = config  # as timm's models have it, with and without trained weights
     return network
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from gaternet import files
 from gaternet.analysis import analyze
 from gaternet.data import ImageSet, Preprocessing, check_source, classes_of
-from gaternet.evaluate import BATCH
+from gaternet.evaluate import batch_size_for
 from gaternet.findings import GateAnalysis
 from gaternet.forcing import force_gates
 from gaternet.loader import make_batches
@@ -88,8 +88,9 @@ def _report_run(
     accelerator = make_accelerator(runtime)
     channels_last_(network.to(accelerator.device))
     images = load_test_set(source, metadata, runtime.data_root)
-    options: dict[str, Any] = {"preprocessing": Preprocessing.from_metadata(metadata)}
-    batches = make_batches(images, BATCH, runtime, accelerator)
+    preprocessing = Preprocessing.from_metadata(metadata)
+    options: dict[str, Any] = {"preprocessing": preprocessing}
+    batches = make_batches(images, batch_size_for(preprocessing, accelerator), runtime, accelerator)
     classes = class_names(source, classes_of(metadata))
     files.make_folder(directory)  # an error now, not after the work
     analysis = analyze(network, batches.epoch(), classes=classes, samples=samples, **options)
