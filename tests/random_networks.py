@@ -78,7 +78,7 @@ LINKS: dict[str, Callable[[], nn.Module]] = {  # from 8 channels to 8 channels
         shortcut=layers(conv(8, 8, 1), norm()),
     ),
     "depthwise": lambda: conv(8, 8, groups=8, bias=False),
-    "depthwise, two filters a channel": lambda: layers(conv(8, 16, groups=8), nn.ReLU(), conv(16, 8, 1)),
+    "depthwise, two filters a channel": lambda: layers(conv(8, 16, groups=8), nn.RReLU(), conv(16, 8, 1)),
     "depthwise, two channels a filter": lambda: layers(conv(8, 16, 1), conv(16, 8, groups=8), nn.ReLU()),
     "grouped": lambda: layers(conv(8, 12, groups=4), norm(12), nn.LeakyReLU(), conv(12, 8, groups=2)),
     "branches": lambda: Block(

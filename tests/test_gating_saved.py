@@ -91,7 +91,7 @@ def test_what_compiles_or_spreads_a_part_is_not_saved(tmp_path, wrap, name):
 def test_a_wrapped_backbone_is_refused(wrap):
     network = wrap(create_backbone("timm:test_resnet", 4))
     kind = type(network).__name__
-    with pytest.raises(ValueError, match=f"the backbone is in a {kind}: gate what that wraps, and wrap or compile the"):
+    with pytest.raises(ValueError, match=f"gate what the {kind} wraps, and wrap or compile the GaterNet instead"):
         gate(network, PIXELS)
 
 

@@ -88,6 +88,45 @@ def test_networks_can_be_read_by_several_threads():
         assert list(pool.map(read, networks)) == [2] * len(networks)
 
 
+def test_a_network_may_run_while_another_thread_reads_it():
+    """Exporting puts tensors without numbers in the place of weights."""
+    network = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 4)).train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    seen: list[bool] = []
+
+    class Watches(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(network.training and all(type(part) is nn.Parameter for part in network.parameters()))
+            return images
+
+    network.append(Watches())
+    graph = read_graph(network, IMAGES)
+    assert seen
+    assert all(seen)
+    assert graph.modules["0"] is network[0]
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+class Uncopied(nn.Module):
+    """Has what no copy can be made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.lock = conv(3, 8), threading.Lock()
+
+    def forward(self, images: Tensor) -> Tensor:
+        with self.lock:
+            self.seen = self.conv(images)
+        return self.seen
+
+
+def test_a_network_that_cannot_be_copied_is_read_all_the_same():
+    network = Uncopied()
+    assert len(read_graph(network, IMAGES).convs) == 1
+    assert not hasattr(network, "seen")
+    assert network.training
+
+
 class Loud(nn.Module):
     """Says much, and then decides by the numbers, which cannot be exported."""
 

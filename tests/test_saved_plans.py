@@ -21,13 +21,17 @@ import gaternet
 from gaternet.skipping import Skipper
 from gaternet.skipping.native import NativeProgram
 from gaternet.skipping.native.operations import operation
-from gaternet.skipping.plan import Call, Ref
+from gaternet.skipping.plan import Call, ConvSpec, Plan, Ref, Step
 from gaternet.skipping.saved import _filled_in, load_plan, save_plan
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_saved_and_loaded_it_computes_the_same(name, tmp_path):
-    model = gated(chain_of(["residual with SE", "inverted residual", "dense", "shuffle", "windows"]))
+    model = gated(
+        chain_of(
+            ["residual with SE", "inverted residual", "depthwise, two filters a channel", "dense", "shuffle", "windows"]
+        )
+    )
     fast, gates = gaternet.skip(model, IMAGES, "slice", kernels=name), random_gates(model, 0.5)
     fast.save(tmp_path / "fast")
     for other in KERNELS:
@@ -300,3 +304,25 @@ def test_a_plan_is_where_its_weights_are_not_where_a_number_is():
         moved = plan.to(torch.device("cuda"))
     for steps in (moved.steps, []):
         assert replace(moved, steps=steps, constants={**numbers, **moved.constants, **numbers}).device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("channels", "height", "weight", "groups", "filters"),
+    [
+        (0, 8, (4, 0, 1, 1), 1, 0),
+        (4, 8, (5, 2, 1, 1), 2, 5),
+        (4, 8, (0, 4, 1, 1), 1, 0),
+        (4, 8, (8, 4, 0, 1), 1, 8),
+        (4, 0, (4, 4, 1, 1), 1, 4),
+    ],
+)
+def test_convolutions_that_tensors_without_data_pass_are_refused(channels, height, weight, groups, filters, tmp_path):
+    padding = 0 if height else 1
+    spec = ConvSpec("conv", torch.zeros(weight), torch.zeros(weight[0]), (1, 1), (padding, padding), (1, 1), groups)
+    sides = [side + 2 * padding - kernel + 1 for side, kernel in zip((height, 8), weight[2:], strict=True)]
+    part = Call(torch.ops.aten.slice.Tensor, [Ref("x"), 1, 0, channels, 1], {})
+    steps = [Step("aten", "part", ["x"], call=part), Step("conv", "out", ["part"], free=["x", "part"], conv=spec)]
+    shapes = {"x": (5, height, 8), "part": (channels, height, 8), "out": (filters, *sides)}
+    save_plan(Plan("x", "out", (5, height, 8), 0, steps, shapes, [], {"c": torch.zeros(1)}), tmp_path / "plan")
+    with pytest.raises(ValueError, match="what it says of out contradicts its operations"):
+        load_plan(tmp_path / "plan")

@@ -138,3 +138,13 @@ def test_an_analysis_counts_the_gates_of_the_model(kind):
     model = remade(kind)
     expected = model.gates(MANY).sum().item()
     assert 16 * gaternet.analyze(model, [MANY], samples=1).rates.sum().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_compiled_models_gater_may_have_no_plan_either(unchecked_types):
+    def by_numbers(images: Tensor, features: Tensor) -> Tensor:  # which cannot be exported
+        return features if images.sum() < 1e9 else -features
+
+    model = gaternet.gate(chain_of(["residual"]).eval(), IMAGES, gater=Features(by_numbers)).eval()
+    fast = gaternet.skip(torch.compile(model), IMAGES, "slice")  # pyright: ignore[reportArgumentType]
+    with torch.no_grad():
+        assert torch.equal(fast.gates(MANY), model.gates(MANY))

@@ -79,7 +79,7 @@ class CostModel:
             ValueError: the backbone cannot be exported, or there are no images.
             TypeError: the model is no GaterNet.
         """
-        require_gated(model)
+        model = require_gated(model)
         return cls(read_graph(model.backbone, images[:1]), model.sites)
 
     def __call__(self, gates: Float[Tensor, "batch gates"]) -> Float[Tensor, " batch"]:
@@ -116,6 +116,7 @@ def count_macs(model: GaterNet, images: Float[Tensor, "batch channels height wid
         ValueError: the backbone cannot be exported, or there are no images.
         TypeError: the model is no GaterNet.
     """
+    model = require_gated(model)
     cost = CostModel.of(model, images)
     buffers = [(buffer, buffer.clone()) for buffer in model.gater.buffers()]
     with torch.no_grad():

@@ -5,6 +5,7 @@ what gating, counting and skipping ask of it: what each convolution is called, w
 which module gives out which tensor, since gates act on the outputs of modules.
 """
 
+import copy
 import math
 import threading
 from collections.abc import Iterator
@@ -24,8 +25,8 @@ from gaternet.modes import evaluation_mode, quiet, without_autocast
 # What an operation does to the channels (dimension 1) of a tensor: "keep" acts on each by itself and turns a channel of
 # zeros into one of zeros; "shift" acts on each by itself, but zeros become something else; "view" only moves values.
 _KEEP = frozenset(
-    {"relu", "relu6", "leaky_relu", "prelu", "_prelu_kernel", "elu", "selu", "celu", "silu", "gelu", "mish", "tanh"}
-    | {"hardswish", "abs", "neg", "square", "dropout", "feature_dropout", "max_pool2d", "avg_pool2d"}
+    {"relu", "relu6", "leaky_relu", "rrelu", "prelu", "_prelu_kernel", "elu", "selu", "celu", "silu", "gelu", "mish"}
+    | {"tanh", "hardswish", "abs", "neg", "square", "dropout", "feature_dropout", "max_pool2d", "avg_pool2d"}
     | {"adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"}
     | {"_upsample_bilinear2d_aa", "clone", "contiguous", "to", "_to_copy", "detach", "alias"}
     | {"reflection_pad2d", "replication_pad2d"}
@@ -283,7 +284,7 @@ class Graph:
 
 
 def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
-    """Export a network in evaluation mode, and leave it as it was.
+    """Export a network in evaluation mode, and leave it as it was; other threads may run it meanwhile.
 
     Args:
         backbone: maps images to logits.
@@ -297,10 +298,10 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
         raise ValueError(f"the example must be one tensor of images (B, channels, H, W), not {given}")
     if not example_input.numel():
         raise ValueError(f"the example must have images, but is {tuple(example_input.shape)}: pass one at least")
-    precision = without_autocast(example_input.device.type)
+    precision, twin = without_autocast(example_input.device.type), _twin(backbone)
     try:
-        with _EXPORTING, precision, evaluation_mode(backbone), _as_it_was(backbone), torch.no_grad(), quiet():
-            program = torch.export.export(backbone, (example_input,), strict=False)
+        with _EXPORTING, precision, evaluation_mode(twin), _as_it_was(twin), torch.no_grad(), quiet():
+            program = torch.export.export(twin, (example_input,), strict=False)
     except Exception as error:  # tracing runs the network's own code, which may raise anything
         raise ValueError(
             f"{type(backbone).__name__} cannot be exported with images {tuple(example_input.shape)} "
@@ -308,6 +309,16 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
             "torch.export.export on it, and mend what that names or give images of another shape"
         ) from error
     return Graph(backbone, program, example_input)
+
+
+def _twin(network: nn.Module) -> nn.Module:
+    """A copy with the network's own tensors, for exporting puts others in their place; itself if it has no copies."""
+    shared = [*network.parameters(), *network.buffers()]
+    shared += [value for module in network.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    try:
+        return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
+    except Exception:  # its own code may raise anything
+        return network
 
 
 @contextmanager

@@ -235,19 +235,19 @@ class _GateHook:
 def refuse_gated(network: nn.Module) -> None:
     """Raise ValueError if any module of the network has gates, or if it is but a wrapper of a network."""
     if hasattr(network, "_orig_mod") or isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        wrapper = type(network).__name__
-        raise ValueError(f"the backbone is in a {wrapper}: gate what that wraps, and wrap or compile the GaterNet")
+        raise ValueError(f"gate what the {type(network).__name__} wraps, and wrap or compile the GaterNet instead")
     if any(isinstance(hook, _GateHook) for module in network.modules() for hook in module._forward_hooks.values()):
         raise ValueError("the backbone is gated already: call ungate() on its GaterNet, or on a deep copy of that")
 
 
-def require_gated(model: nn.Module) -> None:
-    """Raise TypeError unless the model is a GaterNet, compiled or not."""
-    if not isinstance(getattr(model, "_orig_mod", model), GaterNet):
+def require_gated(model: nn.Module) -> "GaterNet":
+    """The GaterNet that a model is, or that was compiled to it; TypeError if it is none."""
+    if not isinstance(found := getattr(model, "_orig_mod", model), GaterNet):
         raise TypeError(
             f"the model must be a GaterNet, but is a {type(model).__name__}: gate it with gaternet.gate, or pass what "
             "it wraps (model.module)"
         )
+    return found
 
 
 class GaterNet(

@@ -62,6 +62,8 @@ def _value(plan: Plan, step: Step, values: dict[str, Any], constants: dict[str, 
         _require(min(*conv.stride, *conv.dilation) >= 1 and min(conv.padding) >= 0, step.out)
         options = (conv.stride, conv.padding, conv.dilation, conv.groups)
         value = F.conv2d(sources[0], _without_data(conv.weight), None, *options)
+        _require(min(*conv.weight.shape, *sources[0].shape) >= 1, step.out)  # without data, these pass
+        _require(value.shape[1] == len(conv.weight) and len(conv.weight) % conv.groups == 0, step.out)
         _require(all(other.shape == value.shape for other in added), step.out)
         return value
     if step.kind in ("add", "scale"):

@@ -23,7 +23,7 @@ FORMAT = 1
 # and indices included, before they read any of it. Many others of PyTorch do not: backward passes trust indices, which
 # a file could choose, and upsampling trusts scales beside sizes. Division with rounding can end the process.
 _OPERATIONS = """
-relu relu6 leaky_relu prelu elu selu celu silu gelu mish tanh hardswish hardtanh hardsigmoid sigmoid softplus glu
+relu relu6 leaky_relu rrelu prelu elu selu celu silu gelu mish tanh hardswish hardtanh hardsigmoid sigmoid softplus glu
 log_sigmoid threshold hardshrink softshrink softmax log_softmax dropout feature_dropout
 add sub rsub mul div.Tensor div.Scalar addcmul addcdiv lerp pow square sqrt rsqrt reciprocal exp log sin cos erf
 abs neg sign floor ceil round clamp clamp_min clamp_max minimum maximum where masked_fill

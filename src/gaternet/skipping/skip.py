@@ -207,7 +207,7 @@ def skip(
             calibration or one of another shape. A gater that has no plan, or differs from it, runs as it is.
         TypeError: the model is no GaterNet.
     """
-    require_gated(model)
+    model = require_gated(model)
     if engine not in get_args(Engine):
         raise ValueError(f"there is no engine {engine!r}: choose of {', '.join(get_args(Engine))}")
     if engine == "specialise" and calibration is None:

@@ -12,8 +12,8 @@ from torch.fx import Node
 from gaternet.graph import CONVS, Graph, op, shape
 
 _BY_IMAGE = (
-    {"relu", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "gelu", "mish", "tanh", "hardswish", "hardtanh"}
-    | {"sigmoid", "hardsigmoid", "softplus", "clamp", "abs", "neg", "square", "exp", "sqrt", "rsqrt"}
+    {"relu", "relu6", "leaky_relu", "rrelu", "elu", "selu", "celu", "silu", "gelu", "mish", "tanh", "hardswish"}
+    | {"hardtanh", "sigmoid", "hardsigmoid", "softplus", "clamp", "abs", "neg", "square", "exp", "sqrt", "rsqrt"}
     | {"prelu", "_prelu_kernel", "dropout", "feature_dropout", "clone", "contiguous", "to", "_to_copy", "detach"}
     | {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "pad", "constant_pad_nd"}
     | {"upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "reflection_pad2d", "replication_pad2d"}
