@@ -116,7 +116,6 @@ def count_macs(model: GaterNet, images: Float[Tensor, "batch channels height wid
         ValueError: the backbone cannot be exported, or there are no images.
         TypeError: the model is no GaterNet.
     """
-    model = require_gated(model)
     cost = CostModel.of(model, images)
     buffers = [(buffer, buffer.clone()) for buffer in model.gater.buffers()]
     with torch.no_grad():

@@ -64,16 +64,14 @@ class Job:
             self.state, self._refusal = "failed", str(error)
 
     def _start(self, runtime: Runtime, ledger: Path, environment: Mapping[str, str]) -> None:
-        if (own := find_line(ledger, self.path)) is not None:
-            self._check_own(own)
-        line = self.line(ledger)
         if self.finished(ledger):
             self.state = "finished"
             return
         machine = {name: value for name, value in asdict(runtime).items() if value != getattr(Runtime(), name)}
         flags = train_flags({**changed_options(self.recipe), "data": self.recipe.data, **machine})
         flags += ["--out", str(self.path), "--seed", str(self.seed)]
-        flags += ["--ledger", str(ledger)] if line is None else []  # else it is trained again for those that need it
+        if self.line(ledger) is None:  # else it is trained again for those that need it
+            flags += ["--ledger", str(ledger)]
         if (self.path / CONFIG).exists():
             flags.append("--resume")
         make_folder(self.path)
@@ -91,8 +89,10 @@ class Job:
 
     def line(self, ledger: Path) -> dict[str, Any] | None:
         """The ledger's line of this run, or of one like it that lay elsewhere; None if there is none."""
+        if (own := find_line(ledger, self.path)) is not None:
+            self._check_own(own)
         found = find_lines(ledger, self.recipe, self.seed)
-        return find_line(ledger, self.path) or (found[0] if found else None)
+        return own or (found[0] if found else None)
 
     def finished(self, ledger: Path) -> bool:
         """Whether nothing is left to do: it is in the ledger, and also here where others need it."""
