@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import nn
-from training_runs import CPU
+from training_runs import CPU, small
 
 from gaternet.cost import CostModel
 from gaternet.data import Preprocessing, ToInput, load_data
@@ -14,6 +14,7 @@ from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.method import GaterNet
 from gaternet.models import create_model
+from gaternet.preparation import prepare
 
 
 def test_macs_are_counted_in_full_where_the_network_computes_in_bf16(monkeypatch):
@@ -69,3 +70,10 @@ def test_large_images_are_evaluated_in_smaller_batches(monkeypatch):
         with monkeypatch.context() as four:
             four.setattr(type(accelerator), "num_processes", 4)
             assert batch_size_for(preprocessing, accelerator) == shared
+
+
+def test_a_training_evaluates_as_many_at_once_as_fit_or_as_it_trains_on():
+    data = load_data("digits", image_size=128)  # 360 test images
+    for batch_size, batches in ((64, 3), (256, 2)):
+        recipe = small("resnet8", batch_size=batch_size, image_size=128)
+        assert len(prepare(recipe, data, CPU, 0, make_accelerator(CPU)).test_batches) == batches
