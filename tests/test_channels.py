@@ -68,6 +68,7 @@ EXACT: dict[str, tuple[Net, list[int]]] = {
     "gelu, silu, hardswish": (reader(lambda net, a, b: F.hardswish(F.silu(F.gelu(a)))), A),
     "prelu": (reader(lambda net, a, b: net.act(a), act=nn.PReLU(4)), A),
     "relu6": (reader(lambda net, a, b: F.relu6(a)), A),
+    "leaky_relu, rrelu": (reader(lambda net, a, b: F.rrelu(F.leaky_relu(a))), A),
     "clamp around 0": (reader(lambda net, a, b: a.clamp(-0.1, 0.1)), A),
     "clamp above 0": (reader(lambda net, a, b: a.clamp(min=0.1)), NONE),
     "clamp below 0": (reader(lambda net, a, b: a.clamp(max=-0.1)), NONE),
