@@ -11,14 +11,22 @@ from torch import nn
 
 from gaternet.graph import read_graph
 from gaternet.method import GaterNet
+from gaternet.skipping.kernels import Kernels
 from gaternet.skipping.native import NativeProgram
+from gaternet.skipping.native.library import KINDS
 from gaternet.skipping.native.segment import Segment
 from gaternet.skipping.planner import make_plan
+from gaternet.skipping.program import Program
 
 
 def native_share(program: NativeProgram) -> float:
     """Of the parts in which the plan is carried out, those that are calls of the library."""
     return sum(isinstance(part, Segment) for part in program._parts) / len(program._parts)
+
+
+def kinds(program: NativeProgram) -> list[str]:
+    """What the library does, operation by operation."""
+    return [KINDS[op.kind] for part in program._parts if isinstance(part, Segment) for op in part._ops]
 
 
 FUNCTIONS = [nn.ReLU(), nn.ReLU6(), nn.Sigmoid(), nn.SiLU(), nn.Hardsigmoid(), nn.Hardswish(), nn.GELU()]
@@ -33,6 +41,86 @@ def test_activations_are_pytorchs_from_end_to_end(function):
     assert native_share(program) == 1
     expected = function(images.double()).float()
     torch.testing.assert_close(program(images), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "whole": lambda: conv(8, 21),
+    "in groups": lambda: conv(8, 24, groups=4),
+    "depthwise": lambda: conv(8, 8, groups=8),
+    "wide": lambda: conv(8, 70, 1, bias=True),
+    "linear": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 9)),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: type(function).__name__)
+def test_a_convolution_does_the_activation_behind_it(layer, function):
+    network = nn.Sequential(first := conv(3, 8), LAYERS[layer](), function).eval()
+    with torch.no_grad():
+        first.weight.mul_(9)  # so that numbers lie on all parts of the functions
+        program, expected = NativeProgram(make_plan(read_graph(network, IMAGES[:1]))), network.double()(IMAGES.double())
+    assert "pointwise" not in kinds(program)
+    torch.testing.assert_close(program(IMAGES), expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_an_activation_stays_where_others_read_what_is_before_it():
+    """And where a gate acts between them, or behind."""
+    model = gated(
+        Net(
+            lambda net, x: net.last(net.act(y := net.first(x)) * y + net.act(net.second(x))),
+            first=conv(3, 20),
+            second=nn.Sequential(conv(3, 20), norm(20)),
+            act=nn.SiLU(),
+            last=conv(20, 8),
+        )
+    )
+    program = NativeProgram(plan_of(model))
+    assert kinds(program).count("pointwise") == 1
+    for density in (0.0, 0.5, 1.0):
+        assert_skips_exactly(model, THREE, random_gates(model, density))
+
+
+def test_an_activation_of_zeros_at_closed_filters_is_done_by_itself():
+    """A plan from a file may have such, and a sigmoid makes other numbers of zeros."""
+    plan = make_plan(read_graph(nn.Sequential(conv(3, 20), nn.Sigmoid()).eval(), IMAGES[:1]))
+    plan.patterns, plan.num_gates, plan.steps[0].filters = [torch.arange(20)], 20, 0
+    gates = (torch.arange(40).reshape(2, 20) % 3 == 0).float()
+    torch.testing.assert_close(NativeProgram(plan)(IMAGES, gates), Program(plan, Kernels)(IMAGES, gates))
+
+
+@pytest.mark.parametrize("channels", [1, 15, 64, 70, 145])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": True},
+        {"bias": False, "stride": 2},
+        {"dilation": 2, "padding": 3},
+        {"kernel_size": 5, "padding": (0, 4)},
+    ],
+    ids=str,
+)
+def test_depthwise_convolutions_of_any_width(channels, options):
+    """Whole tiles and parts of them; every number of threads gives the same bits."""
+    own = {"kernel_size": 3, "padding": 1, "groups": channels, **options}
+    network = Net(
+        lambda net, x: net.last(net.depthwise(net.first(x)).relu()),
+        first=nn.Sequential(conv(3, channels, 1), norm(channels), nn.ReLU()),
+        depthwise=nn.Conv2d(channels, channels, **own),
+        last=conv(channels, 8, 1),
+    )
+    model, threads = gated(network), torch.get_num_threads()
+    program = NativeProgram(plan_of(model))
+    try:
+        for density in (0.0, 0.3, 0.95, 1.0):
+            gates = random_gates(model, density)
+            assert_skips_exactly(model, THREE, gates)
+            results = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(program(THREE[:1], gates[:1]))
+            assert all(torch.equal(result, results[0]) for result in results)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("bounds", "native"), [((0, 6), True), ((-1, 1), False)])

@@ -13,7 +13,7 @@
 #include <cstring>
 #include <vector>
 
-#include "vectors.h"
+#include "functions.h"
 
 constexpr int MOST_PIXELS = 14;  // of a tile
 constexpr int64_t AHEAD = 8;     // rows of weights that are fetched before they are read
@@ -94,11 +94,33 @@ inline std::vector<Panel> split(int64_t filters) {
     return result;
 }
 
+// Pointers into the image x for each tap of `count` pixels, MOST_PIXELS apart; to zeros where the tap lies outside.
+inline void point(const Conv &conv, Image x, int64_t pixel, int64_t count, const float *zeros, const float **pointers) {
+    int64_t rows[MOST_PIXELS], columns[MOST_PIXELS], starts[MOST_PIXELS];
+    int64_t row = pixel / conv.out_width, column = pixel % conv.out_width;
+    for (int64_t i = 0; i < count; i++) {
+        rows[i] = row * conv.stride_height - conv.pad_height;
+        columns[i] = column * conv.stride_width - conv.pad_width;
+        starts[i] = (rows[i] * conv.width + columns[i]) * x.room;
+        if (++column == conv.out_width) column = 0, row++;
+    }
+    for (int64_t ky = 0; ky < conv.kernel_height; ky++)
+        for (int64_t kx = 0; kx < conv.kernel_width; kx++, pointers += MOST_PIXELS) {
+            const int64_t down = ky * conv.dilation_height, right = kx * conv.dilation_width;
+            const float *base = x.data + (down * conv.width + right) * x.room;
+            for (int64_t i = 0; i < count; i++) {  // unsigned: below zero is too large as well
+                const bool inside = (static_cast<uint64_t>(rows[i] + down) < static_cast<uint64_t>(conv.height)) &
+                                    (static_cast<uint64_t>(columns[i] + right) < static_cast<uint64_t>(conv.width));
+                pointers[i] = inside ? base + starts[i] : zeros;
+            }
+        }
+}
+
 // One tile: PIXELS pixels by HALVES half vectors of filters. `pointers` has each tap's MOST_PIXELS pointers to `depth`
 // numbers.
 template <int HALVES, int PIXELS>
 void compute_tile(const float *const *pointers, int64_t taps, int64_t depth, const float *weights, const float *bias,
-                  bool adds, bool relu, float *y, int64_t room) {
+                  bool adds, Bounds bounds, float *y, int64_t room) {
     // Each loop over the sums is unrolled, else they would not stay in registers.
     constexpr int NV = HALVES / 2;
     constexpr bool odd = HALVES % 2;
@@ -135,16 +157,17 @@ void compute_tile(const float *const *pointers, int64_t taps, int64_t depth, con
 #pragma GCC unroll 4
         for (int j = 0; j < NV; j++) {
             const Vector sum = adds ? sums[i][j] + load(to + j * LANES) : sums[i][j];
-            store(to + j * LANES, relu ? positive(sum) : sum);
+            store(to + j * LANES, clamp(sum, bounds.low, bounds.high));
         }
         if constexpr (odd) {
             const HalfVector sum = adds ? ends[i] + load_half(to + NV * LANES) : ends[i];
-            store(to + NV * LANES, relu ? positive(sum) : sum);
+            store(to + NV * LANES, clamp(sum, bounds.low, bounds.high));
         }
     }
 }
 
-using Tile = void (*)(const float *const *, int64_t, int64_t, const float *, const float *, bool, bool, float *, int64_t);
+using Tile = void (*)(const float *const *, int64_t, int64_t, const float *, const float *, bool, Bounds, float *,
+                      int64_t);
 
 template <int HALVES, int PIXELS>
 Tile find_tile(int64_t pixels) {
@@ -186,7 +209,7 @@ inline std::vector<Piece> find_pieces(List filters, int64_t first, int64_t stop)
     return pieces;
 }
 
-// y = conv(x), or y += conv(x) where `adds`; then ReLU. Up to `room` numbers of each of y's pixels may be written over. The
+// y = conv(x), or y += conv(x) where `adds`; then the function, behind a sum a ReLU or none. Up to `room` numbers of each of y's pixels may be written over. The
 // team makes an image with margins in `common`, each of it gathers weights in its own `workspace`, which may lie behind.
 struct Convolution {
     Conv conv;
@@ -194,7 +217,8 @@ struct Convolution {
     List channels, filters;
     Image y;
     int64_t room;
-    bool adds, relu;
+    bool adds;
+    int64_t function;
     Team team;
     float *common, *workspace;
 
@@ -300,14 +324,17 @@ struct Convolution {
         const std::vector<Piece> pieces =
             adds ? find_pieces(filters, panel.first, panel.first + filled) : std::vector<Piece>{};
         const bool direct = panel.first + width <= room && !(adds && filters.numbers);
+        const Bounds bounds(direct || !adds ? function : IDENTITY);
+        const bool cuts = only_cuts(function);
         const Tile whole = find_tile(panel.halves, most);
         for (int64_t number = first; number < stop; number++) {
             const int64_t pixel = number * most, count = std::min(most, pixels - pixel);
-            point(pixel, count, zeros, pointers.data());
+            point(conv, x, pixel, count, zeros, pointers.data());
             const Tile tile = count == most ? whole : find_tile(panel.halves, count);
-            float *to = y.data + pixel * y.room + panel.first;
-            tile(pointers.data(), taps, depth, weights, bias.data(), direct && adds, relu && (direct || !adds),
-                 direct ? to : buffer.data(), direct ? y.room : width);
+            float *to = y.data + pixel * y.room + panel.first, *made = direct ? to : buffer.data();
+            const int64_t step = direct ? y.room : width;
+            tile(pointers.data(), taps, depth, weights, bias.data(), direct && adds, bounds, made, step);
+            if (!cuts) finish(function, made, count, width, step);
             for (int64_t i = 0; i < count && !direct; i++) {
                 if (adds)
                     add(pieces, buffer.data() + i * width, y.data + (pixel + i) * y.room);
@@ -317,31 +344,10 @@ struct Convolution {
         }
     }
 
-    // Pointers into the image for each tap of `count` pixels, to zeros where the tap lies outside.
-    void point(int64_t pixel, int64_t count, const float *zeros, const float **pointers) const {
-        int64_t rows[MOST_PIXELS], columns[MOST_PIXELS], starts[MOST_PIXELS];
-        int64_t row = pixel / conv.out_width, column = pixel % conv.out_width;
-        for (int64_t i = 0; i < count; i++) {
-            rows[i] = row * conv.stride_height - conv.pad_height;
-            columns[i] = column * conv.stride_width - conv.pad_width;
-            starts[i] = (rows[i] * conv.width + columns[i]) * x.room;
-            if (++column == conv.out_width) column = 0, row++;
-        }
-        for (int64_t ky = 0; ky < conv.kernel_height; ky++)
-            for (int64_t kx = 0; kx < conv.kernel_width; kx++, pointers += MOST_PIXELS) {
-                const int64_t down = ky * conv.dilation_height, right = kx * conv.dilation_width;
-                const float *base = x.data + (down * conv.width + right) * x.room;
-                for (int64_t i = 0; i < count; i++) {  // unsigned: below zero is too large as well
-                    const bool inside = (static_cast<uint64_t>(rows[i] + down) < static_cast<uint64_t>(conv.height)) &
-                                        (static_cast<uint64_t>(columns[i] + right) < static_cast<uint64_t>(conv.width));
-                    pointers[i] = inside ? base + starts[i] : zeros;
-                }
-            }
-    }
-
-    // to += the filters' values at their places, then ReLU there. Nothing else is written: a neighbour in the same vector
+    // to += the filters' values at their places, then the function there, a ReLU or none. Nothing else is written: a neighbour in the same vector
     // may be another thread's.
     void add(const std::vector<Piece> &pieces, const float *values, float *to) const {
+        const bool relu = function == RELU;
         for (const Piece &piece : pieces) {
             float *place = to + piece.vector * LANES;
 #if defined(__AVX512F__)

@@ -1,6 +1,8 @@
 // Activation functions, a vector at a time; not a number stays that.
 #pragma once
 
+#include <cmath>
+
 #include "vectors.h"
 
 enum Function : int64_t { FUNCTIONS };  // library.py names them
@@ -9,6 +11,18 @@ inline Vector clamp(Vector value, float low, float high) {
     value = value < low ? Vector{} + low : value;
     return value > high ? Vector{} + high : value;
 }
+
+inline HalfVector clamp(HalfVector value, float low, float high) {
+    value = value < low ? HalfVector{} + low : value;
+    return value > high ? HalfVector{} + high : value;
+}
+
+// What a function cuts off; for those that do more than that nothing, see `finish`.
+struct Bounds {
+    float low, high;
+    explicit Bounds(int64_t function)
+        : low(function == RELU || function == RELU6 ? 0 : -INFINITY), high(function == RELU6 ? 6 : INFINITY) {}
+};
 
 // e^x within two units in the last place, for x up to 88 in size; beyond as there.
 inline Vector exponential(Vector x) {
@@ -49,4 +63,13 @@ inline Vector apply(int64_t function, Vector x) {
         case GELU: return x * 0.5f * (1 + erf(x * 0.70710678f));
     }
     return x;
+}
+
+inline bool only_cuts(int64_t function) { return function == IDENTITY || function == RELU || function == RELU6; }
+
+// The rest of the function, where it does more than cut, on (pixels, channels) numbers; pixels are `step` apart.
+__attribute__((noinline)) inline void finish(int64_t function, float *values, int64_t pixels, int64_t channels, int64_t step) {
+    for (; pixels > 0; pixels--, values += step)
+        for (int64_t c = 0; c < channels; c += LANES)
+            store_part(values + c, apply(function, part(values + c, channels - c)), channels - c);
 }

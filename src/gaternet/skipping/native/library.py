@@ -17,7 +17,8 @@ from typing import Any
 
 from gaternet.files import write_atomically
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("program.cpp", "convolution.h", "functions.h", "vectors.h")]
+_NAMES = ("program.cpp", "convolution.h", "depthwise.h", "functions.h", "vectors.h")
+_SOURCES = [Path(__file__).with_name(name) for name in _NAMES]
 # What an operation does, and the activation functions: C++ numbers them by these lists, too.
 KINDS: list[str] = [
     "conv",
@@ -38,7 +39,7 @@ KINDS: list[str] = [
     "zeros",
     "relu_closed",
 ]
-FUNCTIONS: list[str] = ["relu", "relu6", "sigmoid", "silu", "hardsigmoid", "hardswish", "gelu"]
+FUNCTIONS: list[str] = ["identity", "relu", "relu6", "sigmoid", "silu", "hardsigmoid", "hardswish", "gelu"]
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w"]
 _FLAGS += [f"-D{name}={','.join(names).upper()}" for name, names in (("KINDS", KINDS), ("FUNCTIONS", FUNCTIONS))]
 ADDS_TO_VALUE, ADDS_TO_ZEROS = 1, 2
@@ -70,7 +71,7 @@ class Op(ctypes.Structure):
     """`Op` of program.cpp."""
 
     _fields_ = (
-        *_numbers("kind", "function", "source", "other", "target", "reads", "writes", "adds", "relu"),
+        *_numbers("kind", "function", "source", "other", "target", "reads", "writes", "adds"),
         ("shape", Conv),
     )
 

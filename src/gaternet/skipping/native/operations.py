@@ -1,6 +1,8 @@
 """Which steps of a plan the C++ library can do, and as which operation."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -98,6 +100,19 @@ def packed_spec(plan: Plan, step: Step) -> ConvSpec | None:
     if any(tensor.dtype != torch.float32 for tensor in (weight, bias) if tensor is not None):
         return None
     return ConvSpec(step.out, weight[:, :, None, None], bias, (1, 1), (0, 0), (1, 1), 1)
+
+
+def absorbed(plan: Plan, steps: Sequence[Step]) -> dict[str, Step]:
+    """Activations that convolutions do as well, where nothing else reads their values: convolution's value -> step."""
+    readers = Counter(name for step in plan.steps for name in step.sources)
+    found = {}
+    for step, then in pairwise(steps):
+        if operation(plan, step) != "conv" or operation(plan, then) != "pointwise" or then.mask is not None:
+            continue
+        plain = step.adds is None and not step.relu and step.mask is None and step.pattern == step.filters
+        if plain and then.sources == [step.out] and readers[step.out] == 1 and step.out != plan.output:
+            found[step.out] = then
+    return found
 
 
 def function_name(step: Step) -> str | None:

@@ -8,7 +8,7 @@
 #include <cmath>
 
 #include "convolution.h"
-#include "functions.h"
+#include "depthwise.h"
 
 // A tensor: of each image at `data` + image * `step`, or in the arena at offset `step` where `data` is null.
 struct Value {
@@ -21,7 +21,7 @@ enum Adds : int64_t { NO, TO_VALUE, TO_ZEROS };  // the last: what ZEROS made, w
 
 // target = kind(source, other). Patterns are those of what is read and of what is written, -1 where it is dense.
 struct Op {
-    int64_t kind, function, source, other, target, reads, writes, adds, relu;
+    int64_t kind, function, source, other, target, reads, writes, adds;
     Conv shape;
 };
 
@@ -60,16 +60,16 @@ struct Runner {
         switch (op.kind) {
             case CONV:
                 if (writes.count > 0) {
-                    const bool adds = op.adds == TO_VALUE || (op.adds == TO_ZEROS && writes.numbers), relu = op.relu;
+                    const bool adds = op.adds == TO_VALUE || (op.adds == TO_ZEROS && writes.numbers);
                     if (s.groups > 1)
-                        grouped(s, x, reads, writes, y, relu);
+                        grouped(s, x, reads, writes, y, op.function);
                     else
-                        Convolution{s, x, reads, writes, y, y.room, adds, relu, team, common, workspace}.run();
+                        Convolution{s, x, reads, writes, y, y.room, adds, op.function, team, common, workspace}.run();
                 }
                 break;
-            case DEPTHWISE: depthwise(op, x, y, writes); break;
-            case ADD: add(pixels, x, at(op.other), y, writes.count, op.relu != 0); break;
-            case ADD_OPEN: add_open(pixels, x, y, reads, s.filters, op.relu != 0); break;
+            case DEPTHWISE: Depthwise{s, x, y, writes, op.function, team}.run(); break;
+            case ADD: add(pixels, x, at(op.other), y, writes.count, op.function == RELU); break;
+            case ADD_OPEN: add_open(pixels, x, y, reads, s.filters, op.function == RELU); break;
             case EXPAND:
                 for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++)
                     std::memset(y.data + pixel * y.room, 0, s.filters * sizeof(float));
@@ -120,7 +120,7 @@ struct Runner {
     }
 
     // Each group is a convolution of its own. What is open of it lies together in x and in y, behind the groups before.
-    void grouped(Conv conv, Image x, List reads, List writes, Image y, bool relu) const {
+    void grouped(Conv conv, Image x, List reads, List writes, Image y, int64_t function) const {
         const int64_t groups = conv.groups, channels = conv.channels / groups, filters = conv.filters / groups;
         const int64_t weights = conv.kernel_height * conv.kernel_width * channels * packed(filters);
         const bool whole = groups >= team.size;  // then each of the team does whole groups, else all work on each
@@ -136,49 +136,8 @@ struct Runner {
             part.weights += group * weights;
             if (part.bias) part.bias += group * filters;
             Convolution{part, {x.data + in.start, x.room}, in.list(), out.list(), {y.data + out.start, y.room},
-                        room - out.start, false, relu, whole ? Team{0, 1} : team, common, workspace}
+                        room - out.start, false, function, whole ? Team{0, 1} : team, common, workspace}
                 .run();
-        }
-    }
-
-    // Weights (taps, filters); source and target have the same open channels.
-    void depthwise(const Op &op, Image x, Image y, List open) const {
-        const Conv &s = op.shape;
-        const int64_t taps = s.kernel_height * s.kernel_width, room = divide_up(open.count, LANES) * LANES;
-        std::vector<float> gathered((taps + 1) * room);
-        float *weights = gathered.data(), *bias = weights + taps * room;
-        for (int64_t j = 0; j < open.count; j++) {
-            const int64_t channel = open.numbers ? open.numbers[j] : j;
-            for (int64_t tap = 0; tap < taps; tap++) weights[tap * room + j] = s.weights[tap * s.filters + channel];
-            bias[j] = s.bias ? s.bias[channel] : 0;
-        }
-        const int64_t pixels = s.out_height * s.out_width;
-        std::vector<const float *> sources(taps), rows(taps);
-        for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++) {
-            int64_t inside = 0;
-            for_taps(s, pixel / s.out_width, pixel % s.out_width, [&](int64_t tap, int64_t source) {
-                sources[inside] = x.data + source * x.room;
-                rows[inside++] = weights + tap * room;
-            });
-            float *to = y.data + pixel * y.room;
-            int64_t first = 0;
-            for (; first + 4 * LANES <= open.count; first += 4 * LANES) {  // sums that do not wait for each other
-                Vector sums[4];
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) sums[i] = load(bias + first + i * LANES);
-                for (int64_t t = 0; t < inside; t++)
-#pragma GCC unroll 4
-                    for (int i = 0; i < 4; i++)
-                        sums[i] += load(sources[t] + first + i * LANES) * load(rows[t] + first + i * LANES);
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) store(to + first + i * LANES, op.relu ? positive(sums[i]) : sums[i]);
-            }
-            for (; first < open.count; first += LANES) {
-                Vector sum = load(bias + first);
-                for (int64_t t = 0; t < inside; t++)
-                    sum += part(sources[t] + first, open.count - first) * load(rows[t] + first);
-                store_part(to + first, op.relu ? positive(sum) : sum, open.count - first);
-            }
         }
     }
 
@@ -224,11 +183,20 @@ struct Runner {
             }
     }
 
+    // Each channel's pixels in four sums: one alone would wait for itself.
     void mean(int64_t pixels, Image x, Image y, int64_t count) const {
-        for (int64_t c = team.begin(count); c < team.end(count); c++) y.data[c] = 0;
-        for (int64_t pixel = 0; pixel < pixels; pixel++)
-            for (int64_t c = team.begin(count); c < team.end(count); c++) y.data[c] += x.data[pixel * x.room + c];
-        for (int64_t c = team.begin(count); c < team.end(count); c++) y.data[c] /= static_cast<float>(pixels);
+        const int64_t vectors = divide_up(count, LANES);
+        for (int64_t first = team.begin(vectors) * LANES; first < team.end(vectors) * LANES; first += LANES) {
+            const float *from = x.data + first;
+            Vector sums[4] = {};
+            int64_t pixel = 0;
+            for (; pixel + 4 <= pixels; pixel += 4)
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) sums[i] += part(from + (pixel + i) * x.room, count - first);
+            for (; pixel < pixels; pixel++) sums[0] += part(from + pixel * x.room, count - first);
+            const Vector sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+            store_part(y.data + first, sum / static_cast<float>(pixels), count - first);
+        }
     }
 
     void add(int64_t pixels, Image a, Image b, Image y, int64_t count, bool relu) const {
@@ -261,7 +229,10 @@ struct Runner {
     void scale(int64_t pixels, Image x, Image factor, Image y, int64_t count, int64_t factor_pixels) const {
         for (int64_t pixel = team.begin(pixels); pixel < team.end(pixels); pixel++) {
             const float *by = factor.data + (factor_pixels == 1 ? 0 : pixel * factor.room);
-            for (int64_t c = 0; c < count; c++) y.data[pixel * y.room + c] = x.data[pixel * x.room + c] * by[c];
+            for (int64_t first = 0; first < count; first += LANES) {
+                const Vector value = part(x.data + pixel * x.room + first, count - first) * part(by + first, count - first);
+                store_part(y.data + pixel * y.room + first, value, count - first);
+            }
         }
     }
 

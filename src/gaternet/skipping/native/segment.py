@@ -11,7 +11,14 @@ from torch import Tensor
 
 from gaternet.skipping.native import library as lib
 from gaternet.skipping.native.memory import large_pages, round_up
-from gaternet.skipping.native.operations import channel_padding, function_name, operation, packed_spec, subsampling
+from gaternet.skipping.native.operations import (
+    absorbed,
+    channel_padding,
+    function_name,
+    operation,
+    packed_spec,
+    subsampling,
+)
 from gaternet.skipping.plan import DENSE, Plan, Step
 from gaternet.skipping.program import Run
 
@@ -54,8 +61,11 @@ class Segment:
         self._uses: dict[str, list[int]] = {}
         self._masks: dict[str, int] = {}  # where each mask begins in the columns of all
         self._columns: list[int] = []
+        self._absorbed = absorbed(plan, steps)
+        done = {step.out for step in self._absorbed.values()}
         for step in steps:
-            self._add(step)
+            if step.out not in done:
+                self._add(step)
         self._lay_out()
 
     def root(self, name: str) -> str:
@@ -115,7 +125,7 @@ class Segment:
         pixels = (*shapes[source], 1, 1)[1:3]
         match operation(self.plan, step):
             case "conv":
-                self._add_conv(step)
+                self._add_conv(step, self._absorbed.get(step.out))
             case "add":
                 self._add_sum(step)
             case "cat":
@@ -132,8 +142,7 @@ class Segment:
                     factor = self._emit("compress", factor, f"{step.out}.open", writes=step.pattern, like=factor)
                 self._emit("scale", source, step.out, factor, writes=step.pattern, shape=size)
             case "pointwise":
-                number = lib.FUNCTIONS.index(str(function_name(step)))
-                self._emit("pointwise", source, step.out, writes=step.pattern, function=number)
+                self._emit("pointwise", source, step.out, writes=step.pattern, function=_function(step))
             case "max_pool":
                 self._emit("max_pool", source, step.out, writes=step.pattern, shape=self._pool(source, *args[1:5]))
             case "average_pool":
@@ -155,7 +164,8 @@ class Segment:
             case _:
                 self._emit("copy", source, step.out, writes=step.pattern)
 
-    def _add_conv(self, step: Step) -> None:
+    def _add_conv(self, step: Step, then: Step | None) -> None:
+        """A convolution, and the activation behind it where there is one that it does as well."""
         source, spec = step.sources[0], packed_spec(self.plan, step)
         assert spec is not None
         reads = DENSE if step.held else self.plan.pattern_of[source]
@@ -178,14 +188,15 @@ class Segment:
             self._workspace = max(self._workspace, needed)
         pointers = (packed.data_ptr(), None if bias is None else bias.data_ptr())
         kind = "depthwise" if spec.depthwise else "conv"
-        options: dict[str, Any] = {"reads": reads, "writes": step.filters, "relu": step.relu}
+        function = _relu(step) if then is None else _function(then)
+        options: dict[str, Any] = {"reads": reads, "writes": step.filters, "function": function}
         options |= {"shape": size, "pointers": pointers}
         if step.adds is not None:
             options["adds"] = lib.ADDS_TO_VALUE
         elif step.pattern != step.filters and not spec.depthwise:  # dense, with zeros at closed filters
             self._emit("zeros", step.out, step.out, writes=step.filters)
             options["adds"] = lib.ADDS_TO_ZEROS
-        self._emit(kind, source, step.out, **options)
+        self._emit(kind, source, then.out if then else step.out, **options)
         if step.adds is not None and step.relu and step.filters != DENSE and not self._positive(step.adds):
             self._emit("relu_closed", step.out, step.out, writes=step.filters)
 
@@ -202,7 +213,7 @@ class Segment:
     def _add_sum(self, step: Step) -> None:
         (first, second), patterns = step.sources, self.plan.pattern_of
         if patterns[first] == patterns[second]:
-            self._emit("add", first, step.out, second, writes=step.pattern, relu=step.relu)
+            self._emit("add", first, step.out, second, writes=step.pattern, function=_relu(step))
             return
         if patterns[second] == DENSE or step.in_place == 1:
             first, second = second, first
@@ -210,7 +221,7 @@ class Segment:
             self._emit("expand", first, step.out, reads=patterns[first])
         elif step.in_place is None:
             self._emit("copy", first, step.out)
-        self._emit("add_open", second, step.out, reads=patterns[second], relu=step.relu)
+        self._emit("add_open", second, step.out, reads=patterns[second], function=_relu(step))
 
     def _expanded(self, name: str) -> str:
         return self._emit("expand", name, f"{name}.dense", reads=self.plan.pattern_of[name], like=name)
@@ -225,7 +236,6 @@ class Segment:
         function: int = 0,
         reads: int = DENSE,
         writes: int = DENSE,
-        relu: bool = False,
         adds: int = 0,
         shape: Mapping[str, int] | None = None,
         pointers: tuple[int | None, int | None] = (None, None),
@@ -236,7 +246,7 @@ class Segment:
             self._shapes[target] = self._shapes[like]
         channels, *pixels = (*self._shapes[target], 1, 1)[:3]
         numbers = [self._number(name) for name in (source, other or source, target)]
-        op = lib.Op(lib.KINDS.index(kind), function, *numbers, reads, writes, adds, relu)
+        op = lib.Op(lib.KINDS.index(kind), function, *numbers, reads, writes, adds)
         op.shape = lib.Conv(**(shape or {}), weights=pointers[0], bias=pointers[1])
         op.shape.out_height, op.shape.out_width = pixels
         if kind not in ("conv", "depthwise"):
@@ -272,6 +282,16 @@ class Segment:
         self._workspace_start = max((stop for _, stop, _, _ in placed), default=0)
         self.arena_size = self._workspace_start + round_up(self._workspace) + 64
         self._array = (lib.Op * len(self._ops))(*self._ops)
+
+
+def _relu(step: Step) -> int:
+    """The library's number of what the step does with its result."""
+    return lib.FUNCTIONS.index("relu" if step.relu else "identity")
+
+
+def _function(step: Step) -> int:
+    """The library's number of an activation."""
+    return lib.FUNCTIONS.index(str(function_name(step)))
 
 
 def _shape(pixels: Sequence[int], **sides: Sequence[int]) -> dict[str, int]:

@@ -27,7 +27,6 @@ inline HalfVector load_half(const float *from) { return *reinterpret_cast<const 
 inline void store(float *to, Vector value) { *reinterpret_cast<Vector *>(to) = value; }
 inline void store(float *to, HalfVector value) { *reinterpret_cast<HalfVector *>(to) = value; }
 inline Vector positive(Vector value) { return value < 0 ? Vector{} : value; }  // NaN stays
-inline HalfVector positive(HalfVector value) { return value < 0 ? HalfVector{} : value; }
 
 // While it lives, numbers below 1.2e-38 in size are zeros to its thread: the processor is very slow with them.
 class NoDenormals {
