@@ -16,7 +16,7 @@ SOURCE = Path(gaternet.__file__).parent
 LAYERS = [
     {"errors", "files", "locks", "recipe"},
     {"method"},
-    {"modes", "sessions", "aliasing", "graph", "channels", "sites", "cost", "models", "gating"},
+    {"modes", "wrapping", "sessions", "aliasing", "graph", "channels", "sites", "cost", "models", "gating"},
     {"card", "checkpoint", "official", "skipping"},
     {"recipes", "objective", "augment", "arrays", "folders", "data", "loader"},
     {"provenance", "machine", "run", "trained", "evaluate", "network", "export"},

@@ -78,6 +78,11 @@ def test_a_model_that_nobody_trained_says_so(tmp_path):
         ({"classes": 10}, "classes", UNKNOWN),
         ({"trained": {"epochs": 3}}, "epochs, seed", f"3, {UNKNOWN}"),
         ({"preprocessing": {"height": 8, "width": 8, "mean": 0.5, "std": 0.5}}, "images", UNKNOWN),
+        ({"preprocessing": {"height": 8, "width": 8, "mean": ["a"], "std": [1]}}, "images", UNKNOWN),
+        ({"preprocessing": "imagenet"}, "images", UNKNOWN),
+        ({"trained": "cifar10"}, "trained on", UNKNOWN),
+        ({"trained": {"data": 3}}, "trained on", UNKNOWN),
+        ({"trained": {"data": "digits", "test_accuracy": "0.9", "density": "low"}}, "accuracy", UNKNOWN),
     ],
 )
 def test_metadata_that_somebody_wrote_by_hand_does_not_keep_a_model_from_being_saved(

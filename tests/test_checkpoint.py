@@ -157,12 +157,12 @@ def test_a_full_disk_leaves_the_old_model_as_it_was(saved, monkeypatch, at_file)
 
 
 def test_an_error_of_safetensors_leaves_the_old_model_as_it_was(saved, monkeypatch):
-    def half(model: nn.Module, path: str) -> None:
+    def half(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         Path(path).write_bytes(b"half a file")
         raise SafetensorError("I/O error: No space left on device")
 
     before = contents(saved)
-    monkeypatch.setattr(checkpoint, "save_safetensors", half)
+    monkeypatch.setattr(checkpoint, "save_file", half)
     for save in (lambda: gated_model().save_pretrained(saved), lambda: save_model(gated_model(), saved)):
         with pytest.raises(OSError, match=r"cannot write .*No space left on device"):
             save()

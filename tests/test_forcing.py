@@ -158,6 +158,18 @@ def test_forcing_needs_labels_and_images(analysis):
         force_gates(MODEL, [(IMAGES, torch.where(LABELS == 1, 7, LABELS))], analysis, preprocessing=PIXELS)
 
 
+def test_images_are_what_an_analysis_takes(analysis):
+    """Neither normalised twice, nor pixels that nobody normalises, nor such of which the model says nothing."""
+    floats = [(PIXELS.normalize(IMAGES), LABELS)]
+    assert exchange_gates(MODEL, floats).own == pytest.approx(analysis.accuracy)
+    with pytest.raises(ValueError, match="the images are no pixels in uint8, which preprocessing makes inputs of"):
+        exchange_gates(MODEL, floats, preprocessing=PIXELS)
+    with pytest.raises(ValueError, match="the images are pixels in uint8: pass preprocessing="):
+        exchange_gates(MODEL, batches())
+    with pytest.raises(ValueError, match="the model gives logits that are no finite numbers"):
+        exchange_gates(MODEL, [(torch.full_like(floats[0][0], torch.nan), LABELS)])
+
+
 def test_batches_may_hold_more_than_images_and_labels(analysis):
     few: dict[str, Any] = {"preprocessing": PIXELS, "images": 20}
     numbered = [(images, labels, torch.arange(len(images))) for images, labels in batches()]

@@ -50,7 +50,7 @@ def test_a_backbone_that_was_changed_after_gating_does_not_come_back_as_it_was(t
         model.backbone.set_submodule("fc", nn.Linear(model.backbone.get_submodule("fc").in_features, 3))  # pyright: ignore[reportArgumentType]
     else:
         model.backbone.set_submodule("act1", nn.SiLU())
-    with pytest.warns(UserWarning, match=r"was changed after it was gated: load it with backbone=\.\.\."):
+    with pytest.warns(UserWarning, match=r"the backbone was changed after gating: load the model with backbone=\.\.\."):
         model.save_pretrained(tmp_path)
     assert 'this folder", backbone=backbone)' in (tmp_path / "README.md").read_text()
     with pytest.raises(ValueError, match=r"does not say how its backbone was built: load it with backbone=\.\.\."):

@@ -5,6 +5,7 @@ import logging
 import pickle
 import sys
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import gaternet
 from gaternet.graph import read_graph
+from gaternet.modes import quiet
 
 
 class Keeps(nn.Module):
@@ -143,3 +145,24 @@ def test_a_network_that_cannot_be_exported_is_one_sentence(capsys, recwarn, capl
     assert capsys.readouterr() == ("", "")
     assert not recwarn
     assert "an error" not in caplog.text
+
+
+def test_threads_that_export_at_once_leave_logs_and_stderr_as_they_were():
+    """One that leaves before the other would else give it the other's silence back."""
+    before, inside, left = (sys.stderr, logging.root.manager.disable), threading.Event(), threading.Event()
+
+    def first() -> None:
+        with quiet():
+            inside.set()
+            time.sleep(0.2)
+        left.set()
+
+    def second() -> None:
+        inside.wait()
+        with quiet():
+            left.wait(1)
+
+    with ThreadPoolExecutor(2) as pool:
+        for each in [pool.submit(first), pool.submit(second)]:
+            each.result()
+    assert (sys.stderr, logging.root.manager.disable) == before

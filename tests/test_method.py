@@ -353,6 +353,17 @@ def test_a_site_that_does_not_run_exactly_once_is_an_error(model, images, gates)
         model(images)
 
 
+def test_a_call_within_a_call_leaves_the_outer_ones_gates_alone(model, images, gates):
+    expected = model.forward_gated(images, gates)
+
+    def ask_again(*_: Any) -> None:
+        inner.remove()
+        model.forward_gated(images, torch.ones_like(gates))
+
+    inner = model.backbone.get_submodule("conv2").register_forward_pre_hook(ask_again)
+    assert torch.equal(model.forward_gated(images, gates), expected)
+
+
 class Checkpointed(Toy):
     """Its convolutions are computed again in the backward pass, to save memory."""
 

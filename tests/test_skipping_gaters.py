@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,47 @@ import gaternet
 from gaternet.method import Gater, GaterNet
 from gaternet.skipping.native import NativeProgram
 from gaternet.skipping.program import Program
+
+
+class Calm(GaterNet):
+    """Half as sure of itself."""
+
+    def forward(self, images: Tensor, return_gates: bool = False) -> Any:
+        logits, gates = super().forward(images, return_gates=True)
+        return (logits / 2, gates) if return_gates else logits / 2
+
+
+def hooked(model: GaterNet) -> GaterNet:
+    model.register_forward_hook(lambda module, images, logits: 1 + torch.as_tensor(logits))
+    return model
+
+
+def calm(model: GaterNet) -> GaterNet:
+    return Calm(model.ungate(), model.gater, model.sites).eval()
+
+
+@pytest.mark.parametrize("change", [hooked, calm])
+def test_what_a_model_does_beside_its_parts_is_not_dropped(change, tmp_path):
+    model = change(gaternet.gate(chain_of(["residual"]), IMAGES, gater="resnet8").eval())
+    with pytest.raises(ValueError, match="does more than run its backbone under its gates"):
+        gaternet.skip(model, IMAGES, "slice")
+    with pytest.raises(ValueError, match="does more than run its backbone under its gates"):
+        gaternet.export_pt2(model, IMAGES, tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_hooks_that_only_look_are_no_hindrance():
+    model, seen = gaternet.gate(chain_of(["residual"]), IMAGES, gater="resnet8").eval(), []
+    model.register_forward_hook(lambda module, images, logits: seen.append(len(logits)))
+    torch.testing.assert_close(gaternet.skip(model, IMAGES, "slice")(IMAGES), model(IMAGES))
+
+
+def test_a_hook_of_the_gater_decides_in_an_analysis_as_well():
+    model = gaternet.gate(chain_of(["residual"]), IMAGES, gater="resnet8").eval()
+    model.gater.register_forward_hook(lambda module, images, gates: torch.ones_like(torch.as_tensor(gates)))
+    found = gaternet.analyze(model, [IMAGES])
+    assert (found.samples.gates == 1).all()
+
 
 MANY = torch.randn(16, *IMAGES.shape[1:], generator=torch.Generator().manual_seed(5))
 

@@ -19,8 +19,9 @@ from torchvision.transforms.v2 import functional as tv
 from gaternet.cost import CostModel, count_dense_macs
 from gaternet.data import Preprocessing, images_of
 from gaternet.findings import GateAnalysis, Samples
-from gaternet.method import GaterNet, require_gated
+from gaternet.method import GaterNet
 from gaternet.modes import evaluation_mode
+from gaternet.wrapping import require_gated
 
 THUMBNAIL = 48  # longest side of a small picture, in pixels
 
@@ -130,7 +131,7 @@ class _Pass:
         self.classes = classes
         self.device = next(model.parameters()).device
         self.shape = images.shape[1:]
-        example = self._inputs(images[:1])
+        example = inputs_of(images[:1], preprocessing, self.device)
         self.cost = CostModel.of(model, example)
         self.gater_macs = count_dense_macs(model.gater, example)
         self.labeled, self.seen = labels is not None, 0
@@ -146,24 +147,12 @@ class _Pass:
         self.thumbnails: dict[int, NDArray[np.uint8]] = {}
         self.facts: dict[int, tuple[int, int, int, int]] = {}
 
-    def _inputs(self, images: Tensor) -> Tensor:
-        pixels = images.dtype == torch.uint8
-        if pixels != (self.preprocessing is not None):
-            wrong = (
-                "pixels in uint8: pass preprocessing=..., which"
-                if pixels
-                else "no pixels in uint8, which preprocessing"
-            )
-            raise ValueError(f"the images are {wrong} makes inputs of" + ("" if pixels else ": leave it out"))
-        images = images.to(self.device)
-        return images if self.preprocessing is None else self.preprocessing.normalize(images)
-
     def add(self, images: Tensor, labels: Tensor | None) -> None:
         """Count one batch."""
         if images.shape[1:] != self.shape:
             sizes = " and ".join(str(tuple(shape)) for shape in (self.shape, images.shape[1:]))
             raise ValueError(f"images are {sizes}, and costs are counted for one size: bring them to one")
-        inputs = self._inputs(images)
+        inputs = inputs_of(images, self.preprocessing, self.device)
         if (gater := self.model.plain_gater) is not None:
             scores = gater.logits(inputs)
             gates = gater.sample(scores)
@@ -173,11 +162,7 @@ class _Pass:
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             given = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise ValueError(f"the backbone must give logits (B, K), but gives {given}: wrap it")
-        if not logits.isfinite().all():
-            raise ValueError(
-                "the model gives logits that are no finite numbers: its weights, or the images, are damaged"
-            )
-        predictions, opened = logits.argmax(1), gates > 0.5
+        predictions, opened = predictions_of(logits), gates > 0.5
         if (labels is None) == self.labeled:
             raise ValueError("some batches have labels and others have not: give all or none of them")
         if labels is not None:
@@ -252,6 +237,24 @@ class _Pass:
             thumbnails=self.thumbnails,
             facts=self.facts,
         )
+
+
+def inputs_of(images: Tensor, preprocessing: Preprocessing | None, device: torch.device) -> Tensor:
+    """What a model takes of a batch: pixels, uint8, go with a preprocessing, and other images with none."""
+    pixels = images.dtype == torch.uint8
+    if pixels != (preprocessing is not None):
+        if pixels:
+            raise ValueError("the images are pixels in uint8: pass preprocessing=..., which makes inputs of them")
+        raise ValueError("the images are no pixels in uint8, which preprocessing makes inputs of: leave it out")
+    images = images.to(device)
+    return images if preprocessing is None else preprocessing.normalize(images)
+
+
+def predictions_of(logits: Tensor) -> Tensor:
+    """The likeliest classes, (B,); ValueError where the logits (B, K) say nothing."""
+    if not logits.isfinite().all():
+        raise ValueError("the model gives logits that are no finite numbers: its weights, or the images, are damaged")
+    return logits.argmax(1)
 
 
 class _Kept:

@@ -12,6 +12,7 @@ from gaternet.errors import some
 from gaternet.method import Gater, GaterNet
 from gaternet.models.create import fitting
 from gaternet.recipe import data_name
+from gaternet.wrapping import unwrapped
 
 MARK = "<!-- Written by gaternet's save_pretrained, which writes it anew as long as this line is here. -->"
 UNKNOWN = "not recorded"
@@ -24,14 +25,20 @@ def is_ours(path: Path) -> bool:
 
 def make_card(model: GaterNet) -> ModelCard:
     """A Hugging Face model card: data, recipe, accuracy, gates, cost, use and limits. What is not known says so."""
+    with unwrapped(model):
+        return _card(model)
+
+
+def _card(model: GaterNet) -> ModelCard:
     metadata = fitting(model.metadata, model)
-    trained: Mapping[str, Any] = metadata.get("trained") or {}
+    trained = _part(metadata, "trained")
     if trained.get("weights") not in (None, checkpoint.fingerprint(model)):  # it went on learning somewhere else
         trained = {}
-    classes, data, accuracy = metadata.get("classes"), trained.get("data"), trained.get("test_accuracy")
-    backbone = (metadata.get("backbone") or {}).get("name", type(model.backbone).__name__)
-    if type(model.gater) is Gater:
-        extractor = (metadata.get("extractor") or {}).get("name", type(model.gater.extractor).__name__)
+    classes, data = metadata.get("classes"), _text(trained, "data")
+    accuracy, density = _number(trained, "test_accuracy"), _number(trained, "density")
+    backbone = _text(_part(metadata, "backbone"), "name") or type(model.backbone).__name__
+    if isinstance(model.gater, Gater) and checkpoint.gater_options(model.gater) is not None:
+        extractor = _text(_part(metadata, "extractor"), "name") or type(model.gater.extractor).__name__
         gater = f"{extractor}, without its classifier, and two linear layers"
         parts = "".join(f", {name}={name}" for name in ("backbone", "extractor") if not metadata.get(name))
         load = f'model = gaternet.GaterNet.from_pretrained("this repository, or this folder"{parts})'
@@ -54,7 +61,6 @@ def make_card(model: GaterNet) -> ModelCard:
         ignore_metadata_errors=True,
     )
     backbone_macs, gater_macs = _macs(model)
-    density = trained.get("density")
     rows = {
         "trained on": data_name(data) if data else UNKNOWN,
         "recipe": f"`{trained['recipe']}`" if "recipe" in trained else UNKNOWN,
@@ -103,11 +109,29 @@ fast = gaternet.skip(model, images)  # the same logits; closed filters are not c
     return ModelCard(f"---\n{header.to_yaml()}\n---\n{text}", ignore_metadata_errors=True)
 
 
+def _part(metadata: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """What the metadata, which may be anybody's, say of one subject; nothing where they say it in another way."""
+    found = metadata.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _text(part: Mapping[str, Any], name: str) -> str | None:
+    found = part.get(name)
+    return found if isinstance(found, str) else None
+
+
+def _number(part: Mapping[str, Any], name: str) -> float | None:
+    found = part.get(name)
+    return found if isinstance(found, int | float) else None
+
+
 def _preprocessing(metadata: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    made: Mapping[str, Any] = metadata.get("preprocessing") or {}
+    made = _part(metadata, "preprocessing")
     if not {"height", "width", "mean", "std"} <= made.keys():
         return None
-    return made if all(isinstance(made[name], list | tuple) for name in ("mean", "std")) else None
+    lists = [made[name] for name in ("mean", "std")]
+    numbers = (isinstance(values, list | tuple) and all(isinstance(v, int | float) for v in values) for values in lists)
+    return made if all(numbers) else None
 
 
 def _images(metadata: Mapping[str, Any]) -> str:

@@ -9,24 +9,24 @@ import inspect
 import json
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from safetensors.torch import save_model as save_safetensors
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from gaternet import __version__
 from gaternet.errors import first_line
-from gaternet.files import read_json, write_atomically, write_json
+from gaternet.files import read_json, staged, write_atomically, write_json
 from gaternet.method import Gater, GaterNet, GateSite
 from gaternet.models.create import build_gated, create_backbone, fitting
+from gaternet.recipe import data_name
+from gaternet.wrapping import unwrapped
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -40,44 +40,68 @@ def save_model(model: nn.Module, directory: Path, metadata: Mapping[str, Any] | 
         directory: made if it does not exist.
         metadata: plain data: "backbone" (and, for a GaterNet, "extractor") are the arguments of `create_backbone`,
             without which the model cannot be loaded by itself; the rest is kept as it is. Default: the model's own.
-            A description that the backbone no longer fits, since it was changed after gating, is left out.
+            A description that a part no longer fits, since it was changed after gating, is left out.
     """
     config: dict[str, Any] = {"gaternet": __version__}
-    with _unwrapped(model):
+    with unwrapped(model):
         if isinstance(model, GaterNet):
             given = metadata or model.metadata
             metadata = fitting(given, model)
-            if given.get("backbone") and not metadata["backbone"]:
-                warnings.warn("the backbone was changed after it was gated: load it with backbone=...", stacklevel=2)
-            config["gater"] = _gater_options(model.gater)
+            for name in ("backbone", "extractor"):
+                if given.get(name) and not metadata[name]:
+                    warnings.warn(f"the {name} was changed after gating: load the model with {name}=...", stacklevel=2)
+            config["gater"] = gater_options(model.gater)
             config["sites"] = [asdict(site) for site in model.sites]
         try:
             json.dumps(metadata)
         except (TypeError, ValueError) as error:
             raise TypeError(f"metadata must be plain data, as JSON has it: {first_line(error)}") from error
-        write_atomically(directory / WEIGHTS, lambda path: save_safetensors(model, str(path)))
+        tensors, names = _tensors(model)
+        write_atomically(directory / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt", **names}))
     write_json(directory / CONFIG, {**config, "metadata": metadata})
 
 
-@contextmanager
-def _unwrapped(model: nn.Module) -> Iterator[None]:
-    """The model without what compiles or spreads its parts, for a while: the names of their weights would show it."""
-    from accelerate.utils import extract_model_from_parallel  # late: it takes a second
+def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a file holds: each tensor of the model once, and for what lies there twice the name that it has in the file.
 
-    wrapped: list[tuple[nn.Module, str, nn.Module]] = []
-    for parent in model.modules():
-        for name, part in parent.named_children():
-            inner = part
-            while (within := extract_model_from_parallel(inner, keep_torch_compile=False)) is not inner:
-                inner = within
-            if inner is not part:
-                wrapped.append((parent, name, part))
-                setattr(parent, name, inner)
+    Those that are a part of a larger one, as pruned weights may be, are copied.
+    """
+    held, names, places = dict[str, Tensor](), dict[str, str](), dict[Any, str]()
+    for name, tensor in model.state_dict().items():
+        place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        if tensor.numel() and (first := places.setdefault(place, name)) != name:
+            names[name] = first
+            continue
+        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        held[name] = tensor.detach() if whole else tensor.detach().clone(memory_format=torch.contiguous_format)
+    return held, names
+
+
+@contextmanager
+def staged_model(directory: Path) -> Iterator[Path]:
+    """`files.staged` for a saved model and its card; ValueError for the folder of a run, which would be lost."""
+    from gaternet.card import is_ours
+
+    found: Mapping[str, Any] = {}
+    with suppress(ValueError, OSError):  # what is damaged may be replaced
+        found = read_json(directory / CONFIG)
+    if "recipe" in found:
+        raise ValueError(f"{directory} is a run, whose config.json this would replace: name another folder")
+    card = directory / "README.md"
+    with staged(directory, () if is_ours(card) else (card.name,)) as staging:
+        yield staging
+
+
+@contextmanager
+def without_paths(model: GaterNet) -> Iterator[None]:
+    """For a while, of the data that the model was trained on its metadata have the name alone, not where they lie."""
+    before, trained = model.metadata, model.metadata.get("trained")
+    if isinstance(trained, Mapping) and isinstance(trained.get("data"), str):
+        model.metadata = {**before, "trained": {**trained, "data": data_name(trained["data"])}}
     try:
         yield
     finally:
-        for parent, name, part in wrapped:
-            setattr(parent, name, part)
+        model.metadata = before
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -112,6 +136,8 @@ def load_model(
     for part, given in (("backbone", backbone), ("extractor", extractor)):
         if given is not None and not isinstance(given, nn.Module):
             raise TypeError(f"{part} must be a network, not {given!r:.60}: make it first, say by timm.create_model")
+        if given is not None and any(parameter.is_meta for parameter in given.parameters()):
+            raise ValueError(f"the {part} has no numbers, on the device meta: make it on the CPU")
         if isinstance(metadata.get(part), dict) and "pretrained" in metadata[part]:  # a file starts no download
             raise ValueError(f"{directory / CONFIG} wants trained weights for its {part}, but has its own: remove that")
     for part, given in (("backbone", backbone), ("extractor", extractor)):
@@ -125,14 +151,15 @@ def load_model(
             model = build_gated(metadata, config["gater"], sites, backbone, extractor)
         else:
             model = backbone or create_backbone(**metadata["backbone"])
-    except (AttributeError, KeyError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{directory / CONFIG} does not describe a model of gaternet's ({error!r:.300})") from error
     load_weights_(model, directory / WEIGHTS)
-    return model.eval(), metadata
+    return model.cpu().eval(), metadata
 
 
-def _gater_options(gater: nn.Module) -> dict[str, Any] | None:
-    if type(gater) is not Gater:  # somebody's own, such as a subclass: it is theirs to rebuild
+def gater_options(gater: nn.Module) -> dict[str, Any] | None:
+    """What makes such a gater anew; None where it is somebody's own, or has a norm of theirs."""
+    if type(gater) is not Gater or not _is_ours(gater.norm):
         return None
     options = {name: float(getattr(gater, name)) for name in ("noise_std", "hard_probability", "threshold")}
     return {
@@ -143,6 +170,14 @@ def _gater_options(gater: nn.Module) -> dict[str, Any] | None:
     }
 
 
+def _is_ours(norm: nn.Module) -> bool:
+    """Whether a `Gater` has such a norm by itself."""
+    if type(norm) not in (nn.BatchNorm1d, nn.SyncBatchNorm):
+        return type(norm) is nn.Identity
+    usual = nn.BatchNorm1d(1)
+    return all(getattr(norm, name) == getattr(usual, name) for name in ("eps", "affine", "track_running_stats"))
+
+
 def load_weights_(model: nn.Module, path: Path) -> None:
     """Load a safetensors file into `model`, in the file's precision; ValueError if damaged or of another model.
 
@@ -151,9 +186,9 @@ def load_weights_(model: nn.Module, path: Path) -> None:
     try:
         with safe_open(path, "pt") as file:
             kinds = {file.get_slice(name).get_dtype() for name in file.keys()} & _PRECISIONS.keys()  # noqa: SIM118
+            names = file.metadata() or {}  # of tensors that lie in two places, to the name that they have here
         state, own = load_file(path), model.state_dict(keep_vars=True)
-        held = {id(own[name]): tensor for name, tensor in state.items() if name in own}
-        state |= {name: held[id(own[name])] for name in own.keys() - state if id(own[name]) in held}
+        state |= {name: state[names[name]] for name in own.keys() - state if names.get(name) in state}
         if len(kinds) == 1:
             model.to(dtype=_PRECISIONS[min(kinds)])
         elif len(kinds) > 1:  # each in its own
@@ -183,7 +218,8 @@ def load_pretrained(
         FileNotFoundError: there is no such folder, and no such model on the Hub.
         TypeError: for an option that there is not.
     """
-    if unknown := hub_options.keys() - inspect.signature(snapshot_download).parameters:
+    known = inspect.signature(snapshot_download).parameters.keys() - {"repo_id", "allow_patterns"}
+    if unknown := hub_options.keys() - known:
         raise TypeError(f"there is no option {min(unknown)!r}: give backbone, extractor, or one of snapshot_download's")
     directory = Path(model_id)
     if not directory.is_dir() and (isinstance(model_id, Path) or directory.is_absolute()):
@@ -191,7 +227,7 @@ def load_pretrained(
     if not directory.is_dir():
         try:
             directory = Path(snapshot_download(str(model_id), allow_patterns=[CONFIG, WEIGHTS], **hub_options))
-        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        except Exception as error:  # what the network makes of it, by whatever HTTP library
             raise FileNotFoundError(
                 f"{model_id} is no folder here, nor a model that the Hub gives ({first_line(error)}): check the name, "
                 "or the connection"

@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gaternet.channels import ALIVE, gate_columns
 from gaternet.graph import Conv, Graph, read_graph, shape
-from gaternet.method import GaterNet, GateSite, require_gated
+from gaternet.method import GaterNet, GateSite
 from gaternet.modes import evaluation_mode
+from gaternet.wrapping import require_gated
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
 @contextmanager
 def staged(directory: Path, keep: Collection[str] = ()) -> Iterator[Path]:
     """A folder to fill, whose files then replace those of `directory`, but for the names in `keep` that it has."""
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=directory))
     try:
         yield staging

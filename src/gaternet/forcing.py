@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gaternet.analysis import images_and_labels
+from gaternet.analysis import images_and_labels, inputs_of, predictions_of
 from gaternet.data import Preprocessing
 from gaternet.findings import GateAnalysis
 from gaternet.method import GaterNet
@@ -213,7 +213,7 @@ class _Trial:
     def predict(self, inputs: Tensor, gates: Tensor) -> NDArray[np.int64]:
         """The likeliest class of each of some images under some gates."""
         chunks = zip(inputs.split(CHUNK), gates.split(CHUNK), strict=True)
-        found = [self.model.forward_gated(*chunk).argmax(1).cpu().numpy() for chunk in chunks if len(chunk[0])]
+        found = [predictions_of(self.model.forward_gated(*chunk)).cpu().numpy() for chunk in chunks if len(chunk[0])]
         return np.concatenate([np.zeros(0, np.int64), *found])
 
     def shares(self, right: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -296,11 +296,11 @@ def _first(
         images, own = images_and_labels(batch)
         if own is None:
             raise ValueError("forcing gates needs labels: give batches of (images, labels)")
-        images = images.to(device)
+        images = inputs_of(images, preprocessing, device)
         if inputs and images.shape[1:] != inputs[0].shape[1:]:
             sizes = " and ".join(str(tuple(shape)) for shape in (inputs[0].shape[1:], images.shape[1:]))
             raise ValueError(f"images are {sizes}, and gates are exchanged among those of one size: bring them to one")
-        inputs.append(preprocessing.normalize(images) if preprocessing else images)
+        inputs.append(images)
         labels.append(own.to(device))
         found += len(images)
         if found >= number:

@@ -7,7 +7,6 @@ which module gives out which tensor, since gates act on the outputs of modules.
 
 import copy
 import math
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,7 +40,6 @@ _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product
 _MIXERS = frozenset({"softmax", "unfold", "im2col"})
 CONVS = frozenset({"conv2d", "convolution"})
 LAYERS = CONVS | {"conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "linear", "addmm", "embedding"}
-_EXPORTING = threading.Lock()  # torch.export takes one network at a time
 _HELD = ("_parameters", "_buffers", "_modules")  # where an nn.Module has these
 
 
@@ -300,7 +298,7 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
         raise ValueError(f"the example must have images, but is {tuple(example_input.shape)}: pass one at least")
     precision, twin = without_autocast(example_input.device.type), _twin(backbone)
     try:
-        with _EXPORTING, precision, evaluation_mode(twin), _as_it_was(twin), torch.no_grad(), quiet():
+        with quiet(), precision, evaluation_mode(twin), _as_it_was(twin), torch.no_grad():
             program = torch.export.export(twin, (example_input,), strict=False)
     except Exception as error:  # tracing runs the network's own code, which may raise anything
         raise ValueError(

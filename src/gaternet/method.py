@@ -240,16 +240,6 @@ def refuse_gated(network: nn.Module) -> None:
         raise ValueError("the backbone is gated already: call ungate() on its GaterNet, or on a deep copy of that")
 
 
-def require_gated(model: nn.Module) -> "GaterNet":
-    """The GaterNet that a model is, or that was compiled to it; TypeError if it is none."""
-    if not isinstance(found := getattr(model, "_orig_mod", model), GaterNet):
-        raise TypeError(
-            f"the model must be a GaterNet, but is a {type(model).__name__}: gate it with gaternet.gate, or pass what "
-            "it wraps (model.module)"
-        )
-    return found
-
-
 class GaterNet(
     nn.Module,
     ModelHubMixin,
@@ -310,8 +300,9 @@ class GaterNet(
 
     @property
     def plain_gater(self) -> Gater | None:
-        """The gater where its logits alone decide the gates; None for a subclass or a gater of yours, which may not."""
-        return self.gater if type(self.gater) is Gater and type(self).gates is GaterNet.gates else None
+        """The gater where its logits alone decide the gates; None for one of yours, or with hooks, which may not."""
+        own = type(self).gates is not GaterNet.gates or self.gater._forward_hooks or self.gater._forward_pre_hooks
+        return self.gater if type(self.gater) is Gater and not own else None
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], return_gates: bool = False
@@ -339,13 +330,15 @@ class GaterNet(
                 f"gates must be ({images.shape[0]}, {self.num_gates}), a row per image and a column per gate, "
                 f"but are {tuple(gates.shape)}"
             )
-        self._channel.gates, self._channel.sites_run = gates, []
+        channel, found = self._channel, []  # names of sites, in the order in which they run
+        outer = channel.gates, channel.sites_run  # those of a call that this one is made within
+        channel.gates, channel.sites_run = gates, found
         try:
             logits = self.backbone(images)
         finally:
-            self._channel.gates = None
-        if sorted(self._channel.sites_run) != sorted(site.name for site in self.sites):
-            runs = {site.name: self._channel.sites_run.count(site.name) for site in self.sites}
+            channel.gates, channel.sites_run = outer
+        if sorted(found) != sorted(site.name for site in self.sites):
+            runs = {site.name: found.count(site.name) for site in self.sites}
             name = next(name for name, count in runs.items() if count != 1)
             raise RuntimeError(
                 f"site {name} ran {runs[name]} times in one call of the backbone instead of once: it was skipped, "
@@ -363,20 +356,25 @@ class GaterNet(
 
     # Saving is huggingface_hub's and gaternet.checkpoint's, imported late so that the method stands on nothing of ours.
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+    def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> str | None:
         """Write config.json, model.safetensors and README.md, a model card; they replace files of that name at the end.
 
-        A README.md that you wrote stays.
-
-        Further arguments are those of huggingface_hub's `ModelHubMixin.save_pretrained`. Raises OSError, with the
-        folder as it was, where the files cannot be written.
+        A README.md that you wrote stays. Arguments are those of huggingface_hub's `ModelHubMixin.save_pretrained`.
+        Raises OSError, with the folder as it was, where the files cannot be written, and ValueError for a run's folder.
         """
-        from gaternet import card, files
+        from gaternet import checkpoint
 
         kwargs.setdefault("repo_id", Path(save_directory).name)
-        keep = () if card.is_ours(Path(save_directory) / "README.md") else ("README.md",)
-        with files.staged(Path(save_directory), keep) as staging:
-            return super().save_pretrained(staging, **kwargs)
+        with checkpoint.staged_model(Path(save_directory)) as staging:
+            super().save_pretrained(staging, **kwargs)
+        return self.push_to_hub(**kwargs) if push_to_hub else None
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Share on the Hugging Face Hub, without this machine's paths to data; see `ModelHubMixin.push_to_hub`."""
+        from gaternet import checkpoint
+
+        with checkpoint.without_paths(self):
+            return super().push_to_hub(repo_id, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         from gaternet import checkpoint
@@ -397,4 +395,5 @@ class GaterNet(
         """
         from gaternet import checkpoint
 
-        return checkpoint.load_pretrained(pretrained_model_name_or_path, **hub_options)
+        found = checkpoint.load_pretrained(pretrained_model_name_or_path, **hub_options)
+        return found if cls is GaterNet else cls(found.ungate(), found.gater, found.sites, found.metadata).eval()

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gaternet.errors import first_line
+
+_ALONE = threading.RLock()
 
 
 @torch.no_grad()
@@ -28,15 +31,19 @@ def run_once(network: nn.Module, images: Tensor, name: str) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the logs and warnings of exporters, which print whole graphs where they fail."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # where torch.export prints them, too
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    """Without the logs and warnings of exporters, which print whole graphs where they fail.
+
+    One thread at a time: these are the process's, and torch.export takes one network at a time.
+    """
+    with _ALONE:
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # where torch.export prints them, too
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logging.disable(before)
 
 
 @contextmanager

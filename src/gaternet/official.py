@@ -45,7 +45,9 @@ def load_official_checkpoint(path: str | Path) -> GaterNet:
         )
         model.load_state_dict(state)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not in the public code's layout: its tensors do not fit ({error})") from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        why = (lines[1:2] or lines or [type(error).__name__])[0]  # PyTorch lists all that does not fit
+        raise ValueError(f"{path} is not in the public code's layout: its tensors do not fit ({why:.200})") from error
     return model.eval()
 
 

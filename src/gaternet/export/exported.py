@@ -86,10 +86,12 @@ def _read_metadata(session: Any, path: str | Path) -> dict[str, Any]:
         metadata = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} has damaged metadata ({first_line(error)}): export it again") from error
-    takes = session.get_inputs()[0]
-    if not isinstance(metadata, dict) or not _is_ours(metadata, "uint8" in takes.type, takes.shape[2:]):
+    takes, gives = session.get_inputs(), session.get_outputs()
+    if len(takes) != 1 or len(takes[0].shape) != 4 or any(len(value.shape) != 2 for value in gives):
+        raise ValueError(f"{path} does not map images to logits and gates: export it again")
+    if not isinstance(metadata, dict) or not _is_ours(metadata, "uint8" in takes[0].type, takes[0].shape[2:]):
         raise ValueError(f"{path} has metadata that gaternet does not write: export it again")
-    if "classes" in metadata and len(metadata["classes"]) != session.get_outputs()[0].shape[1]:
+    if "classes" in metadata and len(metadata["classes"]) != gives[0].shape[1]:
         raise ValueError(f"{path} does not name as many classes as it has logits: export it again")
     return metadata
 

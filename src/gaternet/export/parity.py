@@ -58,8 +58,8 @@ def make_images(example: Tensor, count: int, seed: int = 0) -> Tensor:
     images = []
     for i in range(count):
         cells = min(2 ** (1 + i % 5), height, width)  # of noise along a side
-        noise = torch.randn(1, example.shape[1], cells, cells, generator=generator)
-        shift = torch.randn(1, example.shape[1], 1, 1, generator=generator)
+        noise = torch.randn(1, example.shape[1], cells, cells, generator=generator, device="cpu")
+        shift = torch.randn(1, example.shape[1], 1, 1, generator=generator, device="cpu")
         images.append(F.interpolate(noise, (height, width), mode="bilinear") * (0.5 + i % 3) + 0.5 * shift)
     made = torch.cat(images)
     return (made * 64 + 128).clamp(0, 255).to(torch.uint8) if example.dtype == torch.uint8 else made.to(example.dtype)
@@ -80,7 +80,8 @@ def compare(
 
     Raises:
         ExportError: they differ; the message says in what, `Source.compare` adds what to do.
-        ValueError: the model gives logits that are no finite numbers.
+        ValueError: the model gives logits that are no finite numbers, or does more than run its backbone under its
+            gates.
     """
     inputs = to_input(images)
     logits, gates = _run(run, images)
@@ -89,13 +90,18 @@ def compare(
     assert gates is not None
     assert run_gated is not None
     wanted, borderline = _gates_of(model, inputs)
+    if not torch.allclose(model(inputs), model.forward_gated(inputs, wanted), equal_nan=True):
+        raise ValueError(
+            f"this {type(model).__name__} does more than run its backbone under its gates, by a forward or hooks of "
+            "its own: do that with what the file gives, and export the model without it"
+        )
     different = differing(gates, wanted) & ~borderline
     if different.any():
         raise ExportError(f"the exported gates differ from the model's, {int(different.sum())} of {different.numel()}")
     errors = [_difference(logits, model.forward_gated(inputs, gates), "of the images")]
     generator = torch.Generator().manual_seed(0)
     for density in DRAWN:
-        drawn = (torch.rand(1, model.num_gates, generator=generator) < density).float()
+        drawn = (torch.rand(1, model.num_gates, generator=generator, device="cpu") < density).float()
         image = images[:1]
         expected = model.forward_gated(inputs[:1], drawn)
         errors.append(

@@ -59,7 +59,7 @@ class Source:
         if not (example_input.is_floating_point() or example_input.dtype == torch.uint8):
             raise ValueError(f"example_input must be float, or pixels, uint8, but is {example_input.dtype}: convert it")
         self.form, self.dynamic_size = form, dynamic_size
-        self.model: Any = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+        self.model: Any = _copy(model).cpu().float().eval().requires_grad_(False)
         self.example = example_input[:1].detach().cpu()
         own: Any = getattr(model, "metadata", None)
         self._metadata = _plain(metadata if metadata is not None else own or {})
@@ -104,8 +104,8 @@ class Source:
 
     @property
     def batch(self) -> Tensor:
-        """Images to trace with."""
-        return self.example if self.form == "skipping" else self.example.repeat(2, 1, 1, 1)
+        """Images to trace with: made, for a .pt2 file keeps them."""
+        return make_images(self.example, 1 if self.form == "skipping" else 2)
 
     @property
     def dynamic_shapes(self) -> tuple[dict[int, Any]] | None:
@@ -190,6 +190,16 @@ class Source:
             raise ExportError(
                 f"{name} cannot be exported with images {tuple(self.example.shape)} ({first_line(cause)}): {mend}"
             ) from error
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # its own code may raise anything
+        raise ValueError(
+            f"the {type(model).__name__} cannot be copied ({first_line(error)}): where it keeps a tensor of a training "
+            "step, run it once under torch.no_grad() first"
+        ) from error
 
 
 def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:

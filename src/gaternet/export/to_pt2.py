@@ -31,7 +31,7 @@ def export_pt2(
     `torch.export.load` reads it, and AOTInductor compiles it. As with any .pt2 file, to load it is to trust its author:
     it may hold pickled objects. What an ONNX file has as metadata is in its extra file "gaternet.json".
 
-    Arguments and errors are those of `export_onnx`, and so is the comparison.
+    Arguments and errors are those of `export_onnx`, but for `form`, and so is the comparison.
     """
     source = Source(model, example_input, dynamic_size=dynamic_size, metadata=metadata)
     if gates and not source.gated:

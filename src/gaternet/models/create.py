@@ -154,16 +154,22 @@ def describe_backbone(backbone: nn.Module, in_chans: int) -> dict[str, Any] | No
 
 
 def fitting(metadata: Mapping[str, Any], model: GaterNet) -> Mapping[str, Any]:
-    """The metadata, without the description of another backbone than the model has.
+    """The metadata, without the description of another backbone or extractor than the model has.
 
     What changes no prediction may be another: momentum of statistics, what is dropped, what is done in place.
     """
+    found = dict(metadata)
 
     def predicts(network: nn.Module) -> str:
         return re.sub(r"(, )?\b(momentum|p|drop_prob|inplace)=[^,)]*", "", _shown(network))
 
-    described = metadata.get("backbone")
-    return metadata if not described or _makes(described, model.backbone, predicts) else {**metadata, "backbone": None}
+    parts: list[tuple[str, nn.Module, Callable[..., nn.Module]]] = [("backbone", model.backbone, create_backbone)]
+    if isinstance(model.gater, Gater):
+        parts.append(("extractor", model.gater.extractor, create_extractor))
+    for name, part, make in parts:
+        if found.get(name) and not _makes(found[name], part, predicts, make):
+            found[name] = None
+    return found
 
 
 def _shown(network: nn.Module) -> str:
@@ -171,18 +177,23 @@ def _shown(network: nn.Module) -> str:
     return re.sub(r"\b(Sync)?BatchNorm(2d)?\(", "BatchNorm(", repr(network))
 
 
-def _makes(source: Mapping[str, Any], backbone: nn.Module, shown: Callable[[nn.Module], str]) -> bool:
-    """Whether `create_backbone(**source)` makes such a network: it may have been made otherwise, or changed since."""
+def _makes(
+    source: Mapping[str, Any],
+    network: nn.Module,
+    shown: Callable[[nn.Module], str],
+    make: Callable[..., nn.Module] = create_backbone,
+) -> bool:
+    """Whether `make(**source)` makes such a network: it may have been made otherwise, or changed since."""
     try:
         with torch.device("meta"):
-            twin = create_backbone(**source)
+            twin = make(**source)
     except NotImplementedError:  # its initialisation wants real numbers
         with torch.random.fork_rng(devices=[]):
-            twin = create_backbone(**source)
-    except (ValueError, RuntimeError, TypeError):
+            twin = make(**source)
+    except (AttributeError, ValueError, RuntimeError, TypeError):
         return False
-    shapes = [{key: value.shape for key, value in network.state_dict().items()} for network in (backbone, twin)]
-    return shapes[0] == shapes[1] and shown(backbone) == shown(twin)
+    shapes = [{key: value.shape for key, value in one.state_dict().items()} for one in (network, twin)]
+    return shapes[0] == shapes[1] and shown(network) == shown(twin)
 
 
 def other_classifier(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], num_classes: int) -> set[str]:

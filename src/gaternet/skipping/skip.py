@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gaternet.files import read_json, staged, write_json
 from gaternet.graph import read_graph
-from gaternet.method import GaterNet, require_gated
+from gaternet.method import GaterNet
 from gaternet.modes import evaluation_mode, without_autocast
 from gaternet.skipping.engines import Backbone, KernelName, make_program, time_engines
 from gaternet.skipping.native import NativeProgram
@@ -21,6 +21,7 @@ from gaternet.skipping.planner import make_plan
 from gaternet.skipping.program import Program
 from gaternet.skipping.saved import load_plan, save_plan
 from gaternet.skipping.specialise import Specialised, choose_kept
+from gaternet.wrapping import require_gated
 
 Engine = Literal["auto", "slice", "specialise", "mask"]
 _TRIED = 4  # images on which a plan is compared with its model
@@ -204,7 +205,8 @@ def skip(
     Raises:
         ValueError: the backbone cannot be exported, or gives other than one tensor (B, ...), or lets images change each
             other's results, or computes something else than its plan, which is tried; or "specialise" has no
-            calibration or one of another shape. A gater that has no plan, or differs from it, runs as it is.
+            calibration or one of another shape; or the model does more than run its backbone under its gates. A gater
+            that has no plan, or differs from it, runs as it is.
         TypeError: the model is no GaterNet.
     """
     model = require_gated(model)
@@ -221,6 +223,7 @@ def skip(
         raise ValueError(f"subnetworks must be at least 1, not {subnetworks}")
     with evaluation_mode(model):
         plan = make_plan(read_graph(model.backbone, example_input[:1]), model.sites)
+        _check_whole(model, example_input)
         hard = model.plain_gater is not None  # others may be soft
         if engine == "mask":
             own = copy.deepcopy(model)
@@ -250,6 +253,19 @@ def skip(
 
 
 @torch.no_grad()
+def _check_whole(model: GaterNet, example_input: Tensor) -> None:
+    """ValueError for a model that does more than run its backbone under its gates."""
+    images = _random_images(_TRIED, example_input)
+    with without_autocast(images.device.type):
+        whole, parts = (_outputs(run, images) for run in (model, lambda x: model.forward_gated(x, model.gates(x))))
+    if whole.shape != parts.shape or not torch.allclose(whole, parts, equal_nan=True):
+        raise ValueError(
+            f"this {type(model).__name__} does more than run its backbone under its gates, by a forward or hooks of "
+            "its own: do that with what the Skipper gives, and pass the model without it"
+        )
+
+
+@torch.no_grad()
 def _plan_gater(model: GaterNet, example_input: Tensor, kernels: KernelName) -> Callable[[Tensor], Tensor]:
     """Images -> the model's gates: by a plan, or by what the model has where that has no plan, or one that differs."""
     images = _random_images(2 * _TRIED, example_input)
@@ -275,7 +291,7 @@ def _try(program: Backbone, model: GaterNet, example_input: Tensor, kept: Tensor
     act behind the gates, are not seen there.
     """
     images = _random_images(_TRIED, example_input)
-    drawn = torch.rand(_TRIED // 2, model.num_gates, generator=torch.Generator().manual_seed(1)) < 0.5
+    drawn = torch.rand(_TRIED // 2, model.num_gates, generator=torch.Generator().manual_seed(1), device="cpu") < 0.5
     gates = torch.cat([drawn, ~drawn]).to(example_input)  # each is open for some image, and closed for another
     if kept is not None:
         gates *= kept.to(gates)
@@ -301,7 +317,7 @@ def _outputs(run: Callable[..., Tensor], *batches: Tensor) -> Tensor:
 
 def _random_images(count: int, example_input: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, *example_input.shape[1:], generator=generator).to(example_input)
+    return torch.randn(count, *example_input.shape[1:], generator=generator, device="cpu").to(example_input)
 
 
 def _tolerance(images: Tensor) -> float:
