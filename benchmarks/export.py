@@ -111,23 +111,19 @@ def trained(path: Path, source: str, folder: Path, rounds: int) -> dict[str, Any
 def main() -> None:
     """Time, and keep what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trained", action="append", default=[], metavar="NAME=RUN=DATA")
+    parser.add_argument("--trained", nargs=3, action="append", default=[], metavar=("NAME", "RUN", "DATA"))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     found = describe_machine() | {"rounds": args.rounds, "trained": {}}
-    names = [f"{name}={Path(run).parent.name}={Path(data).name}" for name, run, data in map(_split, args.trained)]
-    found["command"] = " ".join(["python benchmarks/export.py", *chain(*(("--trained", name) for name in names))])
+    given = [["--trained", name, Path(run).parent.name, Path(data).name] for name, run, data in args.trained]
+    found["command"] = " ".join(["python benchmarks/export.py", *chain(*given)])
     with tempfile.TemporaryDirectory() as directory:
         found["resnet50"] = resnet50(Path(directory), args.rounds)
-    for name, run, data in map(_split, args.trained):
+    for name, run, data in args.trained:
         with tempfile.TemporaryDirectory() as directory:
             found["trained"][name] = trained(Path(run), data, Path(directory), args.rounds)
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
-
-
-def _split(text: str) -> list[str]:
-    return text.split("=")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ def finetune(
     opened = evaluate(model, batches, to_input, accelerator)
     run = out / f"finetune_{name}_{half}_group{group_size}_slope{final_slope:g}_epochs{epochs}_seed{seed}"
     record = train(recipe, run, Runtime(), seed, resume=(run / "config.json").exists(), network=model)
+    trained_in = RunDirectory(run).config()["precision"]  # and tested; the other figures are of full precision
     example = torch.zeros(1, 3, 32, 32, device=accelerator.device)
     cost = CostModel.of(model, example)
     return {
@@ -84,6 +85,7 @@ def finetune(
         "backbone_macs": cost.dense,
         "gater_macs": count_dense_macs(model.gater, example),
         "gated_macs": evaluate(model, batches, to_input, accelerator, cost)["gated_macs"],
+        "precision": trained_in,
         "epochs": epochs,
         "minutes": sum(epoch["seconds"] for epoch in RunDirectory(run).epochs()) / 60,
         "seed": seed,

@@ -1,7 +1,7 @@
 """What does skipping save on the clock? Writes docs/results/skipping.json; benchmarks/results.py makes the page.
 
 python benchmarks/skipping.py                                 # ResNet-50 at 224 pixels, random gates; minutes
-python benchmarks/skipping.py --trained NAME=RUN=DATA=PLAIN   # and a trained model under its own gates; may be repeated
+python benchmarks/skipping.py --trained NAME RUN DATA PLAIN   # and a trained model under its own gates; may be repeated
 python benchmarks/skipping.py --gpu                           # ResNet-50 on a GPU, to skipping_gpu.json beside it
 
 PLAIN is the run, or the file of weights, of the network without gates: what its accuracy is.
@@ -156,7 +156,7 @@ def trained(name: str, run: str, data: str, plain: str, rounds: int) -> dict[str
         "kept": [kept.float().mean().item() for kept in special.program.kept],
         "fitting": (special.program.choose(gates) < len(special.program.kept)).float().mean().item(),
         "command": f"python benchmarks/skipping.py --trained "
-        f"{name}={Path(run).name}={Path(data).name}={Path(plain).name} --rounds {rounds}",
+        f"{name} {Path(run).name} {Path(data).name} {Path(plain).name} --rounds {rounds}",
         "rounds": rounds,
         "timings": rows(timings),
     }
@@ -187,7 +187,7 @@ def print_rows(found: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trained", action="append", default=[], help="NAME=RUN=DATA=PLAIN")
+    parser.add_argument("--trained", nargs=4, action="append", default=[], metavar=("NAME", "RUN", "DATA", "PLAIN"))
     parser.add_argument("--rounds", type=int, default=9, help="turns at 16 images or more; at one, three times as many")
     parts = ("resnet50", "planning", "bounds", "groups", "others")
     parser.add_argument("--part", choices=parts, action="append", help="measure this, keep what is recorded of others")
@@ -201,6 +201,8 @@ def main() -> None:
     machine = describe_machine()["machine"]
     if args.part and found.get("machine", machine) != machine:
         parser.error(f"the other parts were measured on another machine, {found['machine']}: measure all of them")
+    if args.part and found.get("rounds", args.rounds) != args.rounds:
+        parser.error(f"the other parts were measured in {found['rounds']} rounds: take as many, or measure all of them")
     model = fresh("resnet50")
     if "resnet50" in wanted:
         images = torch.randn(16, 3, 224, 224, generator=torch.Generator().manual_seed(0))
@@ -226,11 +228,15 @@ def main() -> None:
         }
     if wanted:
         command = f"python benchmarks/skipping.py --rounds {args.rounds}"
-        found |= {**describe_machine(), "command": command, "rounds": args.rounds}
+        about = describe_machine()
+        found["commits"] = found.get("commits", {}) | dict.fromkeys(wanted, about["commit"])
+        found |= {**about, "command": command, "rounds": args.rounds}
     if args.trained:
-        found["trained"] = [trained(*given.split("=", 3), rounds=args.rounds) for given in args.trained]
+        before = {model["model"]: model for model in found.get("trained", [])}
+        new = {given[0]: trained(*given, rounds=args.rounds) for given in args.trained}
+        found["trained"] = [*(before | new).values()]
     write_json(RESULT, found)
-    print_rows([*found["resnet50"], *(row for model in found.get("trained", []) for row in model["timings"])])
+    print_rows([*found.get("resnet50", []), *(row for model in found.get("trained", []) for row in model["timings"])])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Dense engines compute what the plain network computes."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,35 @@ def test_engines_compute_the_same(name, unchecked_types):
 def test_engines_of_the_cpu_refuse_other_devices(name):
     with pytest.raises(ValueError, match=f"{name} runs on the CPU only here: move the network"):
         build_dense(chain_of(["residual"]), IMAGES.to("meta"), name)
+
+
+def test_engines_that_cannot_run_here_are_left_out(monkeypatch):
+    def build(network: torch.nn.Module, images: torch.Tensor, name: str) -> Any:
+        if name == "inductor":
+            raise RuntimeError("there is no compiler\nand more")
+        return build_dense(network, images, name)
+
+    monkeypatch.setattr("gaternet.skipping.bench.build_dense", build)
+    notes: list[str] = []
+    found = bench(gated(chain_of(["residual"])), IMAGES, (1.0,), ["inductor", "eager"], None, 1, 0.001, notes.append)
+    assert [timing.name for timing in found] == ["dense: eager", "masked", "skipped", "gater"]
+    assert notes == ["inductor cannot run here: there is no compiler"]
+
+
+def test_a_network_is_compiled_for_the_size_of_each_batch(monkeypatch, unchecked_types):
+    """Also behind others: open sizes may be slower."""
+    sizes = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        sizes.append([node.meta["example_value"].shape[0] for node in graph.graph.nodes if node.name.endswith("_x_")])
+        return graph
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **options: compile_(network, backend=backend, **options))
+    network = chain_of(["residual"]).eval()
+    for images in (IMAGES[:1], IMAGES, torch.cat([IMAGES, IMAGES])):
+        build_dense(network, images, "inductor")
+    assert [type(size) for found in sizes for size in found] == [int] * 3
 
 
 def test_functions_take_turns():

@@ -1,7 +1,10 @@
 """Predictions, evaluation and lists for programs, where something is wrong or unusual."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +144,40 @@ def test_bench_refuses_options_that_do_nothing(saved, arguments, message):
     given = [str(saved) if argument == "SAVED" else argument for argument in arguments]
     with pytest.raises(ValueError, match=message):
         CliRunner().invoke(cli.app, ["bench", *given], catch_exceptions=False)
+
+
+def test_json_is_json_where_colours_are_forced(tmp_path, gaternet_command):
+    """As in many services for continuous integration, where a pipe is taken for a terminal."""
+    words = [
+        "bench",
+        "resnet8",
+        "--image-size",
+        "8",
+        "--batch-size",
+        "1",
+        "--engine",
+        "eager",
+        "--rounds",
+        "1",
+        "--json",
+    ]
+    colours = {**os.environ, "FORCE_COLOR": "1"}
+    done = subprocess.run([*gaternet_command, *words], capture_output=True, text=True, env=colours)
+    assert done.returncode == 0, done.stderr
+    assert {"dense: eager", "skipped"} <= {row["name"] for row in json.loads(done.stdout)}
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")])
+def test_full_memory_is_one_sentence(saved, monkeypatch, capsys, error):
+    def fill(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("gaternet.evaluate.evaluate_saved", fill)
+    monkeypatch.setattr("sys.argv", ["gaternet", "evaluate", str(saved), "--data", "digits"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert re.match(r"error: memory is full \(.*\): take smaller batches or images", capsys.readouterr().err)
 
 
 def test_classes_of_a_file_have_the_names_of_its_set(tmp_path):

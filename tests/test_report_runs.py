@@ -23,6 +23,12 @@ def test_no_numbers_are_written_where_the_page_fails(analysis, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_in_a_folder_of_any_name_has_a_report(analysis, tmp_path):
+    """A disk takes bytes that are no text, as of a name in an old encoding."""
+    page = analysis.save(tmp_path, title="caf\udce9")
+    assert "caf\\udce9" in page.read_text()
+
+
 def test_what_is_known_of_a_training_is_told():
     assert runs.training_of({"recipe": "x", "seed": 3}) == ["recipe x", "seed 3"]
     assert runs.training_of({"recipe": "x"}) == ["recipe x"]

@@ -42,6 +42,19 @@ def test_commit_is_marked_where_code_was_changed_but_not_by_the_ledger(tmp_path,
     assert describe_machine()["commit"] == f"{clean}-dirty"
 
 
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (["/usr/bin/gaternet", "train", "--out", "my runs/a; b"], "gaternet train --out 'my runs/a; b'"),
+        (["/src/gaternet/__main__.py", "evaluate", "run"], "gaternet evaluate run"),
+        (["/home/me/my_script.py", "--lr", "3"], "my_script.py --lr 3"),
+    ],
+)
+def test_the_command_is_one_that_can_be_given_again(monkeypatch, words, command):
+    monkeypatch.setattr("sys.argv", words)
+    assert describe_machine()["command"] == command
+
+
 def test_code_that_runs_where_it_lies_is_not_installed(tmp_path, monkeypatch, capsys):
     installed = importlib.metadata.distribution
 

@@ -296,6 +296,12 @@ def test_no_run_goes_on_where_the_sweep_does_not(tmp_path, monkeypatch):
     assert jobs[0].state == "stopped"
 
 
+def test_time_that_is_up_when_all_is_done_stops_nothing(swept):
+    out, lines = swept
+    jobs = make_jobs([override(PLAIN, SHORT), override(GATED, SHORT)], [0], out, {"noise_std": [0.5]})
+    assert sweep(jobs, out / "ledger.jsonl", CPU, minutes=0.0, at_once=len(jobs)) == lines
+
+
 def test_time_runs_out(tmp_path):
     jobs = make_jobs([PLAIN], [0, 1], tmp_path)
     with pytest.raises(Stopped, match=r"stopped after 0 minutes, with all saved; 0 of 2 runs"):

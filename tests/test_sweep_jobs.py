@@ -1,6 +1,8 @@
 """Jobs of a sweep: what it shows of them, and what it finds out before the first begins."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,36 @@ def test_metrics_are_read_when_they_have_changed(tmp_path, monkeypatch):
         assert len(read) == finished
     (tmp_path / "metrics.jsonl").unlink()  # a run that was removed, and is begun anew
     assert job.row()[2:] == ["0/20", ""]
+
+
+def test_a_folder_name_that_is_too_long_is_shortened(tmp_path):
+    paths = {name: "/" + "/".join([name * 40] * 5) for name in "ab"}
+    changes: list[dict[str, Any]] = [
+        {"backbone_from": paths[a], "extractor_from": paths[b]} for a in "ab" for b in "ab"
+    ]
+    jobs = make_jobs([override(GATED, change) for change in changes], [0], tmp_path)
+    assert len({job.path for job in jobs}) == 4
+    for job in jobs:
+        job.path.mkdir(parents=True)
+        assert job.path.parent.name.startswith("digits_resnet20_gated,backbone_from=_")
+    (again,) = make_jobs([override(GATED, changes[3])], [0], tmp_path)
+    assert again.path == jobs[3].path
+
+
+def test_a_state_that_cannot_be_looked_for_is_none(tmp_path, monkeypatch):
+    """On a disk that takes no such names, or in a folder that may not be read."""
+    job = make_jobs([override(GATED, {"extractor_from": "a"})], [0], tmp_path)[0]
+    monkeypatch.setattr(Path, "exists", lambda path: (_ for _ in ()).throw(PermissionError(13, "no")))
+    assert gaternet.sweep._sources(job) == ["a"]
+
+
+def test_a_run_that_was_killed_says_so(tmp_path):
+    job = Job(PLAIN, 0, tmp_path)
+    (tmp_path / "log.txt").write_text("epoch 3/20  test loss 1.0\n")
+    job._process = subprocess.Popen([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+    job.wait(60.0)
+    assert job.state == "stopped"
+    assert job.last_words() == "it was killed by signal 9, as when memory is full: the same command goes on"
 
 
 def check(out: Path, *recipes: Recipe) -> None:

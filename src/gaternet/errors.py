@@ -1,4 +1,4 @@
-"""Errors of training, which the command line knows without loading that; and words for messages of any kind."""
+"""Errors of training, which the command line knows without loading that; of full memory; and words for messages."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +19,12 @@ class Stopped(TrainingError):  # noqa: N818 (it is no failure)
 def first_line(error: BaseException) -> str:
     """What an error says, without what is below it."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def fills_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is full, the processor's or a GPU's."""
+    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # PyTorch's
+    return full or "allocate memory" in first_line(error)
 
 
 def some(classes: Sequence[Any]) -> str:

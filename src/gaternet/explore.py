@@ -8,7 +8,7 @@ import random
 import re
 import socket
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -226,8 +226,11 @@ def build_app(explorer: Explorer, title: str) -> Any:
     def upload(path: str | None, layer: str) -> Any:
         if path is None:
             raise gr.Error("choose an image file first")
+        return show_one(lambda: explorer.open(path), layer)
+
+    def show_one(opened: Callable[[], Pixels], layer: str) -> Any:
         try:
-            return start(explorer.open(path), layer)
+            return start(opened(), layer)
         except DataError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
@@ -275,8 +278,8 @@ def build_app(explorer: Explorer, title: str) -> Any:
         near = gr.Gallery(show_label=False, columns=6, height="auto", buttons=[], elem_id="near")
         outputs = [state, picture, prediction, summary, layers, near, picker]
         file.upload(upload, [file, layer], outputs)
-        another.click(lambda layer: start(explorer.at_random(), layer), [layer], outputs)
-        app.load(lambda layer: start(explorer.at_random(), layer), [layer], outputs)
+        another.click(partial(show_one, explorer.at_random), [layer], outputs)
+        app.load(partial(show_one, explorer.at_random), [layer], outputs)
         layer.change(show, [state, layer], outputs)
         for what, button in buttons.items():
             button.click(partial(force, what=what), [state, layer, picker], outputs)

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from accelerate import PartialState
 
 from gaternet import files
 from gaternet.evaluate import evaluate_saved
+from gaternet.locks import lock_folder, unlock_folder
 from gaternet.machine import accelerate_restored, make_accelerator
 from gaternet.recipe import Recipe, Runtime, data_name, flat_options, idle_options
 from gaternet.recipes import RECIPES
@@ -158,25 +160,50 @@ def check_ledger(ledger: Path) -> None:
 
     Raises:
         ValueError: the ledger is a folder, or damaged.
-        OSError: its folder cannot be made.
+        OSError: it cannot be read or written, or its folder cannot be made.
     """
     if ledger.is_dir():
         raise ValueError(f"{ledger} is a folder: name a file for the ledger")
     files.make_folder(ledger.parent)
     read_ledger(ledger)
+    if ledger.exists():
+        try:
+            ledger.open("ab").close()
+        except OSError as error:
+            raise files.cannot_write(ledger, error) from error
 
 
 def add_run(ledger: Path, path: Path, runtime: Runtime | None = None) -> dict[str, Any]:
-    """Append a finished run's line, unless it is there; the line. See `describe_run`."""
+    """Append a finished run's line, unless it is there; the line. See `describe_run`.
+
+    Raises:
+        OSError: it cannot be written; the ledger is as it was.
+    """
     line = find_line(ledger, path)
     if line is None:
         line = describe_run(path, runtime)  # all processes take part
         if PartialState().is_main_process:
-            ledger.parent.mkdir(parents=True, exist_ok=True)
-            before = ledger.read_bytes() if ledger.exists() else b""
-            torn = bool(before) and not before.endswith(b"\n")  # by hand: the line would be glued to the last
-            with ledger.open("a") as file:
-                file.write("\n" * torn + json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            files.make_folder(ledger.parent)
+            with ledger.open("a"):  # there is something to lock now
+                lock = lock_folder(ledger, wait=True)
+            try:  # another program may have been faster
+                line = find_line(ledger, path) or _append(ledger, line)
+            finally:
+                if lock is not None:
+                    unlock_folder(lock)
+    return line
+
+
+def _append(ledger: Path, line: dict[str, Any]) -> dict[str, Any]:
+    before = ledger.read_bytes()
+    torn = bool(before) and not before.endswith(b"\n")  # by hand: the line would be glued to the last
+    try:
+        with ledger.open("a") as file:
+            file.write("\n" * torn + json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with suppress(OSError):
+            os.truncate(ledger, len(before))  # half a line would keep all others from being read
+        raise files.cannot_write(ledger, error) from error
     return line

@@ -1,4 +1,4 @@
-"""Locks on folders, which end with the process that holds them, however it ends."""
+"""Locks on folders and files, which end with the process that holds them, however it ends."""
 
 import os
 from pathlib import Path

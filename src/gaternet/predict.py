@@ -111,7 +111,7 @@ def predict(
         for row, path in enumerate(paths):
             pairs = zip(likeliest.indices[row].tolist(), likeliest.values[row].tolist(), strict=True)
             named = tuple((classes[index], probability) for index, probability in pairs)
-            counts = (None, None) if gates is None else (int(gates[row].sum()), gates.shape[1])
+            counts = (None, None) if gates is None else (int((gates[row] > 0.5).sum()), gates.shape[1])
             predictions.append(Prediction(str(path), named, *counts))
     return predictions
 

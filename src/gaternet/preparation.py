@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gaternet.data import ImageData, ToInput
-from gaternet.errors import TrainingError, first_line
+from gaternet.errors import TrainingError, fills_memory, first_line
 from gaternet.evaluate import batch_size_for
 from gaternet.loader import Batches, make_batches
 from gaternet.method import Gater, GaterNet
@@ -142,11 +142,6 @@ def prepare(
         train_batches=make_batches(data.train, recipe.batch_size, runtime, accelerator, seed),
         test_batches=make_batches(data.test, evaluated, runtime, accelerator),
     )
-
-
-def fills_memory(error: Exception) -> bool:
-    """Whether an error says that memory is full."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in first_line(error)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ def describe_machine() -> dict[str, Any]:
     """Versions, commit, processor, GPUs and command line, as plain data."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "command": " ".join(["gaternet", *sys.argv[1:]]),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,  # with the kind of build, unlike the package's metadata
@@ -35,6 +36,12 @@ def describe_machine() -> dict[str, Any]:
             "gpus": gpus,
         },
     }
+
+
+def _program() -> str:
+    """What was called: ours by its name, however it was started."""
+    name = Path(sys.argv[0]).name
+    return "gaternet" if name in ("", "__main__.py") else name
 
 
 def now() -> str:

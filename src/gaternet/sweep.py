@@ -1,5 +1,6 @@
 """Many runs, each in a process of its own, some side by side; what was cut goes on, what is finished is kept."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from gaternet.run import CONFIG, METRICS, STATE, RunDirectory
 from gaternet.trained import find_model
 
 _FRAME = " │╭╮╰╯─"  # which errors in options come in
+_LONGEST = 200  # bytes of a folder's name; most disks take 255
 _PATIENCE = 300  # seconds in which stopped runs must have saved what they have
 
 
@@ -48,6 +50,7 @@ class Job:
         self.state = "waiting"
         self.needed = False
         self._process: subprocess.Popen[bytes] | None = None
+        self._killed = 0  # the signal that ended it without its leave
         self._printed = 0  # bytes of log.txt from before
         self._refusal = ""  # why it could not begin
         self._epochs: list[dict[str, Any]] = []
@@ -110,6 +113,7 @@ class Job:
         """Bring `state` up to date."""
         if self._process is not None and (code := self._process.poll()) is not None:
             self._process = None
+            self._killed = max(0, -code)
             self.state = "finished" if code == 0 else "stopped" if code > 128 or code < 0 else "failed"
 
     def stop(self) -> None:
@@ -131,6 +135,8 @@ class Job:
         """The last line that the process printed, or why there was none."""
         if self._refusal:
             return self._refusal
+        if self._killed:
+            return f"it was killed by signal {self._killed}, as when memory is full: the same command goes on"
         lines = (self.path / "log.txt").read_bytes()[self._printed :].decode(errors="replace").splitlines()
         words = (line.strip(_FRAME) for line in reversed(lines))
         return next(filter(None, words), "it printed nothing")
@@ -160,8 +166,8 @@ def make_jobs(
 ) -> list[Job]:
     """One job for each recipe and seed; and, one option at a time, for each value of an option in `vary`.
 
-    Each has its directory, out/RECIPE,OPTION=VALUE/seedN. The seeds go one after another, so that a sweep that is cut
-    has whole ones.
+    Each has its directory, out/RECIPE,OPTION=VALUE/seedN, shortened where that is too long. The seeds go one after
+    another, so that a sweep that is cut has whole ones.
 
     Raises:
         ValueError: two of them would have one directory, and are not the same.
@@ -171,8 +177,7 @@ def make_jobs(
         changes = [{}, *({name: value} for name, values in (vary or {}).items() for value in values)]
         for variant in (override(recipe, change) for change in changes):
             options = changed_options(variant)
-            words = [recipe.name, *(f"{name}={value}".replace("/", "_") for name, value in options.items())]
-            name = ",".join(words)
+            name = _folder([recipe.name, *(f"{name}={value}".replace("/", "_") for name, value in options.items())])
             first = changed_options(variants.setdefault(name, variant))
             if first != options:  # else it has a value that the recipe has anyway, and is no other variant
                 option = next(option for option in options if first.get(option) != options[option])
@@ -181,6 +186,14 @@ def make_jobs(
                     "rename one, or train them in sweeps of their own"
                 )
     return [Job(recipe, seed, out / name / f"seed{seed}") for seed in seeds for name, recipe in variants.items()]
+
+
+def _folder(words: Sequence[str]) -> str:
+    """A name of these words; one that is too long for a disk ends with a number that stands for the rest."""
+    name = ",".join(words)
+    if len(encoded := os.fsencode(name)) <= _LONGEST:
+        return name
+    return f"{os.fsdecode(encoded[:_LONGEST])},{hashlib.blake2b(encoded, digest_size=4).hexdigest()}"
 
 
 def sweep(
@@ -233,7 +246,7 @@ def sweep(
                 job.watch()
             for slot in [slot for slot, job in running.items() if job.state != "running"]:
                 del running[slot]
-            if received or time.monotonic() > deadline:
+            if (waiting or running) and (received or time.monotonic() > deadline):
                 _stop_all(running.values())
                 count = f"{sum(job.state == 'finished' for job in jobs)} of {len(jobs)} runs are finished"
                 why = "stopped" if received else f"stopped after {minutes:g} minutes"
@@ -298,7 +311,10 @@ def _check_starts(job: Job, made: Collection[Path]) -> None:
 def _sources(job: Job) -> list[str]:
     """The teacher and the weights, from which a run that goes on does not start, that are read when it begins."""
     recipe, sources = job.recipe, [job.recipe.distillation.teacher]
-    if not (job.path / STATE).exists():
+    begun = False
+    with suppress(OSError):  # it may not be read
+        begun = (job.path / STATE).exists()
+    if not begun:
         sources += [recipe.gating.backbone_from, recipe.gating.extractor_from if recipe.gated else None]
     return [source for source in sources if source]
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from gaternet import checkpoint
 from gaternet.data import load_data, mix_seed
-from gaternet.errors import Stopped, TrainingError, first_line
+from gaternet.errors import Stopped, TrainingError, fills_memory, first_line
 from gaternet.evaluate import evaluate
 from gaternet.files import read_json
 from gaternet.machine import (
@@ -38,7 +38,7 @@ from gaternet.machine import (
 from gaternet.method import GaterNet
 from gaternet.network import model_metadata, set_training_mode
 from gaternet.objective import schedule, unreached
-from gaternet.preparation import Prepared, fills_memory, prepare
+from gaternet.preparation import Prepared, prepare
 from gaternet.progress import TrainingDisplay
 from gaternet.recipe import Recipe, Runtime
 from gaternet.run import STATE, RunDirectory

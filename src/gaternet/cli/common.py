@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from gaternet import __version__
-from gaternet.errors import Stopped, TrainingError
+from gaternet.errors import Stopped, TrainingError, fills_memory, first_line
 
 app = typer.Typer(
     help="GaterNet: a network that looks at an image first and decides which filters of a CNN run.",
@@ -22,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 console = Console(soft_wrap=True)
+waiting = Console(stderr=True)  # shows what is being done; its output is not the command's
 RunArgument = Annotated[Path, typer.Argument(help="a run directory, or a saved model")]
 WhichOption = Annotated[
     Literal["last", "best"], typer.Option(help="which model of a run: of the last or the best epoch")
@@ -52,12 +53,15 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         app()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         code = _exit_code(error)
         if code is None:
             raise
         prefix = "" if code > 128 else "[bold red]error:[/] "  # a run that was told to stop has not failed
-        Console(stderr=True, soft_wrap=True).print(prefix + escaped(str(error)), highlight=False)
+        text = str(error)
+        if fills_memory(error):
+            text = f"memory is full ({first_line(error)}): take smaller batches or images, or close other programs"
+        Console(stderr=True, soft_wrap=True).print(prefix + escaped(text), highlight=False)
         sys.exit(code)
 
 
@@ -78,7 +82,7 @@ def _exit_code(error: Exception) -> int | None:
         return 1
     if isinstance(error, Stopped):
         return 128 + error.signum
-    return 1 if isinstance(error, TrainingError) else None
+    return 1 if isinstance(error, TrainingError) or fills_memory(error) else None
 
 
 def print_json(data: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from gaternet.cli.common import JsonOption, RunArgument, WhichOption, app, console, escaped, print_json
+from gaternet.cli.common import JsonOption, RunArgument, WhichOption, app, console, escaped, print_json, waiting
 
 
 @app.command()
@@ -43,7 +43,7 @@ def export(
     """
     from gaternet.export.saved import export_saved
 
-    with console.status("exporting and comparing"):
+    with waiting.status("exporting and comparing"):
         report = export_saved(
             run,
             which,

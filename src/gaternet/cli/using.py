@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from gaternet.cli.common import JsonOption, RunArgument, WhichOption, app, console, escaped, print_json
+from gaternet.cli.common import JsonOption, RunArgument, WhichOption, app, console, escaped, print_json, waiting
 from gaternet.recipe import Runtime
 
 
@@ -129,7 +129,7 @@ def report(
     from gaternet.report.runs import report_runs
 
     runtime = Runtime(cpu=cpu, data_root=data_root)
-    with console.status("looking at the gates"):
+    with waiting.status("looking at the gates"):
         pages = report_runs(runs, which, data, out, runtime, samples=samples, forced=forced)
     if as_json:
         print_json([str(path) for path in pages])
@@ -159,7 +159,7 @@ def explore(
     from gaternet.explore import Explorer
     from gaternet.explore import explore as serve
 
-    with console.status("reading images"):
+    with waiting.status("reading images"):
         explorer = Explorer.of_run(run, which, data, data_root, images)
     serve(explorer, f"Gates of {run.resolve().name}", host, port)
 
@@ -205,12 +205,12 @@ def bench(
     from gaternet.skipping.bench import bench as time_batch
     from gaternet.skipping.dense import ENGINES
 
-    with console.status("planning"):
+    with waiting.status("planning"):
         network, images = _model_and_images(model, max(batch_size), select, image_size, data, data_root, which)
     densities = density or ([] if Path(model).exists() else [0.75, 0.5, 0.25])
     timings, notes = [], dict[str, None]()
     for batch in batch_size:
-        with console.status(f"timing {batch} at a time"):
+        with waiting.status(f"timing {batch} at a time"):
             chosen = engine or ENGINES
             timings += time_batch(network, images[:batch], densities, chosen, rounds=rounds, note=notes.setdefault)
     if as_json:

@@ -61,7 +61,7 @@ def write_comparison(
     body += [f"<section><h2>{headings[name]}</h2>{figure_place(name, headings[name])}</section>\n" for name in drawn]
     shown = {"figures": {name: figure.to_plotly_json() for name, figure in drawn.items()}, "strips": {}}
     text = page("Gates compared", f"{len(runs)} models" + (f" in {folder}" if folder else ""), body, shown, "")
-    files.write_atomically(directory / "index.html", lambda path: path.write_text(text, encoding="utf-8"))
+    files.write_atomically(directory / "index.html", lambda path: path.write_text(text, "utf-8", "backslashreplace"))
     return directory / "index.html"
 
 

@@ -88,7 +88,8 @@ def gates_per_sample(analysis: GateAnalysis) -> go.Figure:
     starts = np.arange(low, high + 1, step)
     heights = np.add.reduceat(analysis.histogram[low : high + 1], starts - low)
     bars = go.Bar(x=starts + (step - 1) / 2, y=heights, width=step, marker_color=ON)
-    bars.hovertemplate = "%{x:.0f} gates: %{y} images<extra></extra>"
+    spans = [f"{start}" if step == 1 else f"{start} to {start + step - 1}" for start in starts]
+    bars.customdata, bars.hovertemplate = spans, "%{customdata} gates: %{y} images<extra></extra>"
     return figure([bars], "open gates", "images", bargap=0)
 
 

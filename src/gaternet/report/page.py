@@ -54,7 +54,7 @@ def write_report(
     files.make_folder(directory)
     found, page = numbers(analysis, forced), report_page(analysis, forced, title, subtitle)
     files.write_json(directory / "gates.json", found)
-    files.write_atomically(directory / "index.html", lambda path: path.write_text(page, encoding="utf-8"))
+    files.write_atomically(directory / "index.html", lambda path: path.write_text(page, "utf-8", "backslashreplace"))
     return directory / "index.html"
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gaternet.cost import CostModel, count_dense_macs
+from gaternet.errors import first_line
 from gaternet.method import GaterNet
 from gaternet.skipping.dense import ENGINES, build_dense
 from gaternet.skipping.skip import skip
@@ -130,8 +131,8 @@ def bench(
                 warnings.simplefilter("ignore")
                 dense = build_dense(plain, images, name)
                 dense(images)
-        except ValueError as error:
-            note(str(error))
+        except Exception as error:  # engines have errors of their own
+            note(str(error) if isinstance(error, ValueError) else f"{name} cannot run here: {first_line(error)}")
             continue
         found.append(_Way(f"dense: {name}", None, cost.dense, lambda d=dense: d(images)))
     own = fast.gates(images)

@@ -47,7 +47,7 @@ def build_dense(network: nn.Module, example_input: Tensor, name: str) -> Dense:
 def _inductor(network: nn.Module, example_input: Tensor) -> Dense:
     from torch._inductor import config
 
-    compiled = torch.compile(network)
+    compiled = torch.compile(network, dynamic=False)  # else with open sizes, behind batches of another size
     with torch.no_grad(), config.patch(freezing=True):  # as an option of torch.compile it had no effect
         compiled(example_input)
     return compiled
