@@ -88,7 +88,7 @@ def test_an_activation_of_zeros_at_closed_filters_is_done_by_itself():
     torch.testing.assert_close(NativeProgram(plan)(IMAGES, gates), Program(plan, Kernels)(IMAGES, gates))
 
 
-@pytest.mark.parametrize("channels", [1, 15, 64, 70, 145])
+@pytest.mark.parametrize("channels", [1, 15, 70, 145])
 @pytest.mark.parametrize(
     "options",
     [
@@ -111,7 +111,7 @@ def test_depthwise_convolutions_of_any_width(channels, options):
     model, threads = gated(network), torch.get_num_threads()
     program = NativeProgram(plan_of(model))
     try:
-        for density in (0.0, 0.3, 0.95, 1.0):
+        for density in (0.3, 0.95, 1.0):
             gates = random_gates(model, density)
             assert_skips_exactly(model, THREE, gates)
             results = []

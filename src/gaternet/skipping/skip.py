@@ -255,6 +255,8 @@ def skip(
 @torch.no_grad()
 def _check_whole(model: GaterNet, example_input: Tensor) -> None:
     """ValueError for a model that does more than run its backbone under its gates."""
+    if type(model).forward is GaterNet.forward and not (model._forward_hooks or model._forward_pre_hooks):
+        return
     images = _random_images(_TRIED, example_input)
     with without_autocast(images.device.type):
         whole, parts = (_outputs(run, images) for run in (model, lambda x: model.forward_gated(x, model.gates(x))))
