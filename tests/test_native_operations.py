@@ -10,13 +10,14 @@ from small_networks import IMAGES, Net, conv, norm
 from torch import nn
 
 from gaternet.graph import read_graph
-from gaternet.method import GaterNet
+from gaternet.method import Gater, GaterNet, GateSite
 from gaternet.skipping.kernels import Kernels
 from gaternet.skipping.native import NativeProgram
 from gaternet.skipping.native.library import KINDS
 from gaternet.skipping.native.segment import Segment
 from gaternet.skipping.planner import make_plan
 from gaternet.skipping.program import Program
+from gaternet.skipping.specialise import prune
 
 
 def native_share(program: NativeProgram) -> float:
@@ -78,6 +79,53 @@ def test_an_activation_stays_where_others_read_what_is_before_it():
     assert kinds(program).count("pointwise") == 1
     for density in (0.0, 0.5, 1.0):
         assert_skips_exactly(model, THREE, random_gates(model, density))
+
+
+def test_an_activation_behind_a_sum_is_done_by_itself():
+    """Also where the convolution before adds to what nothing else reads."""
+    model = gated(
+        Net(
+            lambda net, x: net.last(net.act(net.second(x) + net.first(x))),
+            first=nn.Sequential(conv(3, 20), norm(20)),
+            second=nn.Sequential(conv(3, 20), norm(20)),
+            act=nn.SiLU(),
+            last=conv(20, 8),
+        ),
+        sites=lambda name, module: name == "last",
+    )
+    assert kinds(NativeProgram(plan_of(model))).count("pointwise") == 1
+    assert_skips_exactly(model, THREE, random_gates(model, 0.5))
+
+
+def test_one_activation_behind_another_is_done_by_itself():
+    network = nn.Sequential(conv(3, 20), nn.ReLU(), nn.SiLU(), conv(20, 8)).eval()
+    program = NativeProgram(make_plan(read_graph(network, IMAGES[:1])))
+    assert kinds(program) == ["conv", "pointwise", "conv"]
+    with torch.no_grad():
+        torch.testing.assert_close(program(IMAGES), network(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+def test_gates_that_act_behind_an_activation_act_behind_it():
+    network = Net(lambda net, x: net.last(net.act(net.first(x))), first=conv(3, 20), act=nn.Sigmoid(), last=conv(20, 8))
+    gater = Gater(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), 3, 20)
+    model = GaterNet(network.eval(), gater, [GateSite("act", "first", 0, 20)]).eval()
+    assert_skips_exactly(model, THREE, random_gates(model, 0.5))
+
+
+def test_what_a_subnetwork_multiplies_by_zero_stays_zero_behind_an_activation():
+    network = Net(
+        lambda net, x: net.last(net.act(net.grouped(net.first(x)))),
+        first=conv(3, 16),
+        grouped=nn.Sequential(conv(16, 16, groups=4), norm(16)),
+        act=nn.Hardswish(),
+        last=conv(16, 8),
+    )
+    model = gated(network)
+    kept = torch.arange(model.num_gates) % 3 > 0
+    gates = random_gates(model, 0.5) * kept
+    found = NativeProgram(prune(plan_of(model), kept))(THREE, gates)
+    with torch.no_grad():
+        torch.testing.assert_close(found, model.forward_gated(THREE, gates), rtol=1e-4, atol=1e-4)
 
 
 def test_an_activation_of_zeros_at_closed_filters_is_done_by_itself():
