@@ -56,9 +56,10 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: type(function).__name__)
 def test_a_convolution_does_the_activation_behind_it(layer, function):
-    network = nn.Sequential(first := conv(3, 8), LAYERS[layer](), function).eval()
+    network = nn.Sequential(conv(3, 8), LAYERS[layer](), function).eval()
     with torch.no_grad():
-        first.weight.mul_(9)  # so that numbers lie on all parts of the functions
+        for parameter in network.parameters():
+            parameter.mul_(9)  # so that numbers lie on all parts of the functions
         program, expected = NativeProgram(make_plan(read_graph(network, IMAGES[:1]))), network.double()(IMAGES.double())
     assert "pointwise" not in kinds(program)
     torch.testing.assert_close(program(IMAGES), expected.float(), rtol=1e-4, atol=1e-5)
