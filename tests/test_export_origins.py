@@ -61,3 +61,11 @@ def test_of_data_only_the_name_is_told(tmp_path):
     export_pt2(residual(), IMAGES, tmp_path / "model.pt2", metadata={"trained": TRAINED})
     torch.export.load(tmp_path / "model.pt2", extra_files=extra)
     assert json.loads(extra["gaternet.json"])["trained"] == {"data": "cifar10", "seed": 0}
+
+
+@pytest.mark.parametrize("write", [export_onnx, export_pt2])
+def test_no_file_holds_the_image_that_it_was_made_with(tmp_path, write):
+    """Which may be a photograph of somebody."""
+    for images in (IMAGES, PIXELS):
+        write(gated(residual()), images, tmp_path / "model", metadata=METADATA)
+        assert images[0].numpy().tobytes() not in content(tmp_path / "model")

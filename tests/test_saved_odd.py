@@ -108,12 +108,13 @@ def test_a_subclass_comes_back_as_one(tmp_path):
     assert model.metadata == plain.metadata
 
 
-def test_weights_that_are_a_part_of_larger_ones_are_saved_whole(tmp_path):
-    """As pruning leaves them."""
+def test_weights_that_are_parts_of_a_larger_tensor_are_saved_whole(tmp_path):
+    """As pruning leaves them, or a training that holds all of them in one."""
     model = small()
-    conv: Any = model.backbone.get_submodule("layer1.0.conv1")
-    many = torch.cat([conv.weight.data, conv.weight.data])
-    conv.weight.data = many[: len(conv.weight)]
+    convs: list[Any] = [model.backbone.get_submodule(f"layer1.0.conv{number}") for number in (1, 2)]
+    many = torch.cat([conv.weight.data for conv in convs])
+    for conv, part in zip(convs, many.split(16), strict=True):
+        conv.weight.data = part
     model.save_pretrained(tmp_path)
     assert_same(load_pretrained(tmp_path), model, PIXELS)
     size = (tmp_path / "model.safetensors").stat().st_size
