@@ -108,13 +108,14 @@ def test_a_subclass_comes_back_as_one(tmp_path):
     assert model.metadata == plain.metadata
 
 
-def test_weights_that_are_parts_of_a_larger_tensor_are_saved_whole(tmp_path):
+@pytest.mark.parametrize("second", [2304, 1000], ids=["apart", "overlapping"])
+def test_weights_that_are_parts_of_a_larger_tensor_are_saved_whole(tmp_path, second):
     """As pruning leaves them, or a training that holds all of them in one."""
     model = small()
     convs: list[Any] = [model.backbone.get_submodule(f"layer1.0.conv{number}") for number in (1, 2)]
-    many = torch.cat([conv.weight.data for conv in convs])
-    for conv, part in zip(convs, many.split(16), strict=True):
-        conv.weight.data = part
+    many = torch.cat([conv.weight.data.flatten() for conv in convs])
+    for conv, start in zip(convs, (0, second), strict=True):
+        conv.weight.data = many[start : start + 2304].view(16, 16, 3, 3)
     model.save_pretrained(tmp_path)
     assert_same(load_pretrained(tmp_path), model, PIXELS)
     size = (tmp_path / "model.safetensors").stat().st_size
