@@ -20,6 +20,7 @@ from gaternet.checkpoint import load_model, save_model
 from gaternet.cli.common import print_json
 from gaternet.data import DataError, load_data
 from gaternet.evaluate import evaluate_saved
+from gaternet.method import GaterNet
 from gaternet.models import create_model
 from gaternet.predict import load, predict
 from gaternet.recipe import Runtime
@@ -73,6 +74,16 @@ def test_a_broken_file_does_not_cost_the_others(saved, tmp_path, monkeypatch, ba
     assert str(files[0]) in str(shown.exception)
     one = CliRunner().invoke(cli.app, ["predict", str(saved), str(files[1])])
     assert (str(one.exception), one.stdout) == (str(noted[1]), "")
+
+
+def test_soft_gates_are_open_above_the_middle(saved, tmp_path):
+    """As an analysis counts them."""
+    network, metadata = load(saved)
+    assert isinstance(network, GaterNet)
+    values = torch.linspace(0, 1, network.num_gates)
+    network.gater.register_forward_hook(lambda module, images, gates: values.expand_as(torch.as_tensor(gates)))
+    (found,) = predict(network, metadata, [picture(tmp_path / "0.png")])
+    assert (found.open_gates, found.num_gates) == (int((values > 0.5).sum()), len(values))
 
 
 def test_a_model_that_gives_no_numbers_predicts_nothing(saved, tmp_path):
