@@ -1,10 +1,14 @@
 """Reports of runs: what is wrong with one is found before the work on others, and what is known of each is told."""
 
+import dataclasses
+from typing import Any
+
+import numpy as np
 import pytest
 from analyzed_model import MODEL
 
 from gaternet.data import DataError
-from gaternet.report import runs
+from gaternet.report import figures, runs
 
 
 def test_missing_data_of_one_run_are_found_before_the_work_on_others(tmp_path, monkeypatch):
@@ -33,3 +37,10 @@ def test_what_is_known_of_a_training_is_told():
     assert runs.training_of({"recipe": "x", "seed": 3}) == ["recipe x", "seed 3"]
     assert runs.training_of({"recipe": "x"}) == ["recipe x"]
     assert runs.training_of({}) == []
+
+
+def test_a_bar_of_several_numbers_of_gates_names_all_of_them(analysis):
+    one: Any = figures.gates_per_sample(analysis).data[0]
+    assert list(one.customdata) == [str(round(x)) for x in one.x]
+    many: Any = figures.gates_per_sample(dataclasses.replace(analysis, histogram=np.ones(200, np.int64))).data[0]
+    assert list(many.customdata[:2]) == ["0 to 3", "4 to 7"]
