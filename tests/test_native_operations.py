@@ -124,7 +124,9 @@ def test_what_a_subnetwork_multiplies_by_zero_stays_zero_behind_an_activation():
     model = gated(network)
     kept = torch.arange(model.num_gates) % 3 > 0
     gates = random_gates(model, 0.5) * kept
-    found = NativeProgram(prune(plan_of(model), kept))(THREE, gates)
+    program = NativeProgram(prune(plan_of(model), kept))
+    assert "pointwise" not in kinds(program)
+    found = program(THREE, gates)
     with torch.no_grad():
         torch.testing.assert_close(found, model.forward_gated(THREE, gates), rtol=1e-4, atol=1e-4)
 

@@ -209,8 +209,9 @@ inline std::vector<Piece> find_pieces(List filters, int64_t first, int64_t stop)
     return pieces;
 }
 
-// y = conv(x), or y += conv(x) where `adds`; then the function, behind a sum a ReLU or none. Up to `room` numbers of each of y's pixels may be written over. The
-// team makes an image with margins in `common`, each of it gathers weights in its own `workspace`, which may lie behind.
+// y = conv(x), or y += conv(x) where `adds`; then the function, behind a sum a ReLU or none. Up to `room` numbers of each
+// of y's pixels may be written over. The team makes an image with margins in `common`, each of it gathers weights in its
+// own `workspace`, which may lie behind.
 struct Convolution {
     Conv conv;
     Image x;
@@ -344,8 +345,8 @@ struct Convolution {
         }
     }
 
-    // to += the filters' values at their places, then the function there, a ReLU or none. Nothing else is written: a neighbour in the same vector
-    // may be another thread's.
+    // to += the filters' values at their places, then the function there, a ReLU or none. Nothing else is written: a
+    // neighbour in the same vector may be another thread's.
     void add(const std::vector<Piece> &pieces, const float *values, float *to) const {
         const bool relu = function == RELU;
         for (const Piece &piece : pieces) {

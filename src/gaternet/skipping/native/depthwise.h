@@ -3,8 +3,8 @@
 
 #include "convolution.h"
 
-constexpr int WIDE = 4;                     // vectors of channels of a tile
-constexpr int DEEP = ACCUMULATORS / WIDE;   // its pixels: each weight is read once for all of them
+constexpr int WIDE = 4;                    // vectors of channels of a tile
+constexpr int DEEP = ACCUMULATORS / WIDE;  // its pixels: each weight is read once for all of them
 static_assert(DEEP <= MOST_PIXELS, "pointers to the pixels of a tap lie MOST_PIXELS apart");
 
 // y = conv(x), then the function. Weights are (taps, filters), and x and y have the same open channels.
@@ -52,7 +52,7 @@ struct Depthwise {
     }
 
     // Channels [first, first + held) of `count` pixels: whole vectors, or a part of one. The order of additions is that
-    // of the taps. Pixels of the tile that there are not read what others did, and are not written.
+    // of the taps. Where there are fewer pixels than the tile has, the others are computed for nothing.
     template <int COUNT>
     void tile(const float *const *pointers, int64_t taps, int64_t first, int64_t held, const float *weights,
               int64_t step, const float *bias, float *to, int64_t count) const {

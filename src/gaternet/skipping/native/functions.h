@@ -68,7 +68,8 @@ inline Vector apply(int64_t function, Vector x) {
 inline bool only_cuts(int64_t function) { return function == IDENTITY || function == RELU || function == RELU6; }
 
 // The rest of the function, where it does more than cut, on (pixels, channels) numbers; pixels are `step` apart.
-__attribute__((noinline)) inline void finish(int64_t function, float *values, int64_t pixels, int64_t channels, int64_t step) {
+__attribute__((noinline)) inline void finish(int64_t function, float *values, int64_t pixels, int64_t channels,
+                                             int64_t step) {
     for (; pixels > 0; pixels--, values += step)
         for (int64_t c = 0; c < channels; c += LANES)
             store_part(values + c, apply(function, part(values + c, channels - c)), channels - c);

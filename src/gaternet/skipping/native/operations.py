@@ -103,13 +103,16 @@ def packed_spec(plan: Plan, step: Step) -> ConvSpec | None:
 
 
 def absorbed(plan: Plan, steps: Sequence[Step]) -> dict[str, Step]:
-    """Activations that convolutions do as well, where nothing else reads their values: convolution's value -> step."""
+    """Activations that convolutions do as well, where nothing else reads their values: convolution's value -> step.
+
+    What gates multiply behind the convolution, they may multiply behind these: of what has gates, they keep zeros.
+    """
     readers = Counter(name for step in plan.steps for name in step.sources)
     found = {}
     for step, then in pairwise(steps):
         if operation(plan, step) != "conv" or operation(plan, then) != "pointwise" or then.mask is not None:
             continue
-        plain = step.adds is None and not step.relu and step.mask is None and step.pattern == step.filters
+        plain = step.adds is None and not step.relu and (step.held or step.pattern == step.filters)
         if plain and then.sources == [step.out] and readers[step.out] == 1 and step.out != plan.output:
             found[step.out] = then
     return found

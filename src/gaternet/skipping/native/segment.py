@@ -112,12 +112,12 @@ class Segment:
     def _add(self, step: Step) -> None:
         self._add_unmasked(step)
         if step.mask is not None:
-            name = f"{step.out}.mask"
+            name, value = f"{step.out}.mask", self._absorbed.get(step.out, step).out
             self._masks[name] = len(self._columns)
             self._columns += step.mask
             self._shapes[name] = (len(step.mask), 1, 1)
             self._external.add(name)
-            self._emit("scale", step.out, step.out, name, writes=step.pattern, shape=_shape((1, 1)))
+            self._emit("scale", value, value, name, writes=step.pattern, shape=_shape((1, 1)))
 
     def _add_unmasked(self, step: Step) -> None:
         source, call, shapes, patterns = step.sources[0], step.call, self.plan.shapes, self.plan.pattern_of
