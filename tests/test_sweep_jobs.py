@@ -41,15 +41,16 @@ def test_metrics_are_read_when_they_have_changed(tmp_path, monkeypatch):
 
 
 def test_a_folder_name_that_is_too_long_is_shortened(tmp_path):
-    paths = {name: "/" + "/".join([name * 40] * 5) for name in "ab"}
+    paths = {name: "/" + "/".join([f"ü{name * 40}ü"] * 5) for name in "äb"}
     changes: list[dict[str, Any]] = [
-        {"backbone_from": paths[a], "extractor_from": paths[b]} for a in "ab" for b in "ab"
+        {"backbone_from": paths[a], "extractor_from": paths[b]} for a in "äb" for b in "äb"
     ]
     jobs = make_jobs([override(GATED, change) for change in changes], [0], tmp_path)
     assert len({job.path for job in jobs}) == 4
     for job in jobs:
         job.path.mkdir(parents=True)
         assert job.path.parent.name.startswith("digits_resnet20_gated,backbone_from=_")
+        str(job.path).encode()  # of whole letters
     (again,) = make_jobs([override(GATED, changes[3])], [0], tmp_path)
     assert again.path == jobs[3].path
 

@@ -193,7 +193,7 @@ def _folder(words: Sequence[str]) -> str:
     name = ",".join(words)
     if len(encoded := os.fsencode(name)) <= _LONGEST:
         return name
-    return f"{os.fsdecode(encoded[:_LONGEST])},{hashlib.blake2b(encoded, digest_size=4).hexdigest()}"
+    return f"{encoded[:_LONGEST].decode(errors='ignore')},{hashlib.blake2b(encoded, digest_size=4).hexdigest()}"
 
 
 def sweep(
