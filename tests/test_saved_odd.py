@@ -108,7 +108,7 @@ def test_a_subclass_comes_back_as_one(tmp_path):
     assert model.metadata == plain.metadata
 
 
-@pytest.mark.parametrize("second", [2304, 1000], ids=["apart", "overlapping"])
+@pytest.mark.parametrize("second", [2304, 1000, 0], ids=["apart", "overlapping", "the same"])
 def test_weights_that_are_parts_of_a_larger_tensor_are_saved_whole(tmp_path, second):
     """As pruning leaves them, or a training that holds all of them in one."""
     model = small()

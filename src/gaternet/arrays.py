@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision import datasets
 
-from gaternet.locks import lock_folder, unlock_folder
+from gaternet.locks import locked
 
 EMBEDDED = ("digits",)
 TORCHVISION = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion_mnist": datasets.FashionMNIST}
@@ -65,12 +65,8 @@ def read_torchvision(name: str, root: Path) -> tuple[tuple[Tensor, ...], tuple[s
 def _download(name: str, root: Path, train: bool) -> Any:
     """One process at a time: the others then find the files."""
     root.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(root, wait=True)
-    try:
+    with locked(root):
         return TORCHVISION[name](root, train=train, download=True)
-    finally:
-        if lock is not None:
-            unlock_folder(lock)
 
 
 def read_npz(path: Path) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:

@@ -1,12 +1,13 @@
 """The model card that `save_pretrained` writes: what a stranger must know of a model, from what was saved with it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from gaternet import checkpoint
+from gaternet import checkpoint, files
 from gaternet.cost import count_dense_macs
 from gaternet.errors import some
 from gaternet.method import Gater, GaterNet
@@ -21,6 +22,19 @@ UNKNOWN = "not recorded"
 def is_ours(path: Path) -> bool:
     """Whether a card was written by `make_card` and may be replaced."""
     return path.is_file() and MARK in path.read_text(errors="replace")
+
+
+@contextmanager
+def staged_model(directory: Path) -> Iterator[Path]:
+    """`files.staged` for a saved model and its card; ValueError for the folder of a run, which would be lost."""
+    found: Mapping[str, Any] = {}
+    with suppress(ValueError, OSError):  # what is damaged may be replaced
+        found = files.read_json(directory / checkpoint.CONFIG)
+    if "recipe" in found:
+        raise ValueError(f"{directory} is a run, whose config.json this would replace: name another folder")
+    card = directory / "README.md"
+    with files.staged(directory, () if is_ours(card) else (card.name,)) as staging:
+        yield staging
 
 
 def make_card(model: GaterNet) -> ModelCard:

@@ -9,7 +9,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gaternet import __version__
-from gaternet.errors import first_line
-from gaternet.files import read_json, staged, write_atomically, write_json
+from gaternet.errors import first_line, first_misfit
+from gaternet.files import read_json, write_atomically, write_json
 from gaternet.method import Gater, GaterNet, GateSite
 from gaternet.models.create import build_gated, create_backbone, fitting
 from gaternet.recipe import data_name
@@ -64,40 +64,30 @@ def save_model(model: nn.Module, directory: Path, metadata: Mapping[str, Any] | 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What a file holds: each tensor of the model once, and for what lies there twice the name that it has in the file.
 
-    Those that are a part of a larger one, as pruned weights may be, are copied.
+    They are copies: a file takes none that share memory in another way, as parts of a larger tensor do.
     """
     held, names, places = dict[str, Tensor](), dict[str, str](), dict[Any, str]()
     for name, tensor in model.state_dict().items():
         place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
         if tensor.numel() and (first := places.setdefault(place, name)) != name:
             names[name] = first
-            continue
-        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-        held[name] = tensor.detach() if whole else tensor.detach().clone(memory_format=torch.contiguous_format)
+        else:
+            held[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return held, names
 
 
-@contextmanager
-def staged_model(directory: Path) -> Iterator[Path]:
-    """`files.staged` for a saved model and its card; ValueError for the folder of a run, which would be lost."""
-    from gaternet.card import is_ours
-
-    found: Mapping[str, Any] = {}
-    with suppress(ValueError, OSError):  # what is damaged may be replaced
-        found = read_json(directory / CONFIG)
-    if "recipe" in found:
-        raise ValueError(f"{directory} is a run, whose config.json this would replace: name another folder")
-    card = directory / "README.md"
-    with staged(directory, () if is_ours(card) else (card.name,)) as staging:
-        yield staging
+def without_paths(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata; of the data that a model was trained on the name alone, not where they lie on this machine."""
+    trained = metadata.get("trained")
+    if not isinstance(trained, Mapping) or not isinstance(trained.get("data"), str):
+        return dict(metadata)
+    return {**metadata, "trained": {**trained, "data": data_name(trained["data"])}}
 
 
 @contextmanager
-def without_paths(model: GaterNet) -> Iterator[None]:
-    """For a while, of the data that the model was trained on its metadata have the name alone, not where they lie."""
-    before, trained = model.metadata, model.metadata.get("trained")
-    if isinstance(trained, Mapping) and isinstance(trained.get("data"), str):
-        model.metadata = {**before, "trained": {**trained, "data": data_name(trained["data"])}}
+def shared(model: GaterNet) -> Iterator[None]:
+    """The model with its metadata as others may see them, for a while."""
+    before, model.metadata = model.metadata, without_paths(model.metadata)
     try:
         yield
     finally:
@@ -159,7 +149,7 @@ def load_model(
 
 def gater_options(gater: nn.Module) -> dict[str, Any] | None:
     """What makes such a gater anew; None where it is somebody's own, or has a norm of theirs."""
-    if type(gater) is not Gater or not _is_ours(gater.norm):
+    if type(gater) is not Gater or not _is_usual(gater.norm):
         return None
     options = {name: float(getattr(gater, name)) for name in ("noise_std", "hard_probability", "threshold")}
     return {
@@ -170,7 +160,7 @@ def gater_options(gater: nn.Module) -> dict[str, Any] | None:
     }
 
 
-def _is_ours(norm: nn.Module) -> bool:
+def _is_usual(norm: nn.Module) -> bool:
     """Whether a `Gater` has such a norm by itself."""
     if type(norm) not in (nn.BatchNorm1d, nn.SyncBatchNorm):
         return type(norm) is nn.Identity
@@ -199,8 +189,7 @@ def load_weights_(model: nn.Module, path: Path) -> None:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}): restore it from a copy") from error
     except RuntimeError as error:  # PyTorch's list of keys and shapes that do not fit
-        first = [line.strip() for line in str(error).splitlines() if line.strip()][1:2] or [str(error)]
-        raise ValueError(f"{path} holds the weights of another model: {first[0]}") from error
+        raise ValueError(f"{path} holds the weights of another model: {first_misfit(error)}") from error
 
 
 def load_pretrained(

@@ -21,6 +21,12 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def first_misfit(error: BaseException) -> str:
+    """The first of the keys and shapes that do not fit, of which PyTorch lists all; or what else the error says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[1:2] or lines or [type(error).__name__])[0]
+
+
 def fills_memory(error: BaseException) -> bool:
     """Whether an error says that memory is full, the processor's or a GPU's."""
     full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # PyTorch's

@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from gaternet import files
 from gaternet.evaluate import evaluate_saved
-from gaternet.locks import lock_folder, unlock_folder
+from gaternet.locks import locked
 from gaternet.machine import accelerate_restored, make_accelerator
 from gaternet.recipe import Recipe, Runtime, data_name, flat_options, idle_options
 from gaternet.recipes import RECIPES
@@ -184,13 +184,8 @@ def add_run(ledger: Path, path: Path, runtime: Runtime | None = None) -> dict[st
         line = describe_run(path, runtime)  # all processes take part
         if PartialState().is_main_process:
             files.make_folder(ledger.parent)
-            with ledger.open("a"):  # there is something to lock now
-                lock = lock_folder(ledger, wait=True)
-            try:  # another program may have been faster
-                line = find_line(ledger, path) or _append(ledger, line)
-            finally:
-                if lock is not None:
-                    unlock_folder(lock)
+            with ledger.open("a"), locked(ledger):
+                line = find_line(ledger, path) or _append(ledger, line)  # another program may have been faster
     return line
 
 

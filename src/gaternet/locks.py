@@ -1,6 +1,8 @@
 """Locks on folders and files, which end with the process that holds them, however it ends."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 try:
@@ -38,6 +40,17 @@ def unlock_folder(handle: int) -> None:
         _held.remove(handle)
         fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """A folder or a file that one process at a time has; the others wait. Where there are no locks, all have it."""
+    lock = lock_folder(path, wait=True)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            unlock_folder(lock)
 
 
 def _close_copies() -> None:

@@ -362,10 +362,10 @@ class GaterNet(
         A README.md that you wrote stays. Arguments are those of huggingface_hub's `ModelHubMixin.save_pretrained`.
         Raises OSError, with the folder as it was, where the files cannot be written, and ValueError for a run's folder.
         """
-        from gaternet import checkpoint
+        from gaternet import card
 
         kwargs.setdefault("repo_id", Path(save_directory).name)
-        with checkpoint.staged_model(Path(save_directory)) as staging:
+        with card.staged_model(Path(save_directory)) as staging:
             super().save_pretrained(staging, **kwargs)
         return self.push_to_hub(**kwargs) if push_to_hub else None
 
@@ -373,7 +373,7 @@ class GaterNet(
         """Share on the Hugging Face Hub, without this machine's paths to data; see `ModelHubMixin.push_to_hub`."""
         from gaternet import checkpoint
 
-        with checkpoint.without_paths(self):
+        with checkpoint.shared(self):
             return super().push_to_hub(repo_id, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from gaternet.errors import first_misfit
 from gaternet.files import load_tensors
 from gaternet.method import GaterNet
 from gaternet.models.create import build_gated
@@ -45,9 +46,8 @@ def load_official_checkpoint(path: str | Path) -> GaterNet:
         )
         model.load_state_dict(state)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        why = (lines[1:2] or lines or [type(error).__name__])[0]  # PyTorch lists all that does not fit
-        raise ValueError(f"{path} is not in the public code's layout: its tensors do not fit ({why:.200})") from error
+        why = first_misfit(error)
+        raise ValueError(f"{path} is not in the public code's layout: its tensors do not fit ({why})") from error
     return model.eval()
 
 

@@ -1,9 +1,10 @@
-"""What wraps a network, such as what compiles it or spreads it over devices: seen through, or taken off for a while."""
+"""What is around a network: what compiles or spreads it; and what a model does beside running its parts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gaternet.method import GaterNet
 
@@ -16,6 +17,22 @@ def require_gated(model: nn.Module) -> GaterNet:
             "it wraps (model.module)"
         )
     return found
+
+
+@torch.no_grad()
+def require_whole(model: GaterNet, images: Tensor) -> None:
+    """ValueError for a model, in evaluation mode, that does more than run its backbone under its gates.
+
+    What runs these parts by themselves would drop that.
+    """
+    if type(model).forward is GaterNet.forward and not (model._forward_hooks or model._forward_pre_hooks):
+        return
+    whole, parts = model(images), model.forward_gated(images, model.gates(images))
+    if whole.shape != parts.shape or not torch.allclose(whole, parts, equal_nan=True):
+        raise ValueError(
+            f"this {type(model).__name__} does more than run its backbone under its gates, by a forward or hooks of "
+            "its own: do that with what comes out, and pass the model without it"
+        )
 
 
 @contextmanager

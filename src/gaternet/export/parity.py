@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from gaternet.errors import first_line
 from gaternet.method import GaterNet
+from gaternet.wrapping import require_whole
 
 # Of logits, relative to the largest where that is above 1; of gates, and of their distance to the threshold.
 TOLERANCE = 1e-4
@@ -90,11 +91,7 @@ def compare(
     assert gates is not None
     assert run_gated is not None
     wanted, borderline = _gates_of(model, inputs)
-    if not torch.allclose(model(inputs), model.forward_gated(inputs, wanted), equal_nan=True):
-        raise ValueError(
-            f"this {type(model).__name__} does more than run its backbone under its gates, by a forward or hooks of "
-            "its own: do that with what the file gives, and export the model without it"
-        )
+    require_whole(model, inputs)
     different = differing(gates, wanted) & ~borderline
     if different.any():
         raise ExportError(f"the exported gates differ from the model's, {int(different.sum())} of {different.numel()}")

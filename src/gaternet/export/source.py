@@ -13,13 +13,13 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 from gaternet import __version__
+from gaternet.checkpoint import without_paths
 from gaternet.data import Preprocessing
 from gaternet.errors import first_line
 from gaternet.export.gathered import OpenFilters
 from gaternet.export.parity import FAULT, ExportError, Parity, Run, RunGated, compare, make_images
 from gaternet.method import GaterNet
 from gaternet.modes import quiet, without_autocast
-from gaternet.recipe import data_name
 
 Form = Literal["masked", "skipping"]
 _HELD_OUT = 16
@@ -116,10 +116,8 @@ class Source:
 
     def metadata(self) -> dict[str, Any]:
         """What is kept in the file; of the data that it was trained on the name alone, not where they lay."""
-        kept = {key: self._metadata[key] for key in ("classes", "preprocessing", "trained") if key in self._metadata}
-        trained = kept.get("trained")
-        if isinstance(trained, dict) and isinstance(trained.get("data"), str):
-            kept["trained"] = trained | {"data": data_name(trained["data"])}
+        own = without_paths(self._metadata)
+        kept = {key: own[key] for key in ("classes", "preprocessing", "trained") if key in own}
         return {
             "gaternet": __version__,
             "form": self.form,

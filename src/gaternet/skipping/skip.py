@@ -21,7 +21,7 @@ from gaternet.skipping.planner import make_plan
 from gaternet.skipping.program import Program
 from gaternet.skipping.saved import load_plan, save_plan
 from gaternet.skipping.specialise import Specialised, choose_kept
-from gaternet.wrapping import require_gated
+from gaternet.wrapping import require_gated, require_whole
 
 Engine = Literal["auto", "slice", "specialise", "mask"]
 _TRIED = 4  # images on which a plan is compared with its model
@@ -223,7 +223,7 @@ def skip(
         raise ValueError(f"subnetworks must be at least 1, not {subnetworks}")
     with evaluation_mode(model):
         plan = make_plan(read_graph(model.backbone, example_input[:1]), model.sites)
-        _check_whole(model, example_input)
+        require_whole(model, example_input)
         hard = model.plain_gater is not None  # others may be soft
         if engine == "mask":
             own = copy.deepcopy(model)
@@ -250,21 +250,6 @@ def skip(
         skipper = Skipper(sliced.plan, gater, engines[best], best, hard)
         skipper.timings = timings
         return skipper
-
-
-@torch.no_grad()
-def _check_whole(model: GaterNet, example_input: Tensor) -> None:
-    """ValueError for a model that does more than run its backbone under its gates."""
-    if type(model).forward is GaterNet.forward and not (model._forward_hooks or model._forward_pre_hooks):
-        return
-    images = _random_images(_TRIED, example_input)
-    with without_autocast(images.device.type):
-        whole, parts = (_outputs(run, images) for run in (model, lambda x: model.forward_gated(x, model.gates(x))))
-    if whole.shape != parts.shape or not torch.allclose(whole, parts, equal_nan=True):
-        raise ValueError(
-            f"this {type(model).__name__} does more than run its backbone under its gates, by a forward or hooks of "
-            "its own: do that with what the Skipper gives, and pass the model without it"
-        )
 
 
 @torch.no_grad()
