@@ -158,7 +158,7 @@ def test_options_of_the_hub_that_are_ours_are_refused(option, value):
         load_pretrained("owner/name", **{option: value})
 
 
-def test_a_number_beyond_all_bounds_in_a_config_is_no_model(tmp_path):
+def test_a_number_beyond_all_bounds_in_a_config_is_no_model(tmp_path, unchecked_types):
     small().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["gater"]["threshold"] = 10**400
