@@ -1,7 +1,7 @@
 """How fast are exported models? Writes docs/results/export_speed.json; benchmarks/results.py makes the page.
 
 python benchmarks/export.py                            # ResNet-50 at 224 pixels; minutes
-python benchmarks/export.py --trained NAME=RUN=DATA    # and a trained model under its own gates; may be repeated
+python benchmarks/export.py --trained NAME RUN DATA    # and a trained model under its own gates; may be repeated
 
 All run in ONNX Runtime, in turns: the backbone exported without gates, the gated model masked and in its skipping form,
 both with the gater's time, and the plain and the masked one in 8 bits. ResNet-50 has gates at all sites and a fresh

@@ -181,7 +181,12 @@ def silent_points(ledger: list[dict[str, Any]], study: Study) -> str:
     text += f"{networks[0].epochs} epochs ({machines_of([line for lines in groups.values() for line in lines])}). "
     text += f"*Than gated*: the error minus that of {as_code(*gated)} with the same seed"
     titles = [*TITLES[:_ERROR], "than gated", *TITLES[_ERROR:]]
-    return f"{text}, mean and deviation over seeds.\n\n" + table(["question", "recipe", *titles], rows)
+    text += ", mean and deviation over seeds"
+    by_seed = {line["seed"]: line["precision"] for lines in groups.values() for line in lines}
+    if len(set(by_seed.values())) > 1:
+        words = {seed: {"no": "in full precision"}.get(name, f"in {name}") for seed, name in by_seed.items()}
+        text += "".join(f". Seed {seed} is {how}" for seed, how in sorted(words.items()))
+    return f"{text}.\n\n" + table(["question", "recipe", *titles], rows)
 
 
 def difference(lines: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
@@ -256,8 +261,8 @@ def generalisation() -> str:
         shares = [mean("train"), mean("test"), mean("test") - mean("train"), *corrupted, statistics.mean(corrupted)]
         size = f"{lines[0]['parameters'] / 1e6:.2f}M"
         rows.append([as_code(recipe, options), size, str(len(lines)), *(f"{share:.1f}" for share in shares)])
-    text = "`python benchmarks/generalisation.py`: errors in %, of each corruption the mean of three strengths "
-    text += f"({machines_of(recorded)}). {FULL_PRECISION}\n\n"
+    text = "`python benchmarks/generalisation.py --data cifar10.npz RUN...`: errors in %, of each corruption the mean "
+    text += f"of three strengths ({machines_of(recorded)}). {FULL_PRECISION}\n\n"
     titles = ["recipe", "size", "n", "train", "test", "gap", *kinds, "corrupted"]
     return text + table(titles, rows)
 
@@ -311,7 +316,8 @@ def page() -> str:
     return (
         "# Results\n\n"
         "Written by `python benchmarks/results.py` from `docs/results/`; nothing here is typed by hand. Errors are on "
-        "the test set after the last epoch, never the best one. n is the number of runs (seeds).\n\n"
+        "the test set after the last epoch, never the best one. n is the number of runs (seeds). Minutes are "
+        "means over the machines that are named: where these differ they compare no speeds.\n\n"
         "## The paper's rows (Tables 1, 2 and 3)\n\n"
         "Measured by the recipe as it is, at full length; a run with any option changed does not count here.\n\n"
         f"{paper_rows(ledger)}\n"

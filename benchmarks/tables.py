@@ -65,7 +65,7 @@ def _same(ours: Recipe, other: Recipe) -> bool:
 
 CHOSEN = (
     "\\* Chosen among the gated networks that were trained at full length (docs/results.md) by their test errors, "
-    "which favours the seeds that the choice saw: others are to confirm it.\n"
+    "which favours the seeds that were used for the choice: others have to confirm it.\n"
 )
 
 

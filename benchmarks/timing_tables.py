@@ -66,9 +66,10 @@ def skipping() -> str:
         ways = ("plain", "masked", "skipped", "specialised")
         text += ", ".join(f"{right[way]:,} ({100 * right[way] / images:.2f} %) are right {way}" for way in ways) + ". "
         text += f"{len(model['kept'])} subnetworks keep {kept} % of the "
-        text += f"filters; one of them fits {100 * model['fitting']:.0f} % of the test images.\n\n"
-        text += f"`{model['command']}` at commit {model['commit']}, {machine_of(model)}, medians of "
-        text += f"{model['rounds']} turns:\n\n"
+        text += f"filters; for {100 * model['fitting']:.0f} % of the test images at least one of them keeps every open "
+        text += f"filter.\n\n`{model['command']}` at commit {model['commit']}, {machine_of(model)}, medians of "
+        older = "" if model["commit"] == found["commit"] else ". The code, and the command's form, are older than above"
+        text += f"{model['rounds']} turns{older}:\n\n"
         text += timing_table(model["timings"], {})
     return text + "\n### On a GPU\n\n" + skipping_on_gpu()
 
@@ -187,7 +188,7 @@ def training_speed(found: dict[str, Any]) -> str:
     """Steps of the gated model, of its backbone and of its extractor."""
     rows = [
         [
-            f"`{name}`" + ", compiled" * (part == "compiled"),
+            f"`{name}`" + {"compiled": ", compiled", "extractor": ", the gater's extractor"}.get(part, ""),
             f"{1e3 * found['seconds'][part]:{'.2f' if found['machine']['gpus'] else '.0f'}}",
             f"{found['images_per_second'][part]:.0f}",
             f"{100 * found['outside'][part]:.1f} %",

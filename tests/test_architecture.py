@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +61,36 @@ def test_imports_point_one_way(name):
 
 def test_no_modules_import_each_other():
     graphlib.TopologicalSorter({name: top_level_imports(path) for name, path in MODULES.items()}).prepare()
+
+
+def test_the_picture_of_imports_is_theirs():
+    """Of what it shows: each arrow follows from imports, and each import from arrows."""
+    page = (ROOT / "docs" / "design.md").read_text()
+    arrows: dict[str, set[str]] = {}
+    for line in re.findall(r"^    (\w.* --> .*)$", page, re.MULTILINE):
+        names = [part.split(" & ") for part in line.split(" --> ")]
+        for sources, targets in itertools.pairwise(names):
+            for source in sources:
+                arrows.setdefault(source, set()).update(targets)
+    imports: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        package = name.split(".")[0]
+        imports.setdefault(package, set()).update(n.split(".")[0] for n in top_level_imports(path))
+    shown = arrows.keys() | set().union(*arrows.values())
+    assert len(shown) > 30
+    for name in shown:
+        assert reached(arrows, name) == reached(imports, name) & shown - {name}, name
+
+
+def reached(graph: dict[str, set[str]], start: str) -> set[str]:
+    """Where the edges lead, in one step or several."""
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        new = graph.get(waiting.pop(), set()) - found - {start}
+        found |= new
+        waiting += new
+    return found
 
 
 def test_files_stay_small_enough_to_read():

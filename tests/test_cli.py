@@ -181,7 +181,9 @@ def test_values_to_vary_have_the_type_of_their_option():
 
 def test_recipes_lists_all():
     assert [item["name"] for item in json.loads(call("recipes", "--json"))] == list(RECIPES)
-    assert "cifar100_resnet164_gated" in call("recipes")
+    listed = " ".join(call("recipes").split())
+    assert "cifar100_resnet164_gated" in listed
+    assert all(recipe.paper or recipe.about in listed for recipe in RECIPES.values())
 
 
 def test_a_recipes_options_are_shown_as_they_are_given():

@@ -366,7 +366,7 @@ def test_a_group_shares_a_gate(size, tmp_path):
 
 
 def test_a_group_has_at_least_one_filter():
-    with pytest.raises(ValueError, match="group_size must be at least 1, but is 0"):
+    with pytest.raises(ValueError, match="group_size must be a whole number, at least 1, but is 0"):
         gate(custom(), IMAGES, group_size=0)
 
 

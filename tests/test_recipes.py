@@ -131,7 +131,15 @@ def test_a_changed_recipe_no_longer_stands_for_the_papers_row():
     assert moved == dataclasses.replace(RECIPE, data="/data/cifar10.npz")
 
 
-@pytest.mark.parametrize("name", ["epoch", "name", "paper", "gating", "optimizer"])
+def test_each_recipe_says_what_it_is_until_it_is_changed():
+    assert all(bool(recipe.about) == (recipe.paper is None) for recipe in RECIPES.values())
+    recipe = find_recipe("short_resnet20_half")
+    assert override(recipe, {"data": "/data/cifar10.npz"}).about == recipe.about
+    assert not override(recipe, {"epochs": 9}).about
+    assert recipe == dataclasses.replace(recipe, about="")  # words are none of its options
+
+
+@pytest.mark.parametrize("name", ["epoch", "name", "paper", "about", "gating", "optimizer"])
 def test_override_refuses_options_that_are_none(name):
     with pytest.raises(ValueError, match=f"a recipe has no option '{name}'"):
         override(RECIPE, {"lr": 0.2, name: 1})
@@ -236,6 +244,6 @@ def test_cheap_gaters_cost_what_method_md_says():
         shares.append(macs.gater / macs.backbone)
         stem = next(module for module in network.gater.modules() if isinstance(module, nn.Conv2d))
         stem_share = stem.weight.numel() * 16 * 16 / macs.gater
-    text = "8 % of ResNet-20's MACs, 3 % of ResNet-56's. Its own stem is 3 % of that"
-    assert re.findall(r"(\d+) %", text) == [f"{100 * share:.0f}" for share in (*shares, stem_share)]
+    text = "7.7 % of ResNet-20's MACs, 2.5 % of ResNet-56's. Its own stem is 3.5 % of that"
+    assert re.findall(r"([\d.]+) %", text) == [f"{100 * share:.1f}" for share in (*shares, stem_share)]
     assert text in (Path(__file__).parents[1] / "docs" / "method.md").read_text().replace("\n", " ")

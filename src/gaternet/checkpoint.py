@@ -26,7 +26,7 @@ from gaternet.files import read_json, write_atomically, write_json
 from gaternet.method import Gater, GaterNet, GateSite
 from gaternet.models.create import build_gated, create_backbone, fitting
 from gaternet.recipe import data_name
-from gaternet.wrapping import unwrapped
+from gaternet.wrapping import require_network, unwrapped
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -124,8 +124,8 @@ def load_model(
     if not isinstance(metadata, dict):
         raise ValueError(f"{directory / CONFIG} does not describe a model of gaternet's: its metadata are no object")
     for part, given in (("backbone", backbone), ("extractor", extractor)):
-        if given is not None and not isinstance(given, nn.Module):
-            raise TypeError(f"{part} must be a network, not {given!r:.60}: make it first, say by timm.create_model")
+        if given is not None:
+            require_network(given, part)
         if given is not None and any(parameter.is_meta for parameter in given.parameters()):
             raise ValueError(f"the {part} has no numbers, on the device meta: make it on the CPU")
         if isinstance(metadata.get(part), dict) and "pretrained" in metadata[part]:  # a file starts no download
@@ -199,13 +199,14 @@ def load_pretrained(
 
     Args:
         model_id: the folder, or the Hub's "owner/name".
-        backbone, extractor: see `load_model`.
+        backbone, extractor: networks of the saved architecture, for parts that neither timm nor `create_model` made;
+            their weights are overwritten.
         hub_options: of huggingface_hub's `snapshot_download`: revision, token, cache_dir, local_files_only, ...
 
     Raises:
         ValueError: there is no GaterNet there, or it is damaged.
         FileNotFoundError: there is no such folder, and no such model on the Hub.
-        TypeError: for an option that there is not.
+        TypeError: for an option that there is not, or a part that is no network.
     """
     known = inspect.signature(snapshot_download).parameters.keys() - {"repo_id", "allow_patterns"}
     if unknown := hub_options.keys() - known:

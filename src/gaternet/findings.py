@@ -141,14 +141,15 @@ class GateAnalysis:
     def save(self, directory: str | Path, *, forced: "Forced | None" = None, title: str = "Gates") -> Path:
         """Write index.html, a page that shows all this and needs no network, and gates.json; the page's path.
 
-        `forced` is what `gaternet.forcing.force_gates` found, for the page's last part.
+        `forced` is what `gaternet.forcing.force_gates` found, for the page's last part. Raises OSError where
+        they cannot be written.
         """
         from gaternet.report import write_report
 
         return write_report(self, Path(directory), forced=forced, title=title)
 
     def information(self) -> Float[NDArray[np.float64], " gates"]:
-        """Mutual information of each gate and the class, in bits, (C,)."""
+        """Mutual information of each gate and the class, in bits, (C,): 0 to 1, and to log2 K for K classes."""
         return mutual_information(self.class_open, self.counts)
 
     def information_by_chance(self, draws: int = 20, seed: int = 0) -> Float[NDArray[np.float64], "draws gates"]:

@@ -11,6 +11,7 @@ from gaternet.method import Gater, GaterNet, refuse_gated
 from gaternet.models.create import create_extractor, describe_backbone
 from gaternet.modes import run_once
 from gaternet.sites import Selection, find_sites
+from gaternet.wrapping import require_network
 
 OPEN_BIAS = 2.0  # with the paper's noise, 98 % of the hard gates are then open in the first training step
 _BUDGET = 0.05  # share of the backbone's MACs that the default gater may cost
@@ -41,7 +42,8 @@ def gate(
         gater: the extractor E, a network without its output layer: a module that maps images to features (B, h), or a
             name: one of the paper's CIFAR models ("resnet20") or of timm's ("resnet18"), with fresh weights. Default:
             cheap, a ResNet-20 on the shrunk image, which costs at most 5 % of the MACs of backbones above 0.5 GMAC,
-            unless that would leave less than 8 pixels of the image's short side.
+            unless that would leave less than 8 pixels of the image's short side. Of smaller backbones it may take more,
+            for it leaves them 16 pixels: a quarter of a ResNet-20's MACs at 32 pixels.
         shrink: a gater given by name sees the image average-pooled by this factor. Default: 1, or what the default
             gater needs to be cheap.
         sites: which filters, see `find_sites`: "residual" (the paper's), "all", or a predicate.
@@ -57,14 +59,14 @@ def gate(
         timm and from `create_model`; others are given to `from_pretrained`.
 
     Raises:
-        ValueError: no filter can be gated, the network cannot be exported, or the extractor gives no features (B, h);
-            or there is an initial bias although `open` has its own.
+        ValueError: no filter can be gated, the network cannot be exported or is gated already, or the extractor gives
+            no features (B, h); the example is no float tensor of images; an option is out of range, or goes with
+            another: an initial bias with `open`, `shrink` with a gater that is a module.
         TypeError: the backbone is no module; or the gater neither that nor a name, or a `Gater`.
     """
     if open and initial_bias:
         raise ValueError("initial_bias says how open the gates start: leave it out where open is set")
-    if not isinstance(backbone, nn.Module):
-        raise TypeError(f"the backbone must be a network, not {backbone!r}: make it first, say by timm.create_model")
+    require_network(backbone, "backbone")
     if gater is not None and not isinstance(gater, str | nn.Module):
         raise TypeError(f"gater must be a network or the name of one, not {gater!r}")
     if isinstance(gater, Gater | GaterNet):

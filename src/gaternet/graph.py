@@ -20,6 +20,7 @@ from torch.fx import Node
 from gaternet.aliasing import in_place, read_what_was_written
 from gaternet.errors import first_line
 from gaternet.modes import evaluation_mode, quiet, without_autocast
+from gaternet.wrapping import require_network
 
 # What an operation does to the channels (dimension 1) of a tensor: "keep" acts on each by itself and turns a channel of
 # zeros into one of zeros; "shift" acts on each by itself, but zeros become something else; "view" only moves values.
@@ -290,7 +291,9 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
 
     Raises:
         ValueError: the network cannot be exported, or does not take such images.
+        TypeError: it is no module.
     """
+    require_network(backbone, "backbone")
     if not isinstance(example_input, Tensor) or example_input.ndim != 4:
         given = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
         raise ValueError(f"the example must be one tensor of images (B, channels, H, W), not {given}")

@@ -64,7 +64,7 @@ def improved_semhash(
 
 
 def gate_sparsity(gates: Float[Tensor, "batch gates"]) -> Float[Tensor, ""]:
-    """Mean over samples of ||g||_1 / C, in [0, 1]: the share of open gates, the paper's penalty (equation 8)."""
+    """Mean over samples of ||g||_1 / C, in [0, 1], the paper's penalty (equation 8): of hard gates the open share."""
     return gates.abs().mean()
 
 

@@ -20,6 +20,7 @@ def load_official_checkpoint(path: str | Path) -> GaterNet:
     above 0.49999, that is where the logit is above -3.3e-5.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file is damaged, unsafe, or of another layout.
     """
     saved = load_tensors(Path(path))

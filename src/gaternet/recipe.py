@@ -95,7 +95,8 @@ class Gating:
     sparsity_ramp: float = option(0.0, "epochs over which it then rises linearly to its full value")
     penalty: Literal["gates", "sites", "each", "macs"] = option(
         "gates",
-        "density of: gates, all together; sites, each by itself; each gate by itself; macs, the backbone's MACs",
+        "density of what: gates (all together), sites (each site by itself), each (each gate by itself), macs (the "
+        "backbone's MACs)",
     )
     auxiliary_weight: float = option(0.0, "weight of the loss of a classifier on E's features, which only training has")
     freeze: Literal["none", "backbone", "gater"] = option("none", "part that does not learn: none, backbone, gater")
@@ -190,6 +191,7 @@ class Recipe:
     gating: Gating = Gating()
     distillation: Distillation = Distillation()
     paper: PaperRow | None = None
+    about: str = field(default="", compare=False)  # what it is, in a few words
 
     def __post_init__(self) -> None:
         _check(self, "model", (self.model is None) != (self.backbone is None), "left out where backbone is set")
@@ -227,7 +229,9 @@ class Runtime:
     """How a run is carried out on a machine: its speed, rounding, and the random numbers that are drawn."""
 
     cpu: bool = option(False, "run on the CPU even if there is a GPU")
-    precision: Literal["auto", "no", "bf16", "fp16"] = option("auto", "no, bf16, fp16, or auto: bf16 where fast")
+    precision: Literal["auto", "no", "bf16", "fp16"] = option(
+        "auto", "no (float32), bf16, fp16, or auto: bf16 where fast"
+    )
     channels_last: bool = option(True, "keep images as NHWC in memory")
     compile: bool = option(False, "compile the model with torch.compile")
     cuda_graph: bool = option(
@@ -285,7 +289,7 @@ def flat_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a recipe, as plain data, and of its groups, under their names on the command line."""
     plain = json.loads(json.dumps(recipe))  # tuples are lists in what was saved
     groups = [plain.pop(group, {}) for group in GROUPS]  # older runs have fewer
-    options = {name: value for name, value in plain.items() if name not in ("name", "paper")}
+    options = {name: value for name, value in plain.items() if name not in ("name", "paper", "about")}
     return options | {name: value for group in groups for name, value in group.items()}
 
 
@@ -297,8 +301,8 @@ def data_name(source: str) -> str:
 def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """The recipe with some fields changed; those of a group, say `optimizer`, are named without it.
 
-    A changed recipe no longer stands for the paper's row, so it loses `paper`; one whose values are the same keeps it,
-    also where it finds the same data elsewhere, in a file or folder with the set's name.
+    A changed recipe no longer stands for the paper's row, so it loses `paper`, and `about`; one whose values are the
+    same keeps them, also where it finds the same data elsewhere, in a file or folder with the set's name.
 
     Raises:
         ValueError: for a field that does not exist, or a value out of range.
@@ -317,10 +321,10 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         options = getattr(recipe, group)
         names = {f.name for f in dataclasses.fields(options)}
         groups[group] = dataclasses.replace(options, **{name: changes.pop(name) for name in names & changes.keys()})
-    known = {f.name for f in dataclasses.fields(recipe)} - {"name", *GROUPS, "paper"}
+    known = {f.name for f in dataclasses.fields(recipe)} - {"name", *GROUPS, "paper", "about"}
     if unknown := sorted(changes.keys() - known):
         raise ValueError(f"a recipe has no option {unknown[0]!r}: see gaternet train --help")
     changed = dataclasses.replace(recipe, **groups, **changes)
     same_data = data_name(changed.data) == data_name(recipe.data)
     same = same_data and dataclasses.replace(changed, data=recipe.data) == recipe
-    return changed if same else dataclasses.replace(changed, paper=None)
+    return changed if same else dataclasses.replace(changed, paper=None, about="")

@@ -134,7 +134,8 @@ class RunDirectory:
         before = self.config()
         now, defaults = (json.loads(json.dumps(c)) for c in (config, {"recipe": dataclasses.asdict(Recipe(""))}))
         for each in (before, now):
-            each["recipe"].pop("paper", None)  # the same options may have been given otherwise
+            for words in ("paper", "about"):  # the same options may have been given otherwise
+                each["recipe"].pop(words, None)
         if (given := before.get("network")) and "network" not in now:
             raise ValueError(
                 f"{self.path} trains a {given} that it was given in Python: resume it there with network=..., or name "

@@ -61,15 +61,17 @@ def find_sites(
         that is gated, too.
 
     Raises:
-        ValueError: the network cannot be exported, or none of its filters can be gated; the message says why.
+        ValueError: the network cannot be exported, or none of its filters can be gated, the message says why; or the
+            example is no tensor of images, or group_size below 1.
+        TypeError: the backbone is no module.
     """
     return list(examine(read_graph(backbone, example_input), sites, group_size).sites)
 
 
 def examine(graph: Graph, sites: Selection = "residual", group_size: int = 1) -> SiteReport:
     """`find_sites` on a graph that was read already, with the reasons for what is left out."""
-    if group_size < 1:
-        raise ValueError(f"group_size must be at least 1, but is {group_size}")
+    if not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(f"group_size must be a whole number, at least 1, but is {group_size!r}")
     if not callable(sites) and sites not in ("residual", "all"):
         raise ValueError(f"sites must be 'residual', 'all' or a predicate on (name, module), not {sites!r:.60}")
     places: dict[Node, _Place] = {}

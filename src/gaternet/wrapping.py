@@ -9,6 +9,12 @@ from torch import Tensor, nn
 from gaternet.method import GaterNet
 
 
+def require_network(part: object, name: str) -> None:
+    """TypeError if the part of that name is no module."""
+    if not isinstance(part, nn.Module):
+        raise TypeError(f"the {name} must be a network, not {part!r:.60}: make it first, say by timm.create_model")
+
+
 def require_gated(model: nn.Module) -> GaterNet:
     """The GaterNet that a model is, or that was compiled to it; TypeError if it is none."""
     if not isinstance(found := getattr(model, "_orig_mod", model), GaterNet):

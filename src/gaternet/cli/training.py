@@ -136,7 +136,10 @@ def _sweep(
     seeds: Annotated[int, typer.Option(min=1, help="runs of each, with seeds 0, 1, ...")] = 3,
     vary: Annotated[
         list[str] | None,
-        typer.Option(help="an option and values, say noise-std=0,0.5; one option at a time; may be repeated"),
+        typer.Option(
+            help="an option and values, say noise-std=0,0.5: each in a run of its own beside the recipe as it is; may "
+            "be repeated, and options are not combined"
+        ),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs side by side, on one GPU too")] = 1,
     minutes: Annotated[float | None, typer.Option(min=0, help="stop after so many, with all saved")] = None,
@@ -283,15 +286,19 @@ def recipes(
         for recipe in chosen:
             console.print(_values(recipe))
         return
-    table = Table(box=None)
-    table.add_column("recipe", no_wrap=True)
-    for title in ("epochs", "gates", "paper's size", "paper's error"):
-        table.add_column(title, justify="right")
+    ours, papers = Table(box=None), Table(box=None)
+    for table, titles in ((ours, ("epochs",)), (papers, ("epochs", "gates", "paper's size", "paper's error"))):
+        table.add_column("recipe", no_wrap=True)
+        for title in titles:
+            table.add_column(title, justify="right")
+    ours.add_column("what it trains")
     for recipe in RECIPES.values():
-        paper = recipe.paper
-        facts = (f"{paper.gates or '-'}", paper.params or "", f"{paper.error:.2f} %") if paper else ("", "", "")
-        table.add_row(recipe.name, str(recipe.epochs), *facts)
-    console.print(table)
+        name, epochs, paper = recipe.name, str(recipe.epochs), recipe.paper
+        if paper is None:
+            ours.add_row(name, epochs, recipe.about)
+        else:
+            papers.add_row(name, epochs, f"{paper.gates or '-'}", paper.params or "", f"{paper.error:.2f} %")
+    console.print(ours, "", papers)
 
 
 def _values(recipe: Recipe) -> Table:

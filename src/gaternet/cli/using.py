@@ -19,7 +19,7 @@ def evaluate(
     data_root: Annotated[str | None, typer.Option(help="where torchvision's data sets lie")] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="run on the CPU even if there is a GPU")] = False,
     precision: Annotated[
-        Literal["auto", "no", "bf16", "fp16"], typer.Option(help="no, bf16, fp16, or auto: the run's")
+        Literal["auto", "no", "bf16", "fp16"], typer.Option(help="no (float32), bf16, fp16, or auto: the run's")
     ] = "auto",
     as_json: JsonOption = False,
 ) -> None:

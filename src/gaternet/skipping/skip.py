@@ -131,12 +131,13 @@ class Skipper(nn.Module):
 
         Args:
             directory: where it is.
-            kernels: see `make_program`.
+            kernels: as in `skip`.
             device: where it is to run, "cuda" say.
 
         Raises:
             OSError: there are no such files.
             ValueError: they are something else.
+            NativeUnavailableError: as in `skip`.
         """
         root = Path(directory)
         config = read_json(root / "config.json")
@@ -200,7 +201,9 @@ def skip(
             "slice", "mask" and, where there is a calibration, "specialise".
         calibration: gates that images really have, say those of the training images, each 0 or 1.
         subnetworks: how many "specialise" makes at most; each holds the weights that it keeps.
-        kernels: what "slice" and "specialise" compute with, see `make_program`.
+        kernels: what "slice" and "specialise" compute with: "native", compiled C++ for float32 on CPUs; "triton" for
+            CUDA; "torch", on any device, slowly. "auto" takes the fast ones where they run, and warns where they should
+            and do not.
 
     Raises:
         ValueError: the backbone cannot be exported, or gives other than one tensor (B, ...), or lets images change each
@@ -208,6 +211,7 @@ def skip(
             calibration or one of another shape; or the model does more than run its backbone under its gates. A gater
             that has no plan, or differs from it, runs as it is.
         TypeError: the model is no GaterNet.
+        NativeUnavailableError: `kernels` is "native", and there is no C++ compiler, or it is not for these weights.
     """
     model = require_gated(model)
     if engine not in get_args(Engine):
