@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -307,3 +308,17 @@ def test_preprocessing_that_cannot_be_is_refused(changes, message, unchecked_typ
         Preprocessing(**(known | changes))
     with pytest.raises(DataError, match=f"does not say how images become its input .*{message}"):
         Preprocessing.from_metadata({"preprocessing": known | changes})
+
+
+def test_known_sets_have_their_published_statistics(tmp_path, monkeypatch):
+    known = {
+        "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+        "fashion_mnist": ((0.2860,), (0.3530,)),
+    }
+    for name, (mean, std) in known.items():
+        images = np.zeros((2, 4, 4, 3) if len(mean) == 3 else (2, 4, 4), np.uint8)
+        stub = Mock(return_value=Mock(data=images, targets=[0, 1], classes=("a", "b")))
+        monkeypatch.setitem(TORCHVISION, name, stub)
+        found = load_data(name, root=tmp_path).preprocessing
+        assert (found.mean, found.std) == (mean, std)

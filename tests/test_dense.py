@@ -9,7 +9,7 @@ from random_networks import chain_of
 from skipped_networks import gated
 from small_networks import IMAGES
 
-from gaternet.skipping.bench import bench, time_interleaved
+from gaternet.skipping.bench import Timing, bench, over, spread, time_interleaved
 from gaternet.skipping.dense import build_dense
 
 NEEDS = {"onnxruntime": ("onnxscript", "onnxruntime"), "openvino": ("onnxscript", "openvino")}
@@ -78,3 +78,15 @@ def test_every_density_asked_for_has_rows_of_its_own():
     assert [timing.density for timing in found[:5]] == [None, 1, 1, 1, 1]
     assert all(timing.density != 1 and timing.macs < found[0].macs for timing in found[5:7])
     assert found[0].over_dense == 1
+
+
+def test_ratios_and_spreads_are_of_what_was_timed():
+    assert over([[2.0, 4.0, 100.0], [6.0], [9.0, 9.0]], [[1.0, 1.0, 1.0], [2.0], [9.0, 9.0]]) == 3
+    assert spread([[0.001, 0.003], [0.002]]) == pytest.approx((2, 1.2, 2.8))
+    assert Timing("x", 16, None, 0.0, 2.0, 2.0, 2.0, None).images_per_second == 8000
+
+
+def test_what_runs_to_warm_up_is_not_timed():
+    calls = []
+    times = time_interleaved({"a": lambda: calls.append(0)}, rounds=2, seconds=0.01)
+    assert 2 <= sum(map(len, times["a"])) < 0.9 * len(calls)

@@ -14,7 +14,7 @@ from small_networks import IMAGES, Net, conv, norm
 from torch import nn
 
 import gaternet
-from gaternet.skipping.native import NativeProgram
+from gaternet.skipping.native import NativeProgram, library
 
 
 def test_threads_change_no_bit():
@@ -159,3 +159,25 @@ def test_one_thread_compiles_at_a_time(monkeypatch, tmp_path):
         for waiting in [pool.submit(library.load_library) for _ in range(3)]:
             with pytest.raises(library.NativeUnavailableError, match="1 at a time"):
                 waiting.result()
+
+
+def test_a_library_is_compiled_anew_for_other_sources_or_another_processor(monkeypatch, tmp_path):
+    names = []
+
+    def fail(compiler: str, path: Path) -> None:
+        names.append(path.name)
+        raise library.NativeUnavailableError("not now")
+
+    monkeypatch.setattr(library, "_compile", fail)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "program.cpp"
+    source.write_text("// another version")
+    for changes in ({}, {"_processor": lambda: "another"}, {"_SOURCES": [source]}):
+        with monkeypatch.context() as patch:
+            for name, value in changes.items():
+                patch.setattr(library, name, value)
+            library._load.cache_clear()
+            with pytest.raises(library.NativeUnavailableError):
+                library.load_library()
+    library._load.cache_clear()
+    assert len(set(names)) == 3

@@ -201,3 +201,21 @@ def test_classes_of_a_file_have_the_names_of_its_set(tmp_path):
     found, unnamed = (predict(*load(tmp_path / name), [picture(tmp_path / "0.png")], top=10)[0] for name in "ab")
     assert {name for name, _ in found.classes} >= {"bird", "truck"}
     assert {name for name, _ in unnamed.classes} == set(about["classes"])
+
+
+def test_names_and_shares_are_those_of_the_network(tmp_path):
+    names = [f"class {letter}" for letter in "abcdefghij"]
+    model, data = create_model("resnet8_gated", 10, 1), load_data("digits")
+    assert isinstance(model, GaterNet)
+    save_model(model, tmp_path / "m", {**model.metadata, **data.metadata(), "classes": names})
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, path in enumerate(paths):
+        Image.fromarray(data.test[i][0][0].numpy()).save(path)
+    network, metadata = load(tmp_path / "m")
+    found = predict(network, metadata, paths, top=4)
+    with torch.no_grad():
+        shares = network(data.preprocessing.normalize(data.test.take(range(3)))).softmax(1)
+    for one, row in zip(found, shares.tolist(), strict=True):
+        expected = sorted(zip(row, names, strict=True), reverse=True)[:4]
+        assert [name for name, _ in one.classes] == [name for _, name in expected]
+        assert [share for _, share in one.classes] == pytest.approx([share for share, _ in expected], rel=1e-4)

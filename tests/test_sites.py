@@ -1,6 +1,7 @@
 """Which filters get gates, where, and how they are counted."""
 
 import copy
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -372,3 +373,23 @@ def test_a_mean_over_everything_mixes_channels():
         return net.two(x - x.mean(dim=None, keepdim=True))
 
     assert reasons(Net(forward, one=conv(3, 1), two=conv(1, 8))) == {}
+
+
+def test_ways_that_part_and_meet_again_are_followed_once():
+    """x + x * a(x) behind each addition: the number of ways doubles with each unit."""
+    units = [(conv(8, 8), conv(8, 8, 1)) for _ in range(20)]
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = net.first(x)
+        for i in range(len(units)):
+            x = x + getattr(net, f"conv{i}")(x)
+            x = x + x * getattr(net, f"scale{i}")(x.mean((2, 3), keepdim=True)).sigmoid()
+        return x
+
+    parts = {
+        f"{name}{i}": part for i, pair in enumerate(units) for name, part in zip(("conv", "scale"), pair, strict=True)
+    }
+    start = time.monotonic()
+    found = find_sites(Net(forward, first=conv(3, 8), **parts), IMAGES)
+    assert [site.conv for site in found if site.role == "residual"][-1] == "conv19"
+    assert time.monotonic() - start < 60

@@ -15,6 +15,7 @@ import pytest
 
 from gaternet.evaluate import evaluate_saved
 from gaternet.ledger import add_run, changed_options, describe_run, find_line, read_ledger, train_flags
+from gaternet.provenance import describe_machine
 from gaternet.recipe import Recipe, Runtime, override
 from gaternet.recipes import RECIPES, find_recipe
 from gaternet.run import RunDirectory
@@ -105,7 +106,7 @@ def test_ledger_says_what_was_measured(swept):
     for name in ("parameters", "backbone_macs", "gater_macs", "gated_macs"):
         assert line[name] == measured[name]
     assert 0 < line["seconds"] < 600
-    assert line["commit"]
+    assert line["commit"] == describe_machine()["commit"]  # none outside of a git checkout
     assert line["machine"]["cores"] >= 1
     assert lines[0]["gates"] is lines[0]["gated_macs"] is None
     assert "noise_std" not in lines[0]["options"]
@@ -239,13 +240,20 @@ def test_the_last_words_of_an_error_in_a_frame_are_its_words(tmp_path):
     assert Job(PLAIN, 0, tmp_path).last_words() == "No such option: --x"
 
 
+def wait_for(process: subprocess.Popen[Any], path: Path) -> None:
+    """Until the file is there, or the process has ended."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not path.exists():
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.02)
+
+
 def test_a_sweep_that_is_stopped_goes_on(tmp_path, gaternet_command):
     words = ["sweep", "digits_resnet20", "--seeds", "1", "--epochs", "8", "--out", str(tmp_path), "--cpu", "--json"]
     run = tmp_path / "digits_resnet20,epochs=8" / "seed0"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([*gaternet_command, *words], **pipes)
-    while process.poll() is None and not (run / "training.pt").exists():
-        time.sleep(0.02)
+    wait_for(process, run / "training.pt")
     process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=120)
     assert process.returncode == 130
@@ -269,8 +277,7 @@ def test_runs_end_with_their_sweep_however_that_ends(tmp_path, gaternet_command,
         stderr=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
     )
-    while process.poll() is None and not (run / "training.pt").exists():
-        time.sleep(0.02)
+    wait_for(process, run / "training.pt")
     process.send_signal(signum)
     assert process.wait(120) in (128 + signum, -signum)
     deadline = time.monotonic() + 60

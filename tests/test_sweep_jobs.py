@@ -285,3 +285,18 @@ def test_a_table_shows_what_a_run_printed_as_it_is(tmp_path, monkeypatch, capsys
     with _Overview([job]):
         pass
     assert job._refusal in capsys.readouterr().out
+
+
+def test_runs_side_by_side_share_the_cores(tmp_path, monkeypatch):
+    found = []
+
+    def start(job: Job, runtime: Any, ledger: Any, environment: dict[str, str]) -> None:
+        found.append(environment["OMP_NUM_THREADS"])
+        job.state = "finished"
+
+    monkeypatch.setattr(Job, "start", start)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+    jobs = make_jobs([find_recipe("digits_resnet20")], [0, 1], tmp_path)
+    sweep(jobs, tmp_path / "ledger.jsonl", Runtime(cpu=True), at_once=2)
+    assert found == ["4", "4"]

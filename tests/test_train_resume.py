@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -386,7 +387,7 @@ def test_full_disk_is_an_error_and_leaves_the_last_checkpoint_whole(finished, tm
     run = tmp_path / "run"
     options = ["--epochs", "2", "--batch-size", "256", "--cpu", "--out", str(run)]
     # A file-size limit below the checkpoint's size, where a real full disk would say "no space left".
-    limited = f"ulimit -f 1000; exec {' '.join(gaternet_command)} train digits_resnet20_gated {' '.join(options)}"
+    limited = f"ulimit -f 1000; exec {shlex.join([*gaternet_command, 'train', 'digits_resnet20_gated', *options])}"
     failed = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
     assert failed.returncode == 1
     assert "Traceback" not in failed.stderr

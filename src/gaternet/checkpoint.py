@@ -26,7 +26,7 @@ from gaternet.files import read_json, write_atomically, write_json
 from gaternet.method import Gater, GaterNet, GateSite
 from gaternet.models.create import build_gated, create_backbone, fitting
 from gaternet.recipe import data_name
-from gaternet.wrapping import require_network, unwrapped
+from gaternet.wrapping import refuse_wrapped, require_network, unwrapped
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -42,6 +42,7 @@ def save_model(model: nn.Module, directory: Path, metadata: Mapping[str, Any] | 
             without which the model cannot be loaded by itself; the rest is kept as it is. Default: the model's own.
             A description that a part no longer fits, since it was changed after gating, is left out.
     """
+    refuse_wrapped(model)
     config: dict[str, Any] = {"gaternet": __version__}
     with unwrapped(model):
         if isinstance(model, GaterNet):

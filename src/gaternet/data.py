@@ -276,7 +276,7 @@ def read_image(path: str | Path, channels: int) -> UInt8[Tensor, "chans h w"]:
         raise DataError(f"no image {path}: check the path") from error
     except IsADirectoryError as error:
         raise DataError(f"{path} is a folder: name the images in it, say {path}/*") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read image {path} ({error}): repair or remove the file") from error
     raise DataError(f"image {path} holds signed, 32-bit or float pixels: convert it to 8 bits")
 

@@ -34,5 +34,6 @@ def fills_memory(error: BaseException) -> bool:
 
 
 def some(classes: Sequence[Any]) -> str:
-    """Names of classes on one line, the first ten of many."""
-    return ", ".join(" ".join(str(name).split()) for name in classes[:10]) + (" ..." if len(classes) > 10 else "")
+    """Names of classes on one line, the first ten of many; what is no UTF-8, as in names of folders, in ASCII."""
+    words = (" ".join(str(name).split()).encode(errors="backslashreplace").decode() for name in classes[:10])
+    return ", ".join(words) + (" ..." if len(classes) > 10 else "")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from gaternet.aliasing import in_place, read_what_was_written
-from gaternet.errors import first_line
+from gaternet.errors import fills_memory, first_line
 from gaternet.modes import evaluation_mode, quiet, without_autocast
 from gaternet.wrapping import require_network
 
@@ -304,6 +304,8 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
         with quiet(), precision, evaluation_mode(twin), _as_it_was(twin), torch.no_grad():
             program = torch.export.export(twin, (example_input,), strict=False)
     except Exception as error:  # tracing runs the network's own code, which may raise anything
+        if fills_memory(error):
+            raise
         raise ValueError(
             f"{type(backbone).__name__} cannot be exported with images {tuple(example_input.shape)} "
             f"({first_line(error)}): try "

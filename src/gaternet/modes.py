@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaternet.errors import first_line
+from gaternet.errors import fills_memory, first_line
 
 _ALONE = threading.RLock()
 
@@ -23,6 +23,8 @@ def run_once(network: nn.Module, images: Tensor, name: str) -> Any:
         with evaluation_mode(network):
             return network(images)
     except Exception as error:  # the network's own code may raise anything
+        if fills_memory(error):
+            raise
         raise ValueError(
             f"{name} cannot take images {tuple(images.shape)} ({first_line(error)}): give images of another size, or "
             "shrink them less"
@@ -67,4 +69,6 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 def channels_last_(network: nn.Module) -> None:
     """Let weights lie as NHWC in memory; with images that do, convolutions are faster on most devices."""
-    network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in PyTorch's stubs)
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.ndim == 4:  # nn.Module.to takes no tensors of other ranks above that
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)

@@ -165,8 +165,11 @@ def make_optimizer(
     options, gater_lr = recipe.optimizer, recipe.gating.gater_lr
     groups: list[dict[str, Any]] = [{"params": list(network.parameters()), "scale": 1.0}]
     if isinstance(network, GaterNet) and gater_lr is not None:
-        parts = ((network.backbone, 1.0), (network.gater, gater_lr / options.lr))
-        groups = [{"params": list(part.parameters()), "scale": scale} for part, scale in parts]
+        own = {id(parameter) for parameter in network.gater.parameters()}
+        parts: list[list[nn.Parameter]] = [[], []]  # what a subclass adds learns like the backbone
+        for parameter in network.parameters():
+            parts[id(parameter) in own].append(parameter)
+        groups = [{"params": parts[0], "scale": 1.0}, {"params": parts[1], "scale": gater_lr / options.lr}]
     if auxiliary is not None:
         groups[-1]["params"] += auxiliary.parameters()
     return torch.optim.SGD(

@@ -40,7 +40,7 @@ def schedule(recipe: Recipe, step: int, steps_per_epoch: int) -> Schedule:
 def unreached(recipe: Recipe) -> list[str]:
     """What a recipe's schedules would come to, had it more epochs; a sentence each."""
     gating, found = recipe.gating, list[str]()
-    if recipe.gated and (gating.sparsity or gating.target_density is not None):
+    if recipe.gated and gating.freeze != "gater" and (gating.sparsity or gating.target_density is not None):
         ramp = penalty_ramp(gating, recipe.epochs - 1e-9)
         if ramp < 1 - 1e-6:
             found.append(

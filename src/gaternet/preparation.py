@@ -1,6 +1,6 @@
 """What a training works with, made before anything is written: here it is found out what cannot be trained."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,7 @@ from gaternet.network import (
 from gaternet.recipe import Recipe, Runtime
 from gaternet.state import TrainingState
 from gaternet.step import CapturedStep, TrainingStep, captured
+from gaternet.wrapping import refuse_wrapped
 
 
 @dataclass
@@ -90,6 +91,8 @@ def prepare(
     sides, cutout = (data.preprocessing.height, data.preprocessing.width), recipe.augmentation.cutout
     if cutout >= 2 * max(sides) - 1:
         raise ValueError(f"cutout {cutout} covers images of {sides[0]} x {sides[1]} pixels whole: lower it")
+    if network is not None:
+        refuse_wrapped(network)
     if network is not None and recipe.gated and not isinstance(network, GaterNet):
         raise ValueError(
             f"the recipe {recipe.name} trains gates, and the network has none: gate it with gaternet.gate first, or "
@@ -112,7 +115,7 @@ def prepare(
     if runtime.channels_last:
         channels_last_(network)
     decay = recipe.optimizer.ema_decay
-    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+    ema = AveragedModel(network, multi_avg_fn=_averaging(decay), use_buffers=True) if decay else None
     learner, auxiliary = network, None
     gater = density_of = None
     if isinstance(network, GaterNet):
@@ -142,6 +145,21 @@ def prepare(
         train_batches=make_batches(data.train, recipe.batch_size, runtime, accelerator, seed),
         test_batches=make_batches(data.test, evaluated, runtime, accelerator),
     )
+
+
+def _averaging(decay: float) -> Callable[[Any, Any, Any], None]:
+    """PyTorch's moving average, but that whole numbers, such as indices, are taken over: it would round them down."""
+    average = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], values: list[Tensor], count: Any) -> None:
+        if averages[0].is_floating_point() or averages[0].is_complex():
+            average(averages, values, count)
+        else:
+            for held, value in zip(averages, values, strict=True):
+                held.copy_(value)
+
+    return update
 
 
 @contextmanager

@@ -295,7 +295,8 @@ def flat_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def data_name(source: str) -> str:
     """The name of a data set, wherever it lies: without folders, and without .npz."""
-    return Path(source).name.removesuffix(".npz")
+    path = Path(source)
+    return (path.name or path.resolve().name).removesuffix(".npz")
 
 
 def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

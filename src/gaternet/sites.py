@@ -267,14 +267,18 @@ def _roles(graph: Graph) -> dict[Node, str]:
     return roles
 
 
-def _last_convs(graph: Graph, node: Node) -> list[Node]:
+def _last_convs(graph: Graph, node: Node, seen: set[Node] | None = None) -> list[Node]:
     """The convolutions that end at a tensor: upwards, through all that keeps channels apart, and concatenations."""
+    seen = set() if seen is None else seen  # two ways that part at an addition may meet again
     while True:
+        if node in seen:
+            return []
+        seen.add(node)
         if node in graph.convs and graph.is_layer(node):
             return [node]
         sources = [source for source in graph.sources(node) if len(shape(source)) == 4 or graph.is_view(source)]
         if op(node) == "cat" or (op(node) == "add" and len(sources) == 2):
-            return [last for source in sources for last in _last_convs(graph, source)]
+            return [last for source in sources for last in _last_convs(graph, source, seen)]
         if op(node) == "mul" and len(sources) == 2:  # features times weights: SE's are 1x1, others come from a sigmoid
             sources = [s for s in sources if shape(s) == shape(node) and op(s) not in ("sigmoid", "hardsigmoid")]
         passes = graph.is_view(node) or "norm" in op(node)

@@ -92,14 +92,14 @@ def train(
     if network is not None:
         config["network"] = type(network.backbone if isinstance(network, GaterNet) else network).__name__
     about = {"runtime": asdict(runtime), "preprocessing": asdict(prepared.data.preprocessing), **_way(accelerator)}
-    run, state = _open_run(Path(run_dir), config, about, resume, accelerator)  # all faults were found
+    run, saved = _open_run(Path(run_dir), config, about, resume, accelerator)  # all faults were found
 
     network, training, ema = prepared.network, prepared.state, prepared.ema
     steps_per_epoch = len(prepared.train_batches)
     record: dict[str, Any] = {}
     main = accelerator.is_main_process
     with (
-        _loaded(run, training, state),
+        _loaded(run, training, saved),
         _given_back(prepared.model, accelerator, learnable),
         TrainingDisplay(recipe.epochs, steps_per_epoch, training.step, quiet=not main) as display,
         tensorboard(run.path if runtime.tensorboard and main else None, training.step) as board,
@@ -202,11 +202,15 @@ def _epoch_record(
 
 @contextmanager
 def _loaded(run: RunDirectory, training: TrainingState, state: dict[str, Any] | None) -> Iterator[None]:
-    """Training as it was saved, if it was; the run is free again afterwards, also where that cannot be loaded."""
+    """Training as it was saved, if it was; the run is free again afterwards, also where that cannot be loaded.
+
+    What was saved is emptied: it is as large as all that training holds.
+    """
     with closing(run):
         if state is not None:
             try:
                 training.load_state_dict(state)
+                state.clear()
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{run.path / STATE} does not fit this run ({first_line(error)}): it is damaged, or of another "

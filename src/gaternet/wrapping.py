@@ -25,6 +25,16 @@ def require_gated(model: nn.Module) -> GaterNet:
     return found
 
 
+def refuse_wrapped(network: nn.Module) -> None:
+    """ValueError for what compiles or spreads a network: its weights have other names than the network's."""
+    from accelerate.utils import extract_model_from_parallel  # late: it takes a second
+
+    if extract_model_from_parallel(network, keep_torch_compile=False) is not network:
+        raise ValueError(
+            f"the network is in a {type(network).__name__}: pass what that wraps, and let training compile or spread it"
+        )
+
+
 @torch.no_grad()
 def require_whole(model: GaterNet, images: Tensor) -> None:
     """ValueError for a model, in evaluation mode, that does more than run its backbone under its gates.
