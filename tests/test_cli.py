@@ -77,7 +77,7 @@ def test_every_option_of_the_dataclasses_is_on_the_command_line():
     shown = {parameter.name for parameter in cli.training._option_parameters()}
     assert shown == set(names)
     silent = {f.name for owner in owners for f in dataclasses.fields(owner)} - shown
-    assert silent == {"name", "paper", *GROUPS}
+    assert silent == {"name", "paper", "about", *GROUPS}
 
 
 def test_options_reach_the_run(run):

@@ -219,3 +219,8 @@ def test_names_and_shares_are_those_of_the_network(tmp_path):
         expected = sorted(zip(row, names, strict=True), reverse=True)[:4]
         assert [name for name, _ in one.classes] == [name for _, name in expected]
         assert [share for _, share in one.classes] == pytest.approx([share for share, _ in expected], rel=1e-4)
+
+
+def test_an_exported_model_has_no_best_one(tmp_path):
+    with pytest.raises(ValueError, match=r"model\.onnx is one exported model, not a run with a best one: name the run"):
+        load(tmp_path / "model.onnx", "best")

@@ -50,6 +50,8 @@ def load(path: Path, which: Which = "last") -> tuple[nn.Module | ExportedModel, 
     if not path.is_file() and path.suffix != ".onnx":
         model, metadata = load_trained(path, which)
         return model, _named(metadata, trained_on(path, metadata))
+    if which != "last":
+        raise ValueError(f"{path} is one exported model, not a run with a {which} one: name the run")
     try:
         exported = ExportedModel(path)
     except NotRunnableError as error:
