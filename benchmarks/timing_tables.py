@@ -68,8 +68,9 @@ def skipping() -> str:
         text += f"{len(model['kept'])} subnetworks keep {kept} % of the "
         text += f"filters; for {100 * model['fitting']:.0f} % of the test images at least one of them keeps every open "
         text += f"filter.\n\n`{model['command']}` at commit {model['commit']}, {machine_of(model)}, medians of "
-        older = "" if model["commit"] == found["commit"] else ". The code, and the command's form, are older than above"
-        text += f"{model['rounds']} turns{older}:\n\n"
+        other = "" if model["commit"] == found["commit"] else ", by other code than that of the tables above"
+        other += ", when `--trained` took one word with = in it" if "=" in model["command"] else ""
+        text += f"{model['rounds']} turns{other}:\n\n"
         text += timing_table(model["timings"], {})
     return text + "\n### On a GPU\n\n" + skipping_on_gpu()
 

@@ -12,6 +12,7 @@ from gaternet.card import UNKNOWN, make_card
 from gaternet.checkpoint import fingerprint
 from gaternet.cost import count_dense_macs
 from gaternet.data import Preprocessing
+from gaternet.errors import some
 from gaternet.method import GaterNet
 from gaternet.train import train
 
@@ -173,3 +174,7 @@ def test_the_card_of_a_run_claims_what_was_measured_of_its_weights(tmp_path):
     record = train(small(epochs=1, ema_decay=0.5), tmp_path / "run", CPU)
     gaternet.load_pretrained(tmp_path / "run" / "last").save_pretrained(tmp_path / "again")
     assert cells(tmp_path / "again" / "README.md")["accuracy"].startswith(f"{100 * record['test_accuracy']:.2f} %")
+
+
+def test_a_class_whose_name_is_no_utf_8_is_told_in_ascii():
+    assert some(["caf\udce9", "two  words"]) == "caf\\udce9, two words"

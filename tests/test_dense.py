@@ -89,4 +89,4 @@ def test_ratios_and_spreads_are_of_what_was_timed():
 def test_what_runs_to_warm_up_is_not_timed():
     calls = []
     times = time_interleaved({"a": lambda: calls.append(0)}, rounds=2, seconds=0.01)
-    assert 2 <= sum(map(len, times["a"])) < 0.9 * len(calls)
+    assert 2 <= sum(map(len, times["a"])) <= len(calls) - 2  # one call in each turn at least is for warming up

@@ -100,10 +100,14 @@ def test_averages_leave_whole_numbers_as_they_are(tmp_path):
 def test_a_network_that_was_compiled_before_is_refused(gated, tmp_path):
     model = create_model("resnet8_gated" if gated else "resnet8", 10, 1)
     compiled: Any = torch.compile(model)
-    with pytest.raises(ValueError, match="is in a OptimizedModule: pass what that wraps"):
+    with pytest.raises(
+        ValueError, match="is wrapped in OptimizedModule, where its weights have other names: pass it unwrapped"
+    ):
         train(small("resnet8"), tmp_path / "run", CPU, network=compiled)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="is in a OptimizedModule: pass what that wraps"):
+    with pytest.raises(
+        ValueError, match="is wrapped in OptimizedModule, where its weights have other names: pass it unwrapped"
+    ):
         save_model(compiled, tmp_path / "saved")
 
 

@@ -260,6 +260,7 @@ _OF_GATES = (
 )  # options that act on what the gater learns
 ACTS_ON_PLAIN = frozenset({"backbone_from"})  # of the options in `Gating`
 GROUPS = ("augmentation", "optimizer", "gating", "distillation")  # fields of a recipe that hold options themselves
+TOLD = ("paper", "about")  # fields of a recipe that are words about it, and none of its options
 
 
 def idle_options(options: Mapping[str, Any]) -> dict[str, str | None]:
@@ -289,14 +290,13 @@ def flat_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a recipe, as plain data, and of its groups, under their names on the command line."""
     plain = json.loads(json.dumps(recipe))  # tuples are lists in what was saved
     groups = [plain.pop(group, {}) for group in GROUPS]  # older runs have fewer
-    options = {name: value for name, value in plain.items() if name not in ("name", "paper", "about")}
+    options = {name: value for name, value in plain.items() if name not in ("name", *TOLD)}
     return options | {name: value for group in groups for name, value in group.items()}
 
 
 def data_name(source: str) -> str:
     """The name of a data set, wherever it lies: without folders, and without .npz."""
-    path = Path(source)
-    return (path.name or path.resolve().name).removesuffix(".npz")
+    return Path(source).name.removesuffix(".npz")
 
 
 def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
@@ -322,7 +322,7 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         options = getattr(recipe, group)
         names = {f.name for f in dataclasses.fields(options)}
         groups[group] = dataclasses.replace(options, **{name: changes.pop(name) for name in names & changes.keys()})
-    known = {f.name for f in dataclasses.fields(recipe)} - {"name", *GROUPS, "paper", "about"}
+    known = {f.name for f in dataclasses.fields(recipe)} - {"name", *GROUPS, *TOLD}
     if unknown := sorted(changes.keys() - known):
         raise ValueError(f"a recipe has no option {unknown[0]!r}: see gaternet train --help")
     changed = dataclasses.replace(recipe, **groups, **changes)

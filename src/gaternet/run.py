@@ -19,7 +19,7 @@ from typing import Any
 from gaternet import checkpoint, files
 from gaternet.locks import lock_folder, unlock_folder
 from gaternet.provenance import describe_machine, now
-from gaternet.recipe import Recipe, data_name
+from gaternet.recipe import TOLD, Recipe, data_name
 
 CONFIG, METRICS, STATE = "config.json", "metrics.jsonl", "training.pt"
 
@@ -134,8 +134,8 @@ class RunDirectory:
         before = self.config()
         now, defaults = (json.loads(json.dumps(c)) for c in (config, {"recipe": dataclasses.asdict(Recipe(""))}))
         for each in (before, now):
-            for words in ("paper", "about"):  # the same options may have been given otherwise
-                each["recipe"].pop(words, None)
+            for name in TOLD:  # the same options may have been given otherwise
+                each["recipe"].pop(name, None)
         if (given := before.get("network")) and "network" not in now:
             raise ValueError(
                 f"{self.path} trains a {given} that it was given in Python: resume it there with network=..., or name "

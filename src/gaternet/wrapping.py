@@ -30,9 +30,8 @@ def refuse_wrapped(network: nn.Module) -> None:
     from accelerate.utils import extract_model_from_parallel  # late: it takes a second
 
     if extract_model_from_parallel(network, keep_torch_compile=False) is not network:
-        raise ValueError(
-            f"the network is in a {type(network).__name__}: pass what that wraps, and let training compile or spread it"
-        )
+        kind = type(network).__name__
+        raise ValueError(f"the network is wrapped in {kind}, where its weights have other names: pass it unwrapped")
 
 
 @torch.no_grad()
