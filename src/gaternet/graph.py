@@ -5,7 +5,6 @@ what gating, counting and skipping ask of it: what each convolution is called, w
 which module gives out which tensor, since gates act on the outputs of modules.
 """
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch.fx import Node
 
 from gaternet.aliasing import in_place, read_what_was_written
 from gaternet.errors import fills_memory, first_line
-from gaternet.modes import evaluation_mode, quiet, without_autocast
+from gaternet.modes import copy_sharing_tensors, evaluation_mode, quiet, without_autocast
 from gaternet.wrapping import require_network
 
 # What an operation does to the channels (dimension 1) of a tensor: "keep" acts on each by itself and turns a channel of
@@ -299,7 +298,7 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
         raise ValueError(f"the example must be one tensor of images (B, channels, H, W), not {given}")
     if not example_input.numel():
         raise ValueError(f"the example must have images, but is {tuple(example_input.shape)}: pass one at least")
-    precision, twin = without_autocast(example_input.device.type), _twin(backbone)
+    precision, twin = without_autocast(example_input.device.type), copy_sharing_tensors(backbone) or backbone
     try:
         with quiet(), precision, evaluation_mode(twin), _as_it_was(twin), torch.no_grad():
             program = torch.export.export(twin, (example_input,), strict=False)
@@ -312,16 +311,6 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
             "torch.export.export on it, and mend what that names or give images of another shape"
         ) from error
     return Graph(backbone, program, example_input)
-
-
-def _twin(network: nn.Module) -> nn.Module:
-    """A copy with the network's own tensors, for exporting puts others in their place; itself if it has no copies."""
-    shared = [*network.parameters(), *network.buffers()]
-    shared += [value for module in network.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    try:
-        return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
-    except Exception:  # its own code may raise anything
-        return network
 
 
 @contextmanager

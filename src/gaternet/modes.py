@@ -1,5 +1,6 @@
 """How a network runs: in evaluation mode, in its own precision, without logs; and how its weights lie in memory."""
 
+import copy
 import io
 import logging
 import threading
@@ -60,6 +61,16 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
             network.train()  # which may do more than set the mode, such as take weights apart that eval() had merged
         for module, was in training.items():
             module.training = was
+
+
+def copy_sharing_tensors(network: nn.Module) -> nn.Module | None:
+    """A copy whose modules are its own and whose tensors are the network's; None if the network has no copies."""
+    shared = [*network.parameters(), *network.buffers()]
+    shared += [value for module in network.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    try:
+        return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
+    except Exception:  # its own code may raise anything
+        return None
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
