@@ -66,3 +66,12 @@ def test_what_was_frozen_for_a_training_learns_again_afterwards(tmp_path):
     network.gater.fc1.bias.requires_grad_(False)  # the caller's own wish
     train(small("resnet8_gated", epochs=1, freeze="backbone"), tmp_path / "run", CPU, network=network)
     assert [name for name, tensor in network.named_parameters() if not tensor.requires_grad] == ["gater.fc1.bias"]
+
+
+@pytest.mark.parametrize(("resume", "said"), [(False, "holds a run already"), (True, "holds no run to resume")])
+def test_a_folder_that_will_not_do_is_told_before_images_are_read(tmp_path, monkeypatch, resume, said):
+    if not resume:
+        (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("gaternet.train.load_data", lambda *args: pytest.fail("it read images"))
+    with pytest.raises(ValueError, match=said):
+        train(small("resnet8"), tmp_path, CPU, resume=resume)

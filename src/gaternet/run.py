@@ -31,12 +31,19 @@ class RunDirectory:
         self.path = path
         self._lock: int | None = None
 
+    def check(self, resume: bool) -> None:
+        """ValueError if there is a run to overwrite, or none to resume."""
+        there = (self.path / CONFIG).exists()
+        if there and not resume:
+            raise ValueError(f"{self.path} holds a run already: continue it with --resume, or name another --out")
+        if resume and not there:
+            raise ValueError(f"{self.path} holds no run to resume: leave --resume out to start one")
+
     def start(self, config: Mapping[str, Any]) -> None:
         """Begin a new run here; ValueError if one is here already, so that nothing is overwritten."""
         files.make_folder(self.path)
         with self._holding():  # first of all: of two that start at the same time one is refused
-            if (self.path / CONFIG).exists():
-                raise ValueError(f"{self.path} holds a run already: continue it with --resume, or name another --out")
+            self.check(resume=False)
             files.write_json(self.path / CONFIG, {**config, "started": now(), **describe_machine()})
 
     def resume(self, config: Mapping[str, Any], main: bool = True) -> dict[str, Any] | None:
@@ -47,8 +54,7 @@ class RunDirectory:
         Raises:
             ValueError: there is no run here, it has other options or images, or another process is training it.
         """
-        if not (self.path / CONFIG).exists():
-            raise ValueError(f"{self.path} holds no run to resume: leave --resume out to start one")
+        self.check(resume=True)
         self._check_same(config)
         with self._holding() if main else nullcontext():
             if main:

@@ -81,6 +81,7 @@ def train(
     accelerator = make_accelerator(runtime)
     if recipe.batch_size % accelerator.num_processes:
         raise ValueError(f"batch_size {recipe.batch_size} does not divide among {accelerator.num_processes} processes")
+    RunDirectory(Path(run_dir)).check(resume)  # before images are read, which takes its time
     with accelerator.local_main_process_first():  # one download a machine
         data = load_data(recipe.data, recipe.augmentation, recipe.image_size, runtime.data_root, seed)
     known = RunDirectory(Path(run_dir)).preprocessing() if resume else None
