@@ -7,6 +7,7 @@ import torch
 from small_networks import IMAGES, Block, Net, conv, norm
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 from gaternet import find_sites, gate
 
@@ -54,6 +55,33 @@ def test_a_leak_of_a_unit_that_begins_as_zeros_is_found_too(group_size):
     backbone.add_module("after", norm())
     with pytest.raises(ValueError, match=r"closed filters of unit\.conv would still be felt"):
         gate(backbone.eval(), IMAGES, group_size=group_size)
+
+
+class ScaledConv(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (PyTorch's name)
+        return self._conv_forward(input, self.weight / self.weight.abs().max(), self.bias)
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.spectral_norm, parametrizations.spectral_norm, parametrizations.weight_norm])
+def test_weights_that_all_filters_scale_are_no_leak_and_hide_none(wrap):
+    scaled = Net(lambda net, x: net.c(net.b(net.a(x))), a=conv(3, 8), b=wrap(conv(8, 8)), c=ScaledConv(8, 8, 1))
+    assert gate(scaled.eval(), IMAGES, sites="all").num_gates == 24
+    backbone = leaking()
+    backbone.a = wrap(backbone.a)
+    with pytest.raises(ValueError, match="closed filters of a would still be felt"):
+        gate(backbone.eval(), IMAGES, sites="all")
+
+
+class TwiceConv(nn.Conv2d):
+    """Its gates act on what it computes last."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (PyTorch's name)
+        return super().forward(F.conv2d(input, torch.ones(8, 8, 1, 1)))
+
+
+def test_a_convolution_that_computes_several_is_not_taken_for_a_leaking_one():
+    backbone = Net(lambda net, x: net.c(net.b(net.a(x))), a=conv(3, 8), b=TwiceConv(8, 8, 1), c=conv(8, 8)).eval()
+    assert gate(backbone, IMAGES, sites="all").num_gates == 24
 
 
 def test_a_network_that_draws_numbers_is_not_taken_for_a_leaking_one():

@@ -8,10 +8,11 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
-from small_networks import IMAGES, conv
+from small_networks import IMAGES, Net, conv
 from torch import Tensor, nn
 
 import gaternet
@@ -166,3 +167,19 @@ def test_threads_that_export_at_once_leave_logs_and_stderr_as_they_were():
         for each in [pool.submit(first), pool.submit(second)]:
             each.result()
     assert (sys.stderr, logging.root.manager.disable) == before
+
+
+def test_images_of_another_precision_than_the_weights_are_refused():
+    for images in (IMAGES.double(), IMAGES.half()):
+        with pytest.raises(
+            ValueError, match=r"conv takes torch\.float\d\d with weights of torch\.float32: give images"
+        ):
+            read_graph(Net(lambda net, x: net.conv(x), conv=conv(3, 8, bias=False)), images)
+
+
+def test_a_scripted_module_is_named():
+    with warnings.catch_warnings(action="ignore"):  # it is deprecated
+        scripted: Any = torch.jit.script(nn.ReLU())
+    net = Net(lambda net, x: net.act(net.conv(x)), conv=conv(3, 8), act=scripted)
+    with pytest.raises(ValueError, match="act is a ScriptModule: pass the module that it was made from"):
+        read_graph(net, IMAGES)

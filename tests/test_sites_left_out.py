@@ -75,7 +75,31 @@ IN_PLACE = "unit.shift behind it writes to its input, which may be read in place
 INNER = "it runs in a block of its own: put autocast around the call instead"
 SHARED = "it shares its weights with another layer"
 ATTENTION = "it is part of an attention block, Attention"
+
+
+class Masked(nn.Conv2d):
+    """Gives features and a mask, as partial convolutions do."""
+
+    def forward(self, input: torch.Tensor) -> Any:  # noqa: A002 (its name in Conv2d)
+        return super().forward(input), None
+
+
+class Slim(nn.Conv2d):
+    """Uses the first of its filters."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (its name in Conv2d)
+        return F.conv2d(input, self.weight[:4], padding=1)
+
+
 LEFT_OUT: dict[str, tuple[nn.Module, dict[str, str]]] = {
+    "several results": (
+        with_stem(Block(lambda u, x: u.conv(x)[0], conv=Masked(8, 8, 3, padding=1))),
+        {"unit.conv": "unit.conv gives more than one tensor, and gates act on one: let it give that alone"},
+    ),
+    "some of the filters": (
+        with_stem(Block(lambda u, x: torch.cat([u.conv(x), x[:, 4:]], 1), conv=Slim(8, 8, 3))),
+        {"unit.conv": "it computes 4 of its 8 filters"},
+    ),
     "GroupNorm": (
         with_stem(Block(lambda u, x: u.norm(u.conv(x)), conv=conv(8, 8), norm=nn.GroupNorm(2, 8))),
         {"unit.conv": "GroupNorm behind it mixes channels"},

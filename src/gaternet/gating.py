@@ -1,17 +1,16 @@
 """`gate`: any CNN becomes a GaterNet, in one call."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gaternet.cost import count_dense_macs
-from gaternet.method import Gater, GaterNet, GateSite, refuse_gated
+from gaternet.leaks import leaks
+from gaternet.method import Gater, GaterNet, refuse_gated
 from gaternet.models.create import create_extractor, describe_backbone
-from gaternet.modes import copy_sharing_tensors, evaluation_mode, run_once, without_autocast
+from gaternet.modes import run_once
 from gaternet.sites import Selection, find_sites
 from gaternet.wrapping import require_network
 
@@ -109,10 +108,10 @@ def gate(
         nn.init.zeros_(built.fc2.weight)
     metadata = {"backbone": describe_backbone(backbone, example_input.shape[1]), "extractor": source}
     model = GaterNet(backbone, built, found, metadata)
-    if leaks := _leaks(model, example_input[:2]):
+    if felt := leaks(model, example_input[:2]):
         kind = type(model.ungate()).__name__
         raise ValueError(
-            f"closed filters of {', '.join(leaks[:5])} would still be felt, for the {kind} reads what these modules "
+            f"closed filters of {', '.join(felt[:5])} would still be felt, for the {kind} reads what these modules "
             "compute by another way than as what they return: leave them out, with a predicate as sites"
         )
     mode, extractors = backbone.training, extractor.training
@@ -121,54 +120,6 @@ def gate(
     if extractors != mode:  # a network that is in the other mode itself comes over with all of its parts
         extractor.train(mode)
     return model
-
-
-@torch.no_grad()
-def _leaks(model: GaterNet, images: Tensor) -> list[str]:
-    """The convolutions whose filters are felt where their gates are closed, found by giving those other weights.
-
-    The graph does not tell a module's result from the same tensor kept in an attribute, which no gate acts on.
-    """
-    twin = copy_sharing_tensors(model)
-    if twin is None or images.is_meta:
-        return []
-    assert isinstance(twin, GaterNet)
-    drawn = torch.Generator().manual_seed(0)
-    images = torch.randn(images.shape, generator=drawn).to(images)
-    gates = torch.randint(2, (1, model.num_gates), generator=drawn).to(images).expand(len(images), -1)
-    modules = dict(twin.backbone.named_modules())
-    found: dict[str, None] = {}
-    same_each_time = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, deterministic=True)
-    with evaluation_mode(twin), without_autocast(images.device.type), same_each_time:
-        for used in (gates, 1 - gates):
-            given = twin.forward_gated(images, used)
-
-            def felt(*sites: GateSite, used: Tensor = used, given: Any = given) -> bool:
-                with _other_filters(modules, sites, used[0] == 0):
-                    return not torch.equal(twin.forward_gated(images, used), given)
-
-            if isinstance(given, Tensor) and felt(*twin.sites) and not felt():  # without change none is felt
-                found |= dict.fromkeys(site.conv for site in twin.sites if felt(site))
-    return list(found)
-
-
-@contextmanager
-def _other_filters(modules: Mapping[str, nn.Module], sites: Sequence[GateSite], closed: Tensor) -> Iterator[None]:
-    """For a while other weights in the filters, and in their BatchNorms, whose gates are `closed` (C,)."""
-    changed: list[tuple[nn.Module, str, nn.Parameter]] = []
-    for site in sites:
-        own = closed[site.columns.to(closed.device)]
-        for module in {modules[site.conv], modules[site.name]}:
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.is_floating_point() and len(parameter) == site.channels:
-                    at = own.view(-1, *[1] * (parameter.ndim - 1))
-                    setattr(module, name, nn.Parameter(torch.where(at, 0.1 - parameter, parameter)))
-                    changed.append((module, name, parameter))
-    try:
-        yield
-    finally:
-        for module, name, parameter in changed:
-            setattr(module, name, parameter)
 
 
 def _num_features(extractor: nn.Module, example_input: Tensor) -> int:

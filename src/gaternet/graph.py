@@ -111,12 +111,19 @@ class Graph:
         nodes: operations, in the order in which they run.
         convs: its 2-D convolutions, by their nodes.
         result: the tensor that it gives; None where it gives something else, or several, or one that no image changes.
+        several: names of the modules that give something else than one tensor.
         rewritten: nodes that are read after something wrote to their tensor's memory: what they hold then is not known.
         constants: the weights, running statistics and other tensors that it reads, by their nodes.
     """
 
-    def __init__(self, backbone: nn.Module, program: torch.export.ExportedProgram, example_input: Tensor) -> None:
-        self.backbone, self.example_input = backbone, example_input
+    def __init__(
+        self,
+        backbone: nn.Module,
+        program: torch.export.ExportedProgram,
+        example_input: Tensor,
+        several: frozenset[str] = frozenset(),
+    ) -> None:
+        self.backbone, self.example_input, self.several = backbone, example_input, several
         self.modules = dict(backbone.named_modules())
         first = {module: name for name, module in self.modules.items()}
         # A module that lies in two places is known by the first, whichever it was called by.
@@ -298,9 +305,12 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
         raise ValueError(f"the example must be one tensor of images (B, channels, H, W), not {given}")
     if not example_input.numel():
         raise ValueError(f"the example must have images, but is {tuple(example_input.shape)}: pass one at least")
+    for name, module in backbone.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"{name or 'the backbone'} is a ScriptModule: pass the module that it was made from")
     precision, twin = without_autocast(example_input.device.type), copy_sharing_tensors(backbone) or backbone
     try:
-        with quiet(), precision, evaluation_mode(twin), _as_it_was(twin), torch.no_grad():
+        with quiet(), precision, evaluation_mode(twin), _as_it_was(twin), _several(twin) as several, torch.no_grad():
             program = torch.export.export(twin, (example_input,), strict=False)
     except Exception as error:  # tracing runs the network's own code, which may raise anything
         if fills_memory(error):
@@ -310,7 +320,13 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
             f"({first_line(error)}): try "
             "torch.export.export on it, and mend what that names or give images of another shape"
         ) from error
-    return Graph(backbone, program, example_input)
+    graph = Graph(backbone, program, example_input, frozenset(several))
+    for conv in graph.convs.values():  # the export lets it pass
+        given, weights = (source.meta["val"].dtype for source in conv.node.all_input_nodes[:2])
+        if given != weights:
+            where = conv.name or "a convolution"
+            raise ValueError(f"{where} takes {given} with weights of {weights}: give images of the weights' precision")
+    return graph
 
 
 @contextmanager
@@ -327,6 +343,26 @@ def _as_it_was(network: nn.Module) -> Iterator[None]:
         for items, entries in held:
             items.clear()
             items.update(entries)
+
+
+@contextmanager
+def _several(network: nn.Module) -> Iterator[set[str]]:
+    """Names of the modules that in a run give something else than one tensor; the graph does not tell."""
+    found = set[str]()
+
+    def look(name: str, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            found.add(name)
+
+    handles = [
+        module.register_forward_hook(lambda module, args, output, name=name: look(name, output))
+        for name, module in network.named_modules()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def walk(node: Node) -> Iterator[Node]:

@@ -73,6 +73,17 @@ def copy_sharing_tensors(network: nn.Module) -> nn.Module | None:
         return None
 
 
+def full_copy(network: nn.Module) -> nn.Module:
+    """A copy with tensors of its own; ValueError if the network has none."""
+    try:
+        return copy.deepcopy(network)
+    except Exception as error:  # its own code may raise anything
+        raise ValueError(
+            f"the {type(network).__name__} cannot be copied ({first_line(error)}): where it keeps a tensor of a "
+            "training step, run it once under torch.no_grad() first"
+        ) from error
+
+
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """In the precision of weights and images, whatever is around: what is read, skipped or exported stays in it."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

@@ -139,6 +139,8 @@ def _place(graph: Graph, conv: Conv) -> _Place | str:
         return f"a function computes it within {graph.module_type(conv.node)}, not an nn.Conv2d"
     if graph.runs(conv.name) > 1:
         return f"it runs {graph.runs(conv.name)} times"
+    if graph.modules[conv.name].out_channels != conv.out_channels:
+        return f"it computes {conv.out_channels} of its {graph.modules[conv.name].out_channels} filters"
     if graph.shares_weights(conv):
         return "it shares its weights with another layer"
     if _pooled(graph, conv.source):
@@ -164,6 +166,8 @@ def _place(graph: Graph, conv: Conv) -> _Place | str:
         return f"{name} behind it runs {graph.runs(name)} times: give each convolution its own"
     if place is None:
         return f"{op(chain[last])} behind it is a function within {graph.module_type(chain[last])}: make it a module"
+    if name in graph.several:
+        return f"{name} gives more than one tensor, and gates act on one: let it give that alone"
     if graph.writes_to_its_input(name, place):
         return f"{name} behind it writes to its input, which may be read in place of its result: let it make a tensor"
     if shape(place)[0] != shape(graph.input)[0]:
