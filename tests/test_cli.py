@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 
 from gaternet import cli
 from gaternet.checkpoint import save_model
-from gaternet.cli.training import _varied
 from gaternet.data import load_data
 from gaternet.explore import Explorer
 from gaternet.models import create_model
@@ -171,14 +170,6 @@ def test_an_exported_file_predicts_what_the_run_does(run, tmp_path, capsys, monk
         assert error.count("\n") == 1, error
 
 
-def test_values_to_vary_have_the_type_of_their_option():
-    assert _varied("anneal-noise=True,false") == ("anneal_noise", [True, False])
-    assert _varied("--epochs=1,20") == ("epochs", [1, 20])
-    assert _varied("noise-std=0,1e-1") == ("noise_std", [0.0, 0.1])
-    assert _varied("extractor=resnet8,auto") == ("extractor", ["resnet8", "auto"])
-    assert _varied("gater-lr=1") == ("gater_lr", [1.0])
-
-
 def test_recipes_lists_all():
     assert [item["name"] for item in json.loads(call("recipes", "--json"))] == list(RECIPES)
     listed = " ".join(call("recipes").split())
@@ -237,8 +228,22 @@ def test_user_errors_are_one_sentence_and_an_exit_code(run, tmp_path, capsys, mo
             "--out",
             tmp_path / "a",
         ): "no gater that --noise-std",
-        ("train", "digits_resnet20", "--gamma", "0.5", "--out", tmp_path / "a"): "--gamma acts beside --schedule step",
-        ("train", "digits_resnet20", "--temperature", "2", "--out", tmp_path / "a"): "acts beside --teacher alone",
+        (
+            "train",
+            "digits_resnet20",
+            "--gamma",
+            "0.5",
+            "--out",
+            tmp_path / "a",
+        ): "--gamma has an effect only with --schedule",
+        (
+            "train",
+            "digits_resnet20",
+            "--temperature",
+            "2",
+            "--out",
+            tmp_path / "a",
+        ): "an effect only with --teacher: add",
         (
             "train",
             "cifar10_resnet20_gated",
@@ -247,6 +252,18 @@ def test_user_errors_are_one_sentence_and_an_exit_code(run, tmp_path, capsys, mo
             "--out",
             tmp_path / "a",
         ): "--target-density or --",
+        (
+            "train",
+            "digits_resnet20_gated",
+            "--freeze",
+            "gater",
+            "--noise-std",
+            "0.1",
+            "--out",
+            tmp_path / "a",
+        ): "--noise-std has an effect only with --freeze none or backbone",
+        ("bench", "resnet8_gated", "--sites", "all"): "resnet8_gated is gated as published: leave --sites out",
+        ("sites", "densenet_bc_100_12_gated"): "is gated as published: name densenet_bc_100_12, or a run",
         ("train", "digits_resnet20_gated", "--sites", "all", "--out", tmp_path / "a"): "name backbone resnet20 in its",
         ("sweep", "digits_resnet20_gated", "--vary", "open=maybe", "--out", tmp_path / "a"): "open takes true or false",
         ("sweep", "digits_resnet20", "--vary", "epochs=1.5", "--out", tmp_path / "a"): "epochs takes a whole number",

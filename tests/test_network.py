@@ -307,8 +307,10 @@ def test_model_and_backbone_take_each_others_place():
     assert recipe.gated
     recipe = override(find_recipe("finetune"), {"model": "resnet20", "pretrained": False})
     assert (recipe.model, recipe.backbone) == ("resnet20", None)
-    with pytest.raises(ValueError, match="model must be left out where backbone is set"):
+    with pytest.raises(ValueError, match="name either a model or a backbone to gate, not both"):
         override(find_recipe("finetune"), {"model": "resnet20", "backbone": "resnet56"})
+    with pytest.raises(ValueError, match="not neither"):
+        Recipe("none", None)
 
 
 def test_finetuning_resumes_to_the_same_weights(tmp_path: Path, monkeypatch):

@@ -14,7 +14,18 @@ import gaternet
 from gaternet.data import load_data
 from gaternet.models import create_model, model_names
 from gaternet.network import build_network
-from gaternet.recipe import Augmentation, Distillation, Gating, Optimizer, PaperRow, Recipe, Runtime, override
+from gaternet.recipe import (
+    Augmentation,
+    Distillation,
+    Gating,
+    Optimizer,
+    PaperRow,
+    Recipe,
+    Runtime,
+    flat_options,
+    idle_options,
+    override,
+)
 from gaternet.recipes import RECIPES, find_recipe
 
 RECIPE = RECIPES["cifar10_resnet56_gated"]
@@ -247,3 +258,22 @@ def test_cheap_gaters_cost_what_method_md_says():
     text = "7.7 % of ResNet-20's MACs, 2.5 % of ResNet-56's. Its own stem is 3.5 % of that"
     assert re.findall(r"([\d.]+) %", text) == [f"{100 * share:.1f}" for share in (*shares, stem_share)]
     assert text in (Path(__file__).parents[1] / "docs" / "method.md").read_text().replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        (
+            {"freeze": "gater", "target_density": 0.5},
+            {"noise_std", "hard_probability", "anneal_noise", "final_slope", "penalty"},
+        ),
+        ({"noise_std": 0.0, "target_density": 0.5}, {"anneal_noise"}),
+        ({"hard_probability": 1.0, "target_density": 0.5}, {"final_slope"}),
+        ({"sparsity": 0.5, "penalty": "each"}, {"penalty"}),
+        ({"target_density": 0.5, "penalty": "each"}, set()),
+    ],
+)
+def test_options_that_have_no_effect_beside_others_are_known(options, idle):
+    recipe = override(find_recipe("cifar10_resnet20_gated"), options)
+    found = idle_options(flat_options(dataclasses.asdict(recipe)))
+    assert found.keys() & {"noise_std", "hard_probability", "anneal_noise", "final_slope", "penalty"} == idle

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import gaternet.sweep
 from gaternet import cli
 from gaternet.checkpoint import save_model
+from gaternet.cli.training import _varied
 from gaternet.ledger import changed_options, find_line, train_flags
 from gaternet.models import create_model
 from gaternet.recipe import Recipe, Runtime, override
@@ -300,3 +301,12 @@ def test_runs_side_by_side_share_the_cores(tmp_path, monkeypatch):
     jobs = make_jobs([find_recipe("digits_resnet20")], [0, 1], tmp_path)
     sweep(jobs, tmp_path / "ledger.jsonl", Runtime(cpu=True), at_once=2)
     assert found == ["4", "4"]
+
+
+def test_values_to_vary_have_the_type_of_their_option():
+    assert _varied("anneal-noise=True,false") == ("anneal_noise", [True, False])
+    assert _varied("--epochs=1,20") == ("epochs", [1, 20])
+    assert _varied("noise-std=0,1e-1") == ("noise_std", [0.0, 0.1])
+    assert _varied("teacher=runs/short,epochs=16/seed0") == ("teacher", ["runs/short,epochs=16/seed0"])
+    assert _varied("extractor=resnet8,auto") == ("extractor", ["resnet8", "auto"])
+    assert _varied("gater-lr=1") == ("gater_lr", [1.0])

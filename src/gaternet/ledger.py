@@ -1,6 +1,7 @@
 """The ledger: one line of JSON for each finished run, with all that is needed to judge it and to run it again."""
 
 import dataclasses
+import functools
 import json
 import os
 import shlex
@@ -12,6 +13,8 @@ from typing import Any
 from accelerate import PartialState
 
 from gaternet import files
+from gaternet.arrays import EMBEDDED, TORCHVISION
+from gaternet.data import load_data
 from gaternet.evaluate import evaluate_saved
 from gaternet.locks import locked
 from gaternet.machine import accelerate_restored, make_accelerator
@@ -19,13 +22,20 @@ from gaternet.recipe import Recipe, Runtime, data_name, flat_options, idle_optio
 from gaternet.recipes import RECIPES
 from gaternet.run import CONFIG, RunDirectory
 
+_SIZES = {  # training and test images
+    "digits": (1437, 360),
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "fashion_mnist": (60_000, 10_000),
+    "imagenet": (1_281_167, 50_000),
+}
 _GATES = ("density", "entropy", "always_on", "always_off", "dependent", "site_density")
 
 
 def changed_options(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe has else than the one of `RECIPES` with its name, or else than the defaults: option -> value.
+    """Where a recipe differs from the one of its name, or from the defaults if there is none: option -> value.
 
-    Options that act on nothing beside the others are left out, as is where its data lie, if they are the same.
+    Options that have no effect beside the others are left out, as is where its data lie, if they are the same.
     """
     named = recipe if isinstance(recipe, Mapping) else dataclasses.asdict(recipe)
     base = dataclasses.asdict(RECIPES.get(named["name"], Recipe(named["name"])))
@@ -82,16 +92,17 @@ def describe_run(path: Path, runtime: Runtime | None = None) -> dict[str, Any]:
         raise ValueError(f"{path} has finished {done} of {recipe['epochs']} epochs: continue it with --resume")
     runtime = runtime or Runtime()  # of today: the run may have begun elsewhere
     last, measured = epochs[-1], evaluate_saved(path, data=recipe["data"], runtime=runtime)
-    options = changed_options(recipe)
+    options, whole = changed_options(recipe), _are_whole(recipe["data"], config.get("images"))
     words = ["gaternet", "train", recipe["name"], *train_flags(options), "--seed", str(config["seed"])]
     return {
         "recipe": recipe["name"],
         "options": options,
         "seed": config["seed"],
         "command": shlex.join(words),
-        "as_published": recipe["paper"] is not None,
+        "as_published": recipe["paper"] is not None and not options and whole,
         "model": recipe["model"] or recipe["backbone"],
         "data": data_name(recipe["data"]),
+        **({"images": _told(config["images"])} if "images" in config else {}),
         "epochs": recipe["epochs"],
         "parameters": measured["parameters"],
         "backbone_macs": measured["backbone_macs"],
@@ -143,16 +154,53 @@ def find_line(ledger: Path, path: Path) -> dict[str, Any] | None:
 
 
 def find_lines(ledger: Path, recipe: Recipe | Mapping[str, Any], seed: int) -> list[dict[str, Any]]:
-    """The lines of all runs of a recipe with a seed, wherever they lie or lay."""
+    """The lines of all runs of a recipe with a seed, wherever they lie or lay, on images of that name."""
     named = recipe if isinstance(recipe, Mapping) else dataclasses.asdict(recipe)
-    run = {"recipe": named["name"], "options": changed_options(named), "seed": seed}
+    wanted = changed_options(named)
+    run = {"recipe": named["name"], "seed": seed}
     idle = idle_options(flat_options(named))  # which older versions counted
     found = []
     for line in read_ledger(ledger):
         options = {name: value for name, value in line.get("options", {}).items() if name not in idle}
-        if run.items() <= {**line, "options": options}.items():
+        by_name = "images" in line  # which say more than where they lay
+        if run.items() <= line.items() and _named(options, by_name) == _named(wanted, by_name):
             found.append(line)
     return found
+
+
+def same_images(line: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether a line's run saw the images that the recipe's data name here; an older version's line does not say.
+
+    Raises:
+        ValueError: there are no such images.
+    """
+    seen = line.get("images")
+    if seen is None:
+        return True
+    if recipe.data in (*EMBEDDED, *TORCHVISION) or not Path(recipe.data).exists():
+        return _are_whole(recipe.data, seen)
+    return seen == _read(recipe.data, recipe.image_size)
+
+
+@functools.cache
+def _read(data: str, image_size: int | None) -> dict[str, Any]:
+    return _told(load_data(data, image_size=image_size).identity())
+
+
+def _told(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What a line tells of the images: their numbers, and roughly their pixels."""
+    numbers = {name: identity[name] for name in ("training_images", "test_images")}
+    return numbers | {name: list(identity["preprocessing"][name]) for name in ("mean", "std")}
+
+
+def _are_whole(data: str, images: Mapping[str, Any] | None) -> bool:
+    """Whether these may be the images of a set that is known, all of them; of others nothing is known."""
+    sizes = _SIZES.get(data_name(data))
+    return images is None or sizes in (None, (images["training_images"], images["test_images"]))
+
+
+def _named(options: Mapping[str, Any], by_name: bool) -> dict[str, Any]:
+    return {name: data_name(value) if by_name and name == "data" else value for name, value in options.items()}
 
 
 def check_ledger(ledger: Path) -> None:

@@ -131,11 +131,11 @@ def load_teacher(recipe: Recipe, data: ImageData, accelerator: Accelerator) -> C
 def prepared_for(
     data: ImageData, network: nn.Module, recipe: Recipe | None = None, known: Mapping[str, Any] | None = None
 ) -> ImageData:
-    """The data, normalised as the network's trained weights want it.
+    """The data, with mean and deviation as the network's trained weights expect them.
 
-    As is `known`, a preprocessing, of a run that goes on; or as it was where backbone_from was trained, if that was
-    saved; or as the metadata of a GaterNet say; or else by the network's `pretrained_cfg`, timm's, where it has one.
-    With a recipe that starts from no trained weights, the data as it is.
+    The first of these that is there decides: `known`, the preprocessing of a run that is resumed; that of the model
+    `backbone_from`, if it was saved; a GaterNet's own metadata; the network's `pretrained_cfg`, timm's. For a recipe
+    that starts from no trained weights the data is given back as it is.
     """
     source = recipe.gating.backbone_from if recipe else None
     if recipe and not (source or recipe.pretrained):

@@ -194,7 +194,9 @@ class Recipe:
     about: str = field(default="", compare=False)  # what it is, in a few words
 
     def __post_init__(self) -> None:
-        _check(self, "model", (self.model is None) != (self.backbone is None), "left out where backbone is set")
+        if (self.model is None) == (self.backbone is None):
+            given = "neither" if self.model is None else "both"
+            raise ValueError(f"name either a model or a backbone to gate, not {given}")
         _check(self, "pretrained", not self.pretrained or self.backbone is not None, "off without backbone")
         _check(self, "image_size", self.image_size is None or self.image_size >= 1, "at least 1")
         _check(self, "epochs", self.epochs >= 1, "at least 1")
@@ -256,18 +258,18 @@ class Runtime:
 
 _OF_GATES = (
     *("sparsity", "target_density", "density_weight", "penalty", "sparsity_start", "sparsity_ramp"),
-    *("anneal_noise", "final_slope", "gater_lr", "auxiliary_weight"),
-)  # options that act on what the gater learns
+    *("noise_std", "hard_probability", "anneal_noise", "final_slope", "gater_lr", "auxiliary_weight"),
+)  # options that act on a gater that learns
 ACTS_ON_PLAIN = frozenset({"backbone_from"})  # of the options in `Gating`
 GROUPS = ("augmentation", "optimizer", "gating", "distillation")  # fields of a recipe that hold options themselves
 TOLD = ("paper", "about")  # fields of a recipe that are words about it, and none of its options
 
 
 def idle_options(options: Mapping[str, Any]) -> dict[str, str | None]:
-    """Of a recipe's options, by name without their groups', those that change nothing beside the others.
+    """Of a recipe's options, named without their groups, those that have no effect beside the others.
 
     Returns:
-        option -> the flag, or flags, that it acts beside alone; None where it acts on a gater, and there is none.
+        option -> what it has an effect with only; None where that is a gater, and there is none.
     """
     found: dict[str, str | None] = {}
     penalty = options.get("sparsity") or options.get("target_density") is not None
@@ -275,10 +277,14 @@ def idle_options(options: Mapping[str, Any]) -> dict[str, str | None]:
         ("--teacher", options.get("teacher"), ("teacher_weight", "temperature")),
         ("--target-density", options.get("target_density") is not None, ("density_weight",)),
         ("--target-density or --sparsity", penalty, ("penalty", "sparsity_start", "sparsity_ramp")),
+        ("--noise-std above 0", options.get("noise_std") != 0, ("anneal_noise",)),
+        ("--hard-probability below 1", options.get("hard_probability") != 1, ("final_slope",)),
         ("--schedule step", options.get("schedule") == "step", ("milestones", "gamma")),
         ("--freeze none or backbone", options.get("freeze") != "gater", _OF_GATES),
     ):
         found |= dict.fromkeys(() if there else names, needed)
+    if options.get("penalty") == "each" and options.get("sparsity"):  # the mean over all gates is that of all alike
+        found["penalty"] = "--target-density"
     model = options.get("model")
     if model is not None and not model.endswith("_gated"):
         of_gater = {field.name for field in dataclasses.fields(Gating)} - ACTS_ON_PLAIN

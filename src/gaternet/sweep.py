@@ -22,7 +22,7 @@ from rich.text import Text
 from gaternet.data import check_source
 from gaternet.errors import Stopped, TrainingError
 from gaternet.files import make_folder
-from gaternet.ledger import changed_options, check_ledger, find_line, find_lines, train_flags
+from gaternet.ledger import changed_options, check_ledger, find_line, find_lines, same_images, train_flags
 from gaternet.machine import PARENT, collect_signals, shared_gpu
 from gaternet.models.create import create_backbone, create_extractor, create_model
 from gaternet.progress import summary
@@ -94,7 +94,7 @@ class Job:
         """The ledger's line of this run, or of one like it that lay elsewhere; None if there is none."""
         if (own := find_line(ledger, self.path)) is not None:
             self._check_own(own)
-        found = find_lines(ledger, self.recipe, self.seed)
+        found = [line for line in find_lines(ledger, self.recipe, self.seed) if same_images(line, self.recipe)]
         return own or (found[0] if found else None)
 
     def finished(self, ledger: Path) -> bool:
@@ -106,7 +106,8 @@ class Job:
         """That a finished run in this directory is this job's; of one that goes on `train` finds it out."""
         config = RunDirectory(self.path).config()
         found = config["recipe"]["name"], changed_options(config["recipe"]), config["seed"]
-        if found != (self.recipe.name, changed_options(self.recipe), self.seed):
+        wanted = self.recipe.name, changed_options(self.recipe), self.seed
+        if found != wanted or not same_images(line, self.recipe):
             raise ValueError(f"{self.path} holds another run ({line['command']}): move it, or name another --out")
 
     def watch(self) -> None:

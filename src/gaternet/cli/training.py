@@ -28,6 +28,7 @@ from gaternet.recipe import (
 )
 from gaternet.recipes import RECIPES, find_recipe, saved_recipe
 
+_PATHS = ("data", "teacher", "backbone_from", "extractor_from")  # options that name a file or a folder
 _PANELS = {
     Recipe: "Recipe",
     Augmentation: "Augmentation",
@@ -116,7 +117,7 @@ def _refuse_idle(given: Set[str], recipe: Recipe) -> None:
             raise ValueError(
                 f"{recipe.model} has no gater that {flag} could act on: leave it out, or name a gated recipe"
             )
-        raise ValueError(f"{flag} acts beside {needed} alone: add that, or leave it out")
+        raise ValueError(f"{flag} has an effect only with {needed}: add that, or leave it out")
 
 
 def _refuse_idle_in_all(option: str, recipes: Sequence[Recipe]) -> None:
@@ -138,7 +139,7 @@ def _sweep(
         list[str] | None,
         typer.Option(
             help="an option and values, say noise-std=0,0.5: each in a run of its own beside the recipe as it is; may "
-            "be repeated, and options are not combined"
+            "be repeated, and options are not combined; a path is one value, with its commas"
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs side by side, on one GPU too")] = 1,
@@ -194,7 +195,8 @@ def _varied(text: str) -> tuple[str, list[Any]]:
         raise ValueError("--vary cannot vary the seed: give the number of seeds, --seeds 3 say")
     fields = {field.name: field for owner in _PANELS if owner is not Runtime for field in dataclasses.fields(owner)}
     kind = _cli_type(fields[name].type) if name in fields else str
-    return name, [_parsed(flag, kind, value) for value in values.split(",")]
+    whole = name in _PATHS  # a sweep's own folders have commas in their names
+    return name, [values] if whole else [_parsed(flag, kind, value) for value in values.split(",")]
 
 
 def _parsed(flag: str, kind: Any, value: str) -> Any:

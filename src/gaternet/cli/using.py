@@ -256,11 +256,16 @@ def _model_and_images(
             raise ValueError(f"{flag} is for {'networks by name' if known else 'runs'}, not for {model}: leave it out")
     if not known:
         from gaternet.gating import gate
+        from gaternet.method import GaterNet
         from gaternet.models import create_model
 
         torch.manual_seed(0)
         images = torch.randn(count, 3, image_size or 224, image_size or 224)
-        backbone = create_model(model.removesuffix("_gated"), 1000).eval()
+        backbone = create_model(model, 1000).eval()
+        if isinstance(backbone, GaterNet):
+            if select is not None:
+                raise ValueError(f"{model} is gated as published: leave --sites out, or name the plain network")
+            return backbone, images
         return gate(backbone, images[:1], sites=select or "all"), images
     from gaternet.data import Preprocessing
     from gaternet.trained import data_of, load_gated, load_test_set
@@ -353,6 +358,9 @@ def _backbone_and_shape(model: str, image_size: int | None, in_chans: int | None
             if in_chans not in (None, seen.channels):
                 raise ValueError(f"{model} takes images of {seen.channels} channels: leave --in-chans out")
     else:
-        network = create_model(model.removesuffix("_gated"), 1000, in_chans or 3)
+        network = create_model(model, 1000, in_chans or 3)
+        if isinstance(network, GaterNet):
+            plain = model.removesuffix("_gated")
+            raise ValueError(f"{model} is gated as published: name {plain}, or a run, to see what can be gated")
     shape = [in_chans or seen.channels, image_size or seen.height, image_size or seen.width]
     return network.backbone if isinstance(network, GaterNet) else network, shape
