@@ -314,3 +314,11 @@ def test_a_model_that_gives_no_numbers_is_not_analyzed():
     torch.nn.init.constant_(next(model.backbone.parameters()), float("nan"))
     with pytest.raises(ValueError, match="logits that are no finite numbers"):
         analyze(model, [IMAGES[:4]], preprocessing=PIXELS)
+
+
+def test_classes_may_be_numbers_and_labels_that_are_words_are_refused(tmp_path, unchecked_types):
+    found = analyze(MODEL, [(IMAGES, LABELS)], preprocessing=PIXELS, classes=range(7))  # pyright: ignore
+    assert found.classes == tuple("0123456")
+    found.save(tmp_path)
+    with pytest.raises(ValueError, match="labels must be integers, one an image, not a list"):
+        analyze(MODEL, [(IMAGES, ["cat"] * len(IMAGES))], preprocessing=PIXELS)

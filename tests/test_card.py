@@ -1,6 +1,7 @@
 """The model card says what was saved with the model, and nothing else."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -135,6 +136,7 @@ def test_a_part_that_does_not_run_on_such_images_costs_an_unknown_number(model):
 
 
 def test_what_must_be_given_to_load_the_model_stands_in_its_code(model):
+    del cast(Any, model.backbone).gaternet_source  # by which it would be described anew
     model.metadata = {**METADATA, "backbone": None}
     assert 'or this folder", backbone=backbone)' in str(make_card(model))
 
@@ -178,3 +180,9 @@ def test_the_card_of_a_run_claims_what_was_measured_of_its_weights(tmp_path):
 
 def test_a_class_whose_name_is_no_utf_8_is_told_in_ascii():
     assert some(["caf\udce9", "two  words"]) == "caf\\udce9, two words"
+
+
+def test_a_card_without_an_accuracy_says_nothing_of_it():
+    text = str(make_card(cast(GaterNet, gaternet.create_model("resnet8_gated"))))
+    assert "- No accuracy is recorded." in text
+    assert "test images of that data set" not in text

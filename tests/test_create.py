@@ -244,3 +244,17 @@ def test_timm_models_that_have_no_trained_weights_say_so(no_network):
 def test_a_plain_network_takes_no_options_of_a_gater(option):
     with pytest.raises(ValueError, match=rf"resnet8 has no gater for the option {next(iter(option))}: leave it out"):
         create_model("resnet8", **option)
+
+
+def test_default_number_of_classes_is_that_of_the_networks_data():
+    outputs = {"resnet8": 10, "resnet8_gated": 10, "timm:test_resnet": 1000, "torchvision:squeezenet1_1": 1000}
+    for name, classes in outputs.items():
+        assert create_model(name).eval()(torch.zeros(1, 3, 64, 64)).shape == (1, classes), name
+    with torch.device("meta"):
+        assert cast(GaterNet, create_model("resnet34_gated")).backbone.get_submodule("fc").out_features == 1000
+
+
+@pytest.mark.parametrize("wrong", [{"num_classes": -1}, {"in_chans": 0}])
+def test_impossible_numbers_of_classes_and_channels_are_refused(wrong):
+    with pytest.raises(ValueError, match="there must be classes and channels, not"):
+        create_model("resnet8_gated", **wrong)

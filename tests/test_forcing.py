@@ -241,3 +241,10 @@ def test_both_measures_of_chance_see_the_same_shuffles(analysis, monkeypatch):
     fresh.information_by_chance(draws=2)
     monkeypatch.setattr(np.random, "default_rng", lambda _: pytest.fail("drawn again"))
     assert np.array_equal(fresh.selectivity_by_chance(draws=2), expected)
+
+
+def test_a_plain_network_is_refused(analysis, unchecked_types):
+    plain: Any = nn.Conv2d(3, 8, 3)
+    for forced in (lambda: force_gates(plain, [], analysis), lambda: exchange_gates(plain, [])):
+        with pytest.raises(TypeError, match="the model must be a GaterNet, but is a Conv2d"):
+            forced()

@@ -167,3 +167,28 @@ def test_what_the_hub_does_not_give_is_one_sentence(monkeypatch, error):
     monkeypatch.setattr(checkpoint, "snapshot_download", fail)
     with pytest.raises(FileNotFoundError, match="someone/model is no folder here, nor a model that the Hub gives"):
         load_pretrained("someone/model")
+
+
+def test_a_timm_model_whose_classifier_was_replaced_after_gating_comes_back_by_itself(tmp_path):
+    for network in (timm.create_model("test_resnet", num_classes=7), create_backbone("timm:test_resnet", 7)):
+        model = gate(network, PIXELS)
+        cast(timm.models.ResNet, model.backbone).reset_classifier(3)
+        spoiled(model).save_pretrained(tmp_path)  # without a warning
+        assert_same(load_pretrained(tmp_path), model, PIXELS)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["metadata"]["backbone"] == {"name": "timm:test_resnet", "num_classes": 3, "in_chans": 3}
+
+
+def test_a_timm_model_that_was_passed_in_is_described_when_it_is_saved_again(tmp_path):
+    model = spoiled(gate(timm.create_model("test_resnet", num_classes=4), PIXELS))
+    model.metadata["backbone"] = None
+    model.save_pretrained(tmp_path)
+    assert_same(load_pretrained(tmp_path), model, PIXELS)
+
+
+def test_a_gaternet_that_gave_its_backbone_back_is_not_saved(tmp_path):
+    model = gate(custom(), IMAGES)
+    model.ungate()
+    with pytest.raises(ValueError, match=r"gave its backbone back with ungate\(\): save a new one around it"):
+        model.save_pretrained(tmp_path / "model")
+    assert not list(tmp_path.glob("model/*"))

@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,13 @@ def test_python_example_runs(capsys):
     for name in set(re.findall(r"gaternet\.(\w+)\(", README)):
         assert hasattr(names["gaternet"], name), name
     assert isinstance(names["logits"], torch.Tensor)
+
+
+def test_modules_that_are_named_need_no_import_of_their_own():
+    names = sorted(set(re.findall(r"`gaternet\.(\w+(?:\.\w+)+)", README)))
+    assert "train.train" in names
+    code = "import gaternet, operator\n" + "\n".join(f"operator.attrgetter({name!r})(gaternet)" for name in names)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_longer_python_examples_run(capsys, monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """That the report's figures draw what was found, and not its neighbour."""
 
-from typing import Any
+import dataclasses
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -45,3 +46,12 @@ def test_costs_accuracies_and_shares_are_the_analysis(found):
         assert list(shares[0].y) == pytest.approx(list(100 * analysis.site_shares[row]))
     accuracies: Any = figures.class_accuracies({"one": analysis}).data
     assert list(accuracies[0].y) == pytest.approx(list(100 * analysis.class_right[present] / analysis.counts[present]))
+
+
+@pytest.mark.parametrize(("most", "last"), [(336, "336"), (119, "118 to 119"), (30, "30")])
+def test_no_bar_stands_for_more_gates_than_there_are(found, most, last):
+    analysis = dataclasses.replace(found[0], histogram=np.bincount([0, most], minlength=most + 1))
+    (bars,) = cast(Any, figures.gates_per_sample(analysis).data)
+    assert bars.customdata[-1] == last
+    assert bars.x[-1] + bars.width[-1] / 2 == most + 0.5
+    assert list(bars.x - bars.width / 2)[1:] == list(bars.x + bars.width / 2)[:-1]  # without gaps

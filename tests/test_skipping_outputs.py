@@ -1,6 +1,7 @@
 """What a network gives out when filters are skipped, what its images do to each other, what becomes of the model."""
 
 import copy
+import pickle
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -336,3 +337,36 @@ def test_paddings_by_name_are_skipped_where_their_edges_are_equal(padding, kerne
     model = gated(Net(lambda net, x: net.named(net.first(x).relu()), first=conv(3, 8), named=named))
     assert ("named: reads open channels of 8" in str(plan_of(model))) == skipped
     assert_skips_exactly(model, THREE, random_gates(model, 0.5))
+
+
+class Squared(nn.Module):
+    """Of pairs of numbers as complex ones, which PyTorch takes where they lie side by side alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:2], -1, 2).contiguous())
+        return torch.view_as_real(pairs * pairs).reshape(x.shape)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_what_wants_numbers_in_their_order_has_them(kernels):
+    model = gated(Net(lambda net, x: net.two(net.square(net.one(x))), one=conv(3, 8), square=Squared(), two=conv(8, 8)))
+    gates = random_gates(model, 0.5)
+    fast = gaternet.skip(model, THREE, "slice", kernels="native" if kernels == "native" else "torch")
+    torch.testing.assert_close(fast.forward_gated(THREE, gates), model.forward_gated(THREE, gates))
+
+
+@pytest.mark.parametrize("engine", ["slice", "specialise"])
+def test_a_skipper_is_pickled_and_computes_the_same(engine):
+    model = gated(chain_of(["residual with SE", "inverted residual"]))
+    gates = random_gates(model, 0.5)
+    fast = gaternet.skip(model, THREE, engine, calibration=gates)
+    again = pickle.loads(pickle.dumps(fast))
+    assert torch.equal(again.forward_gated(THREE, gates), fast.forward_gated(THREE, gates))
+    assert torch.equal(again(THREE), fast(THREE))
+
+
+def test_a_model_that_cannot_be_copied_says_so():
+    model = gated(Net(lambda net, x: net.conv(x), conv=conv(3, 8)))
+    model.backbone.get_submodule("conv").held = model.backbone.fc.weight * 2  # pyright: ignore
+    with pytest.raises(ValueError, match=r"the GaterNet cannot be copied .*run it once under torch\.no_grad\(\) first"):
+        gaternet.skip(model, THREE, "mask")

@@ -112,3 +112,9 @@ def test_subnetworks_are_tried_beside_the_model(monkeypatch):
     monkeypatch.setattr(specialise, "_pruned", lambda spec, *rest: replace(p := pruned(spec, *rest), weight=-p.weight))
     with pytest.raises(ValueError, match="the backbone computes something else than its plan"):
         gaternet.skip(model, IMAGES, "specialise", calibration=calibration)
+
+
+def test_calibration_takes_hard_gates_alone():
+    model = gated(chain_of(["residual"]))
+    with pytest.raises(ValueError, match="calibration must be gates that are 0 or 1"):
+        gaternet.skip(model, IMAGES, "specialise", calibration=torch.full((4, model.num_gates), 0.3))

@@ -1,6 +1,7 @@
 """GaterNet: a network that looks at an image first and decides which filters of a CNN run (CVPR 2019)."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -67,9 +68,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'gaternet' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if not name.startswith("_") and find_spec(f"gaternet.{name}") is not None:
+        return import_module(f"gaternet.{name}")  # so that `gaternet.train.train` needs no import of its own
+    raise AttributeError(f"module 'gaternet' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

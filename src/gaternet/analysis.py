@@ -89,7 +89,10 @@ def images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:
         raise ValueError(
             f"images must be (B, channels, H, W), but are {tuple(images.shape)}: pass a DataLoader of the data set"
         )
-    labels = None if labels is None else torch.as_tensor(labels)
+    try:
+        labels = None if labels is None else torch.as_tensor(labels)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"labels must be integers, one an image, not a {type(labels).__name__}: {error}") from error
     if labels is not None and (labels.shape != images.shape[:1] or labels.is_floating_point()):
         raise ValueError(
             f"labels must be integers, one an image: {len(images)}, not {tuple(labels.shape)}, {labels.dtype}"
@@ -128,7 +131,7 @@ class _Pass:
         seed: int,
     ) -> None:
         self.model, self.preprocessing, self.num_samples, self.extremes = model, preprocessing, samples, extremes
-        self.classes = classes
+        self.classes = None if classes is None else tuple(map(str, classes))
         self.device = next(model.parameters()).device
         self.shape = images.shape[1:]
         example = inputs_of(images[:1], preprocessing, self.device)

@@ -90,6 +90,11 @@ def _card(model: GaterNet) -> ModelCard:
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         "MACs an image": f"{backbone_macs} in the backbone with all gates open, {gater_macs} in the gater",
     }
+    limit = (
+        "No accuracy is recorded."
+        if accuracy is None
+        else "The accuracy is that of one run on the test images of that data set; of other images it says nothing."
+    )
     table = "\n".join(f"| {title} | {value} |" for title, value in rows.items())
     text = f"""
 {MARK}
@@ -115,10 +120,10 @@ fast = gaternet.skip(model, images)  # the same logits; closed filters are not c
 
 ## Limits
 
-- The accuracy is that of one run on the test images of the data set above; of other images it says nothing.
+- {limit}
 - The model always names one of its classes, whatever the image shows.
 - Called as it is, it computes all filters and multiplies with the gates; `gaternet.skip` leaves the closed ones out.
-- The MACs above are counted, not timed, and closed gates lower them by what the image at hand allows.
+- The MACs above are counted, not timed, and with all gates open; how far closed ones lower them depends on the image.
 """
     return ModelCard(f"---\n{header.to_yaml()}\n---\n{text}", ignore_metadata_errors=True)
 

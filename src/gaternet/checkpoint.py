@@ -32,7 +32,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def save_model(model: nn.Module, directory: Path, metadata: Mapping[str, Any] | None = None) -> None:
+def save_model(model: nn.Module, directory: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
     """Write `directory`/config.json and `directory`/model.safetensors.
 
     Args:
@@ -41,11 +41,19 @@ def save_model(model: nn.Module, directory: Path, metadata: Mapping[str, Any] | 
         metadata: plain data: "backbone" (and, for a GaterNet, "extractor") are the arguments of `create_backbone`,
             without which the model cannot be loaded by itself; the rest is kept as it is. Default: the model's own.
             A description that a part no longer fits, since it was changed after gating, is left out.
+
+    Raises:
+        ValueError: the model is wrapped, or was ungated.
+        TypeError: the metadata are no plain data.
+        OSError: the files cannot be written.
     """
     refuse_wrapped(model)
+    directory = Path(directory)
     config: dict[str, Any] = {"gaternet": __version__}
     with unwrapped(model):
         if isinstance(model, GaterNet):
+            if not model._gated:
+                raise ValueError("this GaterNet gave its backbone back with ungate(): save a new one around it")
             given = metadata or model.metadata
             metadata = fitting(given, model)
             for name in ("backbone", "extractor"):
@@ -105,7 +113,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def load_model(
-    directory: Path, backbone: nn.Module | None = None, extractor: nn.Module | None = None
+    directory: str | Path, backbone: nn.Module | None = None, extractor: nn.Module | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model saved in `directory`, in evaluation mode on the CPU, and its metadata.
 
@@ -117,6 +125,7 @@ def load_model(
     Raises:
         ValueError: what is there is no saved model, or damaged, or does not fit together.
     """
+    directory = Path(directory)
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise ValueError(f"{directory} holds no saved model: {name} is missing")

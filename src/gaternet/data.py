@@ -295,7 +295,7 @@ def images_of(batch: Any) -> Tensor:
 
 
 def mix_seed(purpose: str, *numbers: int) -> int:
-    """One 64-bit seed from several numbers: unlike those of other purposes, of neighbours, and of more numbers."""
+    """A 64-bit seed from several numbers: other purposes, neighbouring numbers and longer lists give unrelated ones."""
     return int.from_bytes(hashlib.blake2b(repr((purpose, numbers)).encode(), digest_size=8).digest())
 
 

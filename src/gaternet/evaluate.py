@@ -99,7 +99,7 @@ def gate_metrics(network: GaterNet, rates: Float[Tensor, " gates"]) -> dict[str,
 
 @accelerate_restored()
 def evaluate_saved(
-    path: Path,
+    path: str | Path,
     which: Which = "last",
     data: str | None = None,
     runtime: Runtime | None = None,
@@ -115,6 +115,7 @@ def evaluate_saved(
     Raises:
         ValueError: there is no such model or data, or the two do not go together.
     """
+    path = Path(path)
     network, metadata = load_trained(path, which)
     source = data_of(path, metadata, data)
     runtime = as_trained(path, runtime or Runtime())

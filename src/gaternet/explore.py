@@ -100,7 +100,7 @@ class Explorer:
         """An image file as the model sees it; DataError if it is no image, or too large."""
         size = os.path.getsize(path)
         if size > MAX_BYTES:
-            raise DataError(f"this file has {size / 2**20:.0f} MB: choose one of at most {MAX_BYTES // 2**20}")
+            raise DataError(f"this file has {size:,} bytes: choose one of at most {MAX_BYTES:,}")
         from PIL import Image
 
         try:
@@ -252,7 +252,9 @@ def build_app(explorer: Explorer, title: str) -> Any:
         state = gr.State()
         with gr.Row():
             with gr.Column(scale=1):
-                file = gr.File(label="An image file, at most 10 MB", file_types=["image"], height=150)
+                file = gr.File(
+                    label=f"An image file, at most {MAX_BYTES // 2**20} MiB", file_types=["image"], height=150
+                )
                 another = gr.Button("Another test image")
                 picture = gr.Image(label="What the model sees", interactive=False, height=260, buttons=[])
             with gr.Column(scale=2):

@@ -1,7 +1,6 @@
 """What `gaternet.analyze` finds, as plain numbers: who opens which gates, and what that tells and costs."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,7 +148,7 @@ class GateAnalysis:
         return write_report(self, Path(directory), forced=forced, title=title)
 
     def information(self) -> Float[NDArray[np.float64], " gates"]:
-        """Mutual information of each gate and the class, in bits, (C,): 0 to 1, and to log2 K for K classes."""
+        """Mutual information of each gate and the class, in bits, (C,), from 0 to 1 for two classes or more."""
         return mutual_information(self.class_open, self.counts)
 
     def information_by_chance(self, draws: int = 20, seed: int = 0) -> Float[NDArray[np.float64], "draws gates"]:
@@ -172,11 +171,11 @@ class GateAnalysis:
 
     def _by_chance(self, measure: Any, draws: int, seed: int) -> Float[NDArray[np.float64], "draws gates"]:
         if (draws, seed) not in self._chance:  # drawing takes far longer than measuring: both measures see one draw
-            self._chance[draws, seed] = self._draw((mutual_information, selectivity), draws, seed)
+            self._chance[draws, seed] = self._draw(draws, seed)
         return self._chance[draws, seed][measure]
 
-    def _draw(self, measures: Sequence[Any], draws: int, seed: int) -> dict[Any, NDArray[np.float64]]:
-        generator = np.random.default_rng(seed)
+    def _draw(self, draws: int, seed: int) -> dict[Any, NDArray[np.float64]]:
+        generator, measures = np.random.default_rng(seed), (mutual_information, selectivity)
         found = {measure: np.zeros((draws, self.num_gates)) for measure in measures}
         # The classes of m images drawn without repetition: just what shuffling gives for a gate that is open m times.
         for opened in np.unique(self.open_counts[self.dependent]):

@@ -16,6 +16,7 @@ from gaternet.data import Preprocessing
 from gaternet.findings import GateAnalysis
 from gaternet.method import GaterNet
 from gaternet.modes import evaluation_mode
+from gaternet.wrapping import require_gated
 
 SHARE = 0.05  # of the gates that depend on the input: so many are taken from a class
 CHUNK = 100  # images at a time
@@ -128,7 +129,9 @@ def force_gates(
 
     Raises:
         ValueError: the loader has no images or no labels, the analysis is of another model, or a number is too small.
+        TypeError: the model is no GaterNet.
     """
+    model = require_gated(model)
     for name, number, least in (("draws", draws, 1), ("gates", gates, 0), ("classes", classes, 0)):
         if number < least:
             raise ValueError(f"{name} must be at least {least}, but is {number}")
@@ -176,7 +179,9 @@ def exchange_gates(
 
     Raises:
         ValueError: the loader has no images or no labels, or `images` is below 1.
+        TypeError: the model is no GaterNet.
     """
+    model = require_gated(model)
     with evaluation_mode(model):
         return _Trial(model, loader, preprocessing, images, seed).exchange()
 

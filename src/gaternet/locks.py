@@ -35,7 +35,7 @@ def lock_folder(path: Path, wait: bool) -> int | None:
 
 
 def unlock_folder(handle: int) -> None:
-    """Let go of a lock, also where there are copies of its descriptor; nothing in a process that was forked since."""
+    """Release a lock, also where its descriptor was duplicated; in a process that was forked since, do nothing."""
     if fcntl is not None and handle in _held:
         _held.remove(handle)
         fcntl.flock(handle, fcntl.LOCK_UN)

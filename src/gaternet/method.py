@@ -64,7 +64,7 @@ def improved_semhash(
 
 
 def gate_sparsity(gates: Float[Tensor, "batch gates"]) -> Float[Tensor, ""]:
-    """Mean over samples of ||g||_1 / C, in [0, 1], the paper's penalty (equation 8): of hard gates the open share."""
+    """Mean over samples of ||g||_1 / C, in [0, 1], the paper's penalty (equation 8): 1, not 0, where all are open."""
     return gates.abs().mean()
 
 
@@ -300,7 +300,7 @@ class GaterNet(
 
     @property
     def plain_gater(self) -> Gater | None:
-        """The gater where its logits alone decide the gates; None for one of yours, or with hooks, which may not."""
+        """The gater, if its gates are just its thresholded logits; None for a gater of your own, or with hooks."""
         own = type(self).gates is not GaterNet.gates or self.gater._forward_hooks or self.gater._forward_pre_hooks
         return self.gater if type(self.gater) is Gater and not own else None
 

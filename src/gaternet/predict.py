@@ -34,14 +34,16 @@ class Prediction:
     num_gates: int | None
 
 
-def load(path: Path, which: Which = "last") -> tuple[nn.Module | ExportedModel, dict[str, Any]]:
+def load(path: str | Path, which: Which = "last") -> tuple[nn.Module | ExportedModel, dict[str, Any]]:
     """What `predict` takes: the model of a run, a saved model, or an exported one, and its metadata.
 
     A model that was saved in half precision computes in float32, which its inputs are.
 
     Raises:
-        ValueError: there is no such thing, or it does not say how images become its input.
+        ValueError: there is no such model, or it does not say how images become its input.
+        FileNotFoundError: there is no such .onnx file.
     """
+    path = Path(path)
     if path.suffix == ".pt2":
         raise ValueError(
             f"{path} may hold pickled objects, which could run code: predict with the .onnx file, or load it yourself "

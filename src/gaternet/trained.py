@@ -25,12 +25,13 @@ _NAMES = {
 }
 
 
-def find_model(path: Path, which: Which = "last") -> Path:
+def find_model(path: str | Path, which: Which = "last") -> Path:
     """The folder of the saved model that `path` means: a saved model itself, or a run's `last` or `best`.
 
     Raises:
         ValueError: there is none.
     """
+    path = Path(path)
     if not path.is_dir():
         raise ValueError(f"no run or saved model {path}: gaternet train makes runs, by default under runs/")
     if (path / checkpoint.WEIGHTS).is_file():
@@ -45,7 +46,7 @@ def find_model(path: Path, which: Which = "last") -> Path:
     raise ValueError(f"{path} is neither a run nor a saved model: name a folder that gaternet train made")
 
 
-def load_trained(path: Path, which: Which = "last") -> tuple[nn.Module, dict[str, Any]]:
+def load_trained(path: str | Path, which: Which = "last") -> tuple[nn.Module, dict[str, Any]]:
     """The model that `path` means, see `find_model`, and its metadata.
 
     It is in evaluation mode and in float32, as its inputs are, in whatever precision it was saved.
@@ -54,7 +55,7 @@ def load_trained(path: Path, which: Which = "last") -> tuple[nn.Module, dict[str
     return model.float(), metadata
 
 
-def load_gated(path: Path, which: Which = "last") -> tuple[GaterNet, dict[str, Any]]:
+def load_gated(path: str | Path, which: Which = "last") -> tuple[GaterNet, dict[str, Any]]:
     """`load_trained` of a gated network; ValueError for a plain one."""
     model, metadata = load_trained(path, which)
     if not isinstance(model, GaterNet):

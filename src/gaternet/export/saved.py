@@ -101,7 +101,8 @@ def _file_format(out: Path | None, wanted: FileFormat | None) -> FileFormat:
     if suffix and named is None:
         raise ValueError(f"{out} is neither .onnx nor .pt2: name such a file")
     if wanted and named and wanted != named:
-        raise ValueError(f"{out} is to be a file of {wanted}: name it {out.with_suffix('.' + wanted) if out else ''}")
+        assert out is not None
+        raise ValueError(f"{out} is to be a file of {wanted}: name it {out.with_suffix('.' + wanted)}")
     return wanted or named or "onnx"
 
 

@@ -1,6 +1,5 @@
 """What is exported: a model with its preprocessing, as exporters trace it."""
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from gaternet.errors import first_line
 from gaternet.export.gathered import OpenFilters
 from gaternet.export.parity import FAULT, ExportError, Parity, Run, RunGated, compare, make_images
 from gaternet.method import GaterNet
-from gaternet.modes import quiet, without_autocast
+from gaternet.modes import full_copy, quiet, without_autocast
 
 Form = Literal["masked", "skipping"]
 _HELD_OUT = 16
@@ -46,6 +45,7 @@ class Source:
         dynamic_size: bool = False,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
+        model = getattr(model, "_orig_mod", model)  # of what torch.compile gives
         self.gated = isinstance(model, GaterNet)
         if form not in get_args(Form):
             raise ValueError(f"there is no form {form!r}: choose {' or '.join(get_args(Form))}")
@@ -59,7 +59,7 @@ class Source:
         if not (example_input.is_floating_point() or example_input.dtype == torch.uint8):
             raise ValueError(f"example_input must be float, or pixels, uint8, but is {example_input.dtype}: convert it")
         self.form, self.dynamic_size = form, dynamic_size
-        self.model: Any = _copy(model).cpu().float().eval().requires_grad_(False)
+        self.model: Any = full_copy(model).cpu().float().eval().requires_grad_(False)
         self.example = example_input[:1].detach().cpu()
         own: Any = getattr(model, "metadata", None)
         self._metadata = _plain(metadata if metadata is not None else own or {})
@@ -190,22 +190,12 @@ class Source:
             ) from error
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:  # its own code may raise anything
-        raise ValueError(
-            f"the {type(model).__name__} cannot be copied ({first_line(error)}): where it keeps a tensor of a training "
-            "step, run it once under torch.no_grad() first"
-        ) from error
-
-
 def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """A copy, as the file will give it back."""
     try:
         return json.loads(json.dumps(dict(metadata)))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"metadata must be plain data that JSON can hold ({error}): make lists of it") from error
+        raise TypeError(f"metadata must be plain data that JSON can hold ({error}): make lists of it") from error
 
 
 class _Exportable(nn.Module):

@@ -8,7 +8,7 @@ from gaternet.method import GateSite
 
 
 def initialize_(network: nn.Module) -> None:
-    """The public code's initialisation: He's normal one by fan-out for convolutions, and no biases."""
+    """The public code's initialisation: He's normal one by fan-out for convolutions, and biases of zero."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

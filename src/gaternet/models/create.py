@@ -44,7 +44,7 @@ def model_names() -> list[str]:
 
 def create_model(
     name: str,
-    num_classes: int = 10,
+    num_classes: int | None = None,
     in_chans: int = 3,
     *,
     extractor: str | None = None,
@@ -61,7 +61,8 @@ def create_model(
 
     Args:
         name: one of `model_names()`, for example "resnet56_gated", or "timm:resnet50", or "torchvision:vgg11".
-        num_classes: classes K; 1000 for a trained ImageNet classifier.
+        num_classes: classes K. Default: 10 for CIFAR's models, 1000 for ImageNet's, timm's and torchvision's; trained
+            weights come with their classifier only where it has as many.
         in_chans: channels of the images.
         extractor: for gated models, the name of the plain network that serves as the gater's E, without its classifier;
             default: the paper's, "resnet20" for CIFAR's models and "resnet18" for ImageNet's.
@@ -75,6 +76,9 @@ def create_model(
     Raises:
         ValueError: for a name that is not known, weights that cannot be had, or a gater's options for a plain network.
     """
+    if num_classes is None:
+        others = name.startswith((_TIMM, _TORCHVISION)) or name.removesuffix(_GATED) in IMAGENET
+        num_classes = 1000 if others else 10
     seen: dict[str, Any] = {"extractor": extractor, "shrink": shrink}
     options: dict[str, Any] = {
         "bottleneck": bottleneck,
@@ -110,6 +114,8 @@ def create_backbone(name: str, num_classes: int = 10, in_chans: int = 3, pretrai
 
     With 0 classes it gives features (B, h); torchvision's have no such form.
     """
+    if num_classes < 0 or in_chans < 1:
+        raise ValueError(f"there must be classes and channels, not {num_classes} classes and {in_chans} channels")
     if name.startswith(_TIMM):
         network = _timm(name.removeprefix(_TIMM), num_classes, in_chans, pretrained)
     elif name.startswith(_TORCHVISION):
@@ -143,19 +149,17 @@ def create_extractor(name: str, in_chans: int = 3, shrink: int = 1) -> nn.Module
 
 def describe_backbone(backbone: nn.Module, in_chans: int) -> dict[str, Any] | None:
     """The arguments of `create_backbone` that make such a network anew; None for one that it does not make."""
-    source: Any = getattr(backbone, "gaternet_source", None)
-    if source is None:
-        config: Any = getattr(backbone, "pretrained_cfg", None) or {}
-        num_classes = getattr(backbone, "num_classes", None)
-        if "architecture" not in config or not isinstance(num_classes, int):
-            return None
-        source = {"name": _TIMM + config["architecture"], "num_classes": num_classes, "in_chans": in_chans}
-    return source if _makes(source, backbone, _shown) else None
+    sources: list[Any] = [getattr(backbone, "gaternet_source", None)]
+    config: Any = getattr(backbone, "pretrained_cfg", None) or {}
+    if "architecture" in config and isinstance(num_classes := getattr(backbone, "num_classes", None), int):
+        sources.append({"name": _TIMM + config["architecture"], "num_classes": num_classes, "in_chans": in_chans})
+    return next((source for source in sources if source and _makes(source, backbone, _shown)), None)
 
 
 def fitting(metadata: Mapping[str, Any], model: GaterNet) -> Mapping[str, Any]:
     """The metadata, without the description of another backbone or extractor than the model has.
 
+    A backbone that they do not describe, say for timm's classifier was replaced, is described anew if that is possible.
     What changes no prediction may be another: momentum of statistics, what is dropped, what is done in place.
     """
     found = dict(metadata)
@@ -169,6 +173,9 @@ def fitting(metadata: Mapping[str, Any], model: GaterNet) -> Mapping[str, Any]:
     for name, part, make in parts:
         if found.get(name) and not _makes(found[name], part, predicts, make):
             found[name] = None
+    if not found.get("backbone"):
+        described = metadata.get("backbone") or found.get("extractor") or {}
+        found["backbone"] = describe_backbone(model.backbone, described.get("in_chans", 3))
     return found
 
 

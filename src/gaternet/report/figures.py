@@ -87,8 +87,9 @@ def gates_per_sample(analysis: GateAnalysis) -> go.Figure:
     step = max(1, -(-(high - low + 1) // 60))
     starts = np.arange(low, high + 1, step)
     heights = np.add.reduceat(analysis.histogram[low : high + 1], starts - low)
-    bars = go.Bar(x=starts + (step - 1) / 2, y=heights, width=step, marker_color=ON)
-    spans = [f"{start}" if step == 1 else f"{start} to {start + step - 1}" for start in starts]
+    stops = np.minimum(starts + step - 1, high)
+    bars = go.Bar(x=(starts + stops) / 2, y=heights, width=stops - starts + 1, marker_color=ON)
+    spans = [f"{start}" if start == stop else f"{start} to {stop}" for start, stop in zip(starts, stops, strict=True)]
     bars.customdata, bars.hovertemplate = spans, "%{customdata} gates: %{y} images<extra></extra>"
     return figure([bars], "open gates", "images", bargap=0)
 

@@ -25,7 +25,7 @@ class Probe:
     images: int
 
 
-def embed(analysis: GateAnalysis, seed: int = 0) -> Float[NDArray[np.float32], "m 2"] | None:
+def embed(analysis: GateAnalysis) -> Float[NDArray[np.float32], "m 2"] | None:
     """Places of the samples in the plane, so that images with like gates lie together: paper, figure 6.
 
     PCA to at most 400 dimensions, then t-SNE; None if there is nothing to lay out.
@@ -36,13 +36,13 @@ def embed(analysis: GateAnalysis, seed: int = 0) -> Float[NDArray[np.float32], "
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    reduced = PCA(min(400, *gates.shape), random_state=seed).fit_transform(gates)
+    reduced = PCA(min(400, *gates.shape), random_state=0).fit_transform(gates)
     tsne = TSNE(2, perplexity=min(30, (len(gates) - 1) / 3), init="pca" if reduced.shape[1] > 1 else "random")
-    tsne.set_params(random_state=seed)
+    tsne.set_params(random_state=0)
     return tsne.fit_transform(reduced).astype(np.float32)
 
 
-def probe(analysis: GateAnalysis, seed: int = 0) -> Probe | None:
+def probe(analysis: GateAnalysis) -> Probe | None:
     """Fit a logistic regression from gates to labels on half of the samples, test it on the others.
 
     None without labels, and where there are too few images, classes or dependent gates.
@@ -56,7 +56,7 @@ def probe(analysis: GateAnalysis, seed: int = 0) -> Probe | None:
     gates = samples.gates[:, dependent].astype(np.float32) - 0.5
     if not 2 <= len(np.unique(samples.label[:half])) <= half / 4:
         return None
-    classifier = LogisticRegression(max_iter=1000, random_state=seed).fit(gates[:half], samples.label[:half])
+    classifier = LogisticRegression(max_iter=1000, random_state=0).fit(gates[:half], samples.label[:half])
     tested = samples.label[half:]
     return Probe(
         float(classifier.score(gates[half:], tested)),

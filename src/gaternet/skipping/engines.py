@@ -16,6 +16,7 @@ from gaternet.skipping.program import Program
 
 KernelName = Literal["auto", "native", "triton", "torch"]
 _TRITON_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_SECONDS = 0.3  # for which each engine is timed
 Backbone = Callable[[Tensor, Tensor], Tensor]  # images (B, channels, H, W), gates (B, C) -> logits (B, K)
 
 
@@ -60,10 +61,8 @@ def make_program(plan: Plan, kernels: KernelName = "auto") -> Program | NativePr
         return Program(plan, Kernels)
 
 
-def time_engines(
-    engines: Mapping[str, Backbone], images: Tensor, gates: Tensor, seconds: float = 0.3
-) -> dict[str, float]:
-    """Median seconds of each engine for a batch; each runs for `seconds`, and at least three times after a first."""
+def time_engines(engines: Mapping[str, Backbone], images: Tensor, gates: Tensor) -> dict[str, float]:
+    """Median seconds of each engine for a batch; each runs for `_SECONDS`, and at least three times after a first."""
 
     def once(engine: Backbone) -> float:
         began = time.perf_counter()
@@ -76,7 +75,7 @@ def time_engines(
     for name, engine in engines.items():
         once(engine)
         times: list[float] = []
-        while len(times) < 3 or sum(times) < seconds:
+        while len(times) < 3 or sum(times) < _SECONDS:
             times.append(once(engine))
         medians[name] = statistics.median(times)
     return medians

@@ -20,6 +20,7 @@ from gaternet.channels import ALIVE
 Kind = Literal["conv", "keep", "add", "scale", "cat", "aten"]
 DENSE = -1  # the pattern of a tensor that holds all its channels
 NEVER = -2  # in a pattern, of a channel that no gate opens
+_OF_LAYOUT = (torch.ops.aten.view_as_complex.default, torch.ops.aten.view.dtype)  # want numbers in their order
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
@@ -37,6 +38,11 @@ class Call:
     target: Callable[..., Any]
     args: Any
     kwargs: Any
+
+    def __reduce__(self) -> tuple[Callable[..., "Call"], tuple[Any, ...]]:
+        """By the operation's name, for PyTorch's cannot be pickled."""
+        name = str(self.target) if isinstance(self.target, torch._ops.OpOverload) else self.target
+        return _call, (name, self.args, self.kwargs)
 
     @property
     def reads(self) -> list[str]:
@@ -57,6 +63,8 @@ class Call:
             return values[arg.name] if isinstance(arg, Ref) else arg
 
         args, kwargs = map_aggregate(self.args, value), map_aggregate(self.kwargs, value)
+        if self.target in _OF_LAYOUT:
+            args = (args[0].contiguous(), *args[1:])
         if self.target is _ATTENTION:
             _check_keys(*args, **kwargs)
         return self.target(*args, **kwargs)
@@ -68,6 +76,15 @@ class Call:
             return device if isinstance(arg, torch.device) else arg
 
         return replace(self, args=map_aggregate(self.args, moved), kwargs=map_aggregate(self.kwargs, moved))
+
+
+def _call(target: str | Callable[..., Any], args: Any, kwargs: Any) -> Call:
+    """A call of an operation that is given by its name, such as "aten.add.Tensor", if it has one."""
+    if isinstance(target, str):
+        namespace, packet, overload = target.split(".")
+        target = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+    assert not isinstance(target, str)
+    return Call(target, args, kwargs)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """`skip`: a GaterNet becomes a module with the same outputs that computes its open filters only."""
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from gaternet.files import read_json, staged, write_json
 from gaternet.graph import read_graph
 from gaternet.method import GaterNet
-from gaternet.modes import evaluation_mode, without_autocast
+from gaternet.modes import evaluation_mode, full_copy, without_autocast
 from gaternet.skipping.engines import Backbone, KernelName, make_program, time_engines
 from gaternet.skipping.native import NativeProgram
 from gaternet.skipping.plan import Plan
@@ -35,7 +34,7 @@ class Skipper(nn.Module):
     Attributes:
         plan: what of the backbone is skipped and what is not; print it.
         engine: what runs the backbone: "slice", "specialise" or "mask".
-        program: what does; for "specialise", a `Specialised`.
+        program: what runs the backbone: a `Specialised` for "specialise", the model's `forward_gated` for "mask".
         timings: where the engine was chosen by measurement, the median seconds of each for the example.
     """
 
@@ -62,7 +61,8 @@ class Skipper(nn.Module):
         A gate whose logit is NaN is closed, so images that hold NaN may come to logits that look like any.
 
         Raises:
-            ValueError: a gater of yours gives soft gates.
+            ValueError: a gater of yours gives soft gates; or images of another size, precision or device than planned
+                for.
         """
         gates = self.gates(images)
         logits = self._run(images, gates, self._hard)
@@ -70,7 +70,7 @@ class Skipper(nn.Module):
 
     @torch.no_grad()
     def gates(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch gates"]:
-        """The gater alone: gates (B, C), each 0 or 1.
+        """The gater alone: gates (B, C), each 0 or 1, but for a gater of yours with soft ones, which `forward` refuses.
 
         They are those of the model, but where a gate's logit lies within rounding (about 1e-6) of the threshold.
         """
@@ -93,8 +93,8 @@ class Skipper(nn.Module):
     def _run(self, images: Tensor, gates: Tensor, hard: bool) -> Tensor:
         if gates.shape != (images.shape[0], self.plan.num_gates):
             raise ValueError(
-                f"gates must be ({images.shape[0]}, {self.plan.num_gates}), a row per image and a column per gated "
-                f"filter, but are {tuple(gates.shape)}"
+                f"gates must be ({images.shape[0]}, {self.plan.num_gates}), a row per image and a column per gate, "
+                f"but are {tuple(gates.shape)}"
             )
         if gates.device != images.device:
             raise ValueError(f"gates must be on {images.device}, as the images are, but are on {gates.device}")
@@ -208,8 +208,8 @@ def skip(
     Raises:
         ValueError: the backbone cannot be exported, or gives other than one tensor (B, ...), or lets images change each
             other's results, or computes something else than its plan, which is tried; or "specialise" has no
-            calibration or one of another shape; or the model does more than run its backbone under its gates. A gater
-            that has no plan, or differs from it, runs as it is.
+            calibration, or one of another shape or with other numbers; or the model cannot be copied, or does more than
+            run its backbone under its gates. A gater that has no plan, or differs from it, runs as it is.
         TypeError: the model is no GaterNet.
         NativeUnavailableError: `kernels` is "native", and there is no C++ compiler, or it is not for these weights.
     """
@@ -223,6 +223,8 @@ def skip(
             f"calibration must be gates (images, {model.num_gates}) of at least one image, but is "
             f"{tuple(calibration.shape)}: pass model.gates(images)"
         )
+    if calibration is not None and not ((calibration == 0) | (calibration == 1)).all():
+        raise ValueError("calibration must be gates that are 0 or 1: pass model.gates(images) in evaluation mode")
     if subnetworks < 1:
         raise ValueError(f"subnetworks must be at least 1, not {subnetworks}")
     with evaluation_mode(model):
@@ -230,7 +232,7 @@ def skip(
         require_whole(model, example_input)
         hard = model.plain_gater is not None  # others may be soft
         if engine == "mask":
-            own = copy.deepcopy(model)
+            own: Any = full_copy(model)
             return Skipper(plan, own.gates, own.forward_gated, engine, hard)
         gater = _plan_gater(model, example_input, kernels)
         engines: dict[str, Backbone] = {}
@@ -250,7 +252,8 @@ def skip(
             timings = time_engines(engines, example_input, gater(example_input))
         best = min(timings, key=timings.__getitem__)
         if best == "mask":
-            engines["mask"] = copy.deepcopy(model).forward_gated
+            own = full_copy(model)
+            engines["mask"] = own.forward_gated
         skipper = Skipper(sliced.plan, gater, engines[best], best, hard)
         skipper.timings = timings
         return skipper
@@ -269,7 +272,8 @@ def _plan_gater(model: GaterNet, example_input: Tensor, kernels: KernelName) -> 
             differs &= ~(margins <= _tolerance(images) * margins[margins.isfinite()].median())
         if found.shape == wanted.shape and not differs.any():
             return program
-    return copy.deepcopy(model.gater) if type(model).gates is GaterNet.gates else copy.deepcopy(model).gates
+    own: Any = full_copy(model.gater if type(model).gates is GaterNet.gates else model)
+    return own if type(model).gates is GaterNet.gates else own.gates
 
 
 @torch.no_grad()
