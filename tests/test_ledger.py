@@ -109,6 +109,8 @@ def test_other_images_of_the_same_name_are_another_run(tmp_path):
     (tmp_path / "moved").mkdir()
     moved = shutil.copy(first, tmp_path / "moved" / "digits.npz")
     assert Job(override(recipe, {"data": str(moved)}), 0, tmp_path / "other").line(ledger) == line
+    write_noise(Path(moved), 32)
+    assert Job(override(recipe, {"data": str(moved)}), 0, tmp_path / "other").line(ledger) is None
     for data in (write_noise(tmp_path / "b" / "digits.npz", 31), "digits"):
         other = override(recipe, {"data": data})
         assert Job(other, 0, tmp_path / "other").line(ledger) is None

@@ -179,11 +179,12 @@ def same_images(line: Mapping[str, Any], recipe: Recipe) -> bool:
         return True
     if recipe.data in (*EMBEDDED, *TORCHVISION) or not Path(recipe.data).exists():
         return _are_whole(recipe.data, seen)
-    return seen == _read(recipe.data, recipe.image_size)
+    return seen == _read(recipe.data, recipe.image_size, Path(recipe.data).stat().st_mtime_ns)
 
 
 @functools.cache
-def _read(data: str, image_size: int | None) -> dict[str, Any]:
+def _read(data: str, image_size: int | None, changed: int) -> dict[str, Any]:
+    """What a line would tell of these images, which are read anew where they have `changed`."""
     return _told(load_data(data, image_size=image_size).identity())
 
 

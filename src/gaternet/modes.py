@@ -1,4 +1,4 @@
-"""How a network runs: in evaluation mode, in its own precision, without logs; and how its weights lie in memory."""
+"""How a network runs: in evaluation mode, in its own precision, without logs; its copies; how its weights lie."""
 
 import copy
 import io

@@ -15,9 +15,14 @@ def require_network(part: object, name: str) -> None:
         raise TypeError(f"the {name} must be a network, not {part!r:.60}: make it first, say by timm.create_model")
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that torch.compile was given, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
 def require_gated(model: nn.Module) -> GaterNet:
     """The GaterNet that a model is, or that was compiled to it; TypeError if it is none."""
-    if not isinstance(found := getattr(model, "_orig_mod", model), GaterNet):
+    if not isinstance(found := uncompiled(model), GaterNet):
         raise TypeError(
             f"the model must be a GaterNet, but is a {type(model).__name__}: gate it with gaternet.gate, or pass what "
             "it wraps (model.module)"

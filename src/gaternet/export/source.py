@@ -19,6 +19,7 @@ from gaternet.export.gathered import OpenFilters
 from gaternet.export.parity import FAULT, ExportError, Parity, Run, RunGated, compare, make_images
 from gaternet.method import GaterNet
 from gaternet.modes import full_copy, quiet, without_autocast
+from gaternet.wrapping import uncompiled
 
 Form = Literal["masked", "skipping"]
 _HELD_OUT = 16
@@ -45,7 +46,7 @@ class Source:
         dynamic_size: bool = False,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        model = getattr(model, "_orig_mod", model)  # of what torch.compile gives
+        model = uncompiled(model)
         self.gated = isinstance(model, GaterNet)
         if form not in get_args(Form):
             raise ValueError(f"there is no form {form!r}: choose {' or '.join(get_args(Form))}")
