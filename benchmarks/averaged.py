@@ -18,14 +18,14 @@ from measured_runs import keep, trained_as
 from tables import RESULTS
 from torch import Tensor, nn
 
-from gaternet.data import Preprocessing, ToInput
+from gaternet.data import ToInput
 from gaternet.evaluate import BATCH, evaluate
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.modes import channels_last_
 from gaternet.provenance import describe_machine
 from gaternet.recipe import Runtime
-from gaternet.trained import load_test_set, load_trained
+from gaternet.trained import Trained
 
 RESULT = RESULTS / "averaged.json"
 
@@ -46,22 +46,22 @@ def measure(runs: dict[int, Path], data: str) -> dict[str, Any]:
     """Seed -> run: errors of each network and of each pair, in percent."""
     runtime = Runtime(precision="no")
     accelerator = make_accelerator(runtime)
-    loaded = {seed: load_trained(run) for seed, run in sorted(runs.items())}
-    metadata = next(iter(loaded.values()))[1]
-    images = load_test_set(data, metadata)
-    to_input = ToInput(Preprocessing.from_metadata(metadata))
+    models = {seed: Trained.open(run, data=data) for seed, run in sorted(runs.items())}
+    first = next(iter(models.values()))
+    _, images = first.load_sets()
+    to_input = ToInput(first.preprocessing)
 
     def error(*seeds: int) -> float:
-        network = Averaged(*(loaded[seed][0] for seed in seeds))
+        network = Averaged(*(models[seed].network for seed in seeds))
         channels_last_(network.to(accelerator.device))
         batches = make_batches(images, BATCH, runtime, accelerator)
         return 100 * (1 - evaluate(network, batches, to_input, accelerator)["accuracy"])
 
     return {
         "images": len(images),
-        "parameters": 2 * sum(p.numel() for p in next(iter(loaded.values()))[0].parameters()),
-        "alone": {str(seed): error(seed) for seed in loaded},
-        "pairs": {f"{a}, {b}": error(a, b) for a, b in itertools.combinations(loaded, 2)},
+        "parameters": 2 * sum(p.numel() for p in first.network.parameters()),
+        "alone": {str(seed): error(seed) for seed in models},
+        "pairs": {f"{a}, {b}": error(a, b) for a, b in itertools.combinations(models, 2)},
     }
 
 

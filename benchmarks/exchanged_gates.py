@@ -16,14 +16,13 @@ from typing import Any
 from measured_runs import measure_runs
 from tables import RESULTS
 
-from gaternet.data import Preprocessing
 from gaternet.evaluate import BATCH
 from gaternet.forcing import exchange_gates
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime
-from gaternet.trained import load_gated, load_test_set
+from gaternet.trained import Trained
 
 RESULT = RESULTS / "exchanged_gates.json"
 
@@ -38,14 +37,12 @@ def main() -> None:
     accelerator = make_accelerator(runtime)
 
     def measure(run: Path) -> dict[str, Any]:
-        network, metadata = load_gated(run, "last")
-        channels_last_(network.to(accelerator.device))
-        images = load_test_set(args.data, metadata)
+        model = Trained.open_gated(run, data=args.data)
+        channels_last_(model.network.to(accelerator.device))
+        _, images = model.load_sets()
         batches = make_batches(images, BATCH, runtime, accelerator).epoch()
-        found = exchange_gates(
-            network, batches, preprocessing=Preprocessing.from_metadata(metadata), images=len(images)
-        )
-        return {"images": len(images), "epochs": metadata["trained"]["epochs"], **asdict(found)}
+        found = exchange_gates(model.network, batches, preprocessing=model.preprocessing, images=len(images))
+        return {"images": len(images), "epochs": model.metadata["trained"]["epochs"], **asdict(found)}
 
     command = f"python benchmarks/exchanged_gates.py --data {Path(args.data).name} RUN..."
     measure_runs(args.runs, RESULT, command, measure)

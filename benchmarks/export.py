@@ -22,13 +22,11 @@ from tables import RESULTS
 from torch import Tensor
 
 import gaternet
-from gaternet.checkpoint import load_model
-from gaternet.data import Preprocessing
 from gaternet.export import ExportedModel, compare_int8, export_onnx, quantize_onnx
 from gaternet.method import Gater, GaterNet
 from gaternet.provenance import describe_machine
 from gaternet.skipping.bench import over, spread, time_interleaved
-from gaternet.trained import find_model, load_sets
+from gaternet.trained import Trained
 
 RESULT = RESULTS / "export_speed.json"
 DENSITIES = (0.75, 0.5, 0.25)
@@ -80,9 +78,9 @@ def resnet50(folder: Path, rounds: int) -> list[dict[str, Any]]:
 
 def trained(path: Path, source: str, folder: Path, rounds: int) -> dict[str, Any]:
     """A run's model on its test images, with the accuracy in 8 bits."""
-    model, metadata = load_model(find_model(path))
-    assert isinstance(model, GaterNet)
-    train, test = load_sets(source, metadata)
+    run = Trained.open_gated(path, data=source)
+    model, metadata = run.network, run.metadata
+    train, test = run.load_sets()
     pixels = test.take(range(16))
     files = {"plain": folder / "plain.onnx", "masked": folder / "masked.onnx", "skipping": folder / "skipping.onnx"}
     export_onnx(model.backbone, pixels, files["plain"], metadata=metadata)
@@ -102,7 +100,6 @@ def trained(path: Path, source: str, folder: Path, rounds: int) -> dict[str, Any
         batches = ((test.take(part.tolist()), torch.from_numpy(test.labels[part.numpy()])) for part in parts)
         if original != "plain":  # without its gates, the backbone says nothing of use
             effects[name] = asdict(compare_int8(files[original], files[name], batches))
-    assert Preprocessing.from_metadata(metadata).height == pixels.shape[2]
     batched = {name: file for name, file in files.items() if name != "skipping"}
     timings = time_files(files, pixels[:1], rounds) + time_files(batched, pixels, rounds)
     return {"timings": timings, "int8": effects}

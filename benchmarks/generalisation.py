@@ -20,14 +20,13 @@ from tables import RESULTS
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from gaternet.checkpoint import load_model
-from gaternet.data import ImageSet, Preprocessing, ToInput, load_data
+from gaternet.data import ImageSet, ToInput, load_data
 from gaternet.evaluate import BATCH, evaluate
 from gaternet.loader import make_batches
 from gaternet.machine import make_accelerator
 from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime
-from gaternet.trained import find_model
+from gaternet.trained import Trained
 
 RESULT = RESULTS / "generalisation.json"
 
@@ -75,8 +74,8 @@ def main() -> None:
     accelerator = make_accelerator(runtime)
 
     def measure(run: Path) -> dict[str, Any]:
-        network, metadata = load_model(find_model(run))
-        preprocessing = Preprocessing.from_metadata(metadata)
+        model = Trained.open(run)
+        network, preprocessing = model.network, model.preprocessing
         if images.shape[2:] != (preprocessing.height, preprocessing.width):
             parser.error(
                 f"{run} was trained on images of another size: corruptions are made of images as they are stored"

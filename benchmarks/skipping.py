@@ -30,7 +30,6 @@ from timing_tables import GPU_PRECISIONS
 import gaternet
 from gaternet.checkpoint import load_model
 from gaternet.cost import CostModel
-from gaternet.data import Preprocessing, load_data
 from gaternet.files import read_json, write_json
 from gaternet.graph import read_graph
 from gaternet.method import GaterNet
@@ -41,7 +40,7 @@ from gaternet.skipping.bench import Timing, bench, over, time_interleaved
 from gaternet.skipping.native import NativeProgram
 from gaternet.skipping.planner import make_plan
 from gaternet.skipping.specialise import Specialised, prune
-from gaternet.trained import find_model, load_test_set
+from gaternet.trained import Trained, find_model
 
 RESULT = RESULTS / "skipping.json"
 GPU_RESULT = RESULT.with_name("skipping_gpu.json")
@@ -128,8 +127,8 @@ def trained(name: str, run: str, data: str, plain: str, rounds: int) -> dict[str
     before = load(Path(plain)) if theirs else load_model(find_model(Path(plain)))[0]
     model, metadata = load_model(folder, backbone=backbone)
     assert isinstance(model, GaterNet)
-    preprocessing = Preprocessing.from_metadata(metadata)
-    test, train = load_test_set(data, metadata), load_data(data, image_size=preprocessing.height).train
+    opened = Trained(folder, model, metadata, data)
+    preprocessing, (train, test) = opened.preprocessing, opened.load_sets()
     images = preprocessing.normalize(test.take(range(len(test))))
     labels = torch.from_numpy(test.labels)
     seen = preprocessing.normalize(train.take(range(0, len(train), 10)))

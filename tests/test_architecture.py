@@ -21,8 +21,8 @@ LAYERS = [
     {"modes", "wrapping", "sessions", "aliasing", "graph", "channels", "sites", "cost", "models", "leaks", "gating"},
     {"card", "checkpoint", "official", "skipping"},
     {"recipes", "objective", "augment", "arrays", "folders", "data", "loader"},
-    {"provenance", "machine", "run", "trained", "evaluate", "network", "export"},
-    {"measures", "findings", "analysis", "forcing", "report", "explore", "predict"},
+    {"measures", "findings", "provenance", "machine", "run", "trained", "evaluate", "network", "export"},
+    {"analysis", "forcing", "report", "explore", "predict"},
     {"state", "progress", "step", "preparation", "train", "ledger", "sweep"},
     {"cli", "__main__"},
 ]

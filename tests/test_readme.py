@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from gaternet.cli import app
 from gaternet.recipes import RECIPES
-from gaternet.trained import load_trained
+from gaternet.trained import Trained
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,7 +54,7 @@ def test_the_longer_python_examples_run(capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().out.startswith("Macs(backbone=1814073344, gater=")
     exec(blocks("python")[2], names)
     assert names["model"].backbone.fc.weight.grad is not None
-    assert load_trained(tmp_path / "tuned")[1]["preprocessing"]["height"] == 224
+    assert Trained.open(tmp_path / "tuned").preprocessing.height == 224
     exec(blocks("python")[3], names)
     assert capsys.readouterr().out.startswith("conv1: reads all of 3, writes open filters of 64")
     assert torch.equal(names["again"](names["images"]), names["fast"](names["images"]))

@@ -24,6 +24,7 @@ from gaternet.ledger import changed_options, read_ledger, train_flags
 from gaternet.recipe import override
 from gaternet.recipes import find_recipe
 from gaternet.sweep import Job, check_jobs
+from gaternet.trained import Trained
 
 
 def test_pages_are_those_of_the_recorded_figures():
@@ -166,8 +167,8 @@ def test_pairs_of_networks_are_averaged_by_their_probabilities(monkeypatch):
     networks = {5: Sure(surely, surely, rather), 7: Sure(unsure, rather, rather), 9: Sure(surely, unsure, surely)}
     metadata = {"preprocessing": {"height": 1, "width": 1, "mean": [0.0], "std": [1 / 255]}}
     images = ImageSet(torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1, 1), [0, 1, 1])
-    monkeypatch.setattr(averaged, "load_trained", lambda run: (networks[int(run.name)].eval(), metadata))
-    monkeypatch.setattr(averaged, "load_test_set", lambda data, metadata: images)
+    monkeypatch.setattr(Trained, "open", lambda run, data: Trained(run, networks[int(run.name)].eval(), metadata, data))
+    monkeypatch.setattr(Trained, "load_sets", lambda _: (images, images))
     found = averaged.measure({seed: Path(str(seed)) for seed in (9, 5, 7)}, "digits")
     assert found["alone"] == pytest.approx({"5": 100 / 3, "7": 100 / 3, "9": 100 / 3})
     assert found["pairs"] == pytest.approx({"5, 7": 100 / 3, "5, 9": 200 / 3, "7, 9": 100 / 3})

@@ -375,8 +375,8 @@ def test_reports_of_runs_and_their_comparison(tmp_path, gaternet_command, browse
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
-    metadata = load_data("digits").metadata() | {"trained": {"data": "digits"}}
-    monkeypatch.setattr(runs, "load_gated", lambda *_: (make_model(), metadata))
+    model = make_model()
+    save_model(model, tmp_path, model.metadata | load_data("digits").metadata() | {"trained": {"data": "digits"}})
     monkeypatch.setattr(runs, "analyze", lambda *_, **__: pytest.fail("worked in vain"))
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file is a file, not a folder: name another"):

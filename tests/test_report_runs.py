@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from analyzed_model import MODEL
 
+from gaternet.checkpoint import save_model
 from gaternet.data import DataError
 from gaternet.report import figures, runs
 
 
 def test_missing_data_of_one_run_are_found_before_the_work_on_others(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "_report_run", lambda *_, **__: pytest.fail("worked in vain"))
-    sources = iter(("digits", str(tmp_path / "missing.npz")))
-    monkeypatch.setattr(runs, "data_of", lambda *_: next(sources))
-    monkeypatch.setattr(runs, "load_gated", lambda *_: (MODEL, {}))
+    for name, source in (("good", "digits"), ("bad", str(tmp_path / "missing.npz"))):
+        save_model(MODEL, tmp_path / name, {**MODEL.metadata, "trained": {"data": source}})
     with pytest.raises(DataError, match=r"no file .*missing.npz"):
         runs.report_runs([tmp_path / "good", tmp_path / "bad"], out=tmp_path)
 

@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from gaternet.cost import CostModel, count_dense_macs
 from gaternet.data import Preprocessing, ToInput
+from gaternet.findings import gate_shares
 from gaternet.loader import Batches, make_batches
 from gaternet.machine import accelerate_restored, make_accelerator
 from gaternet.method import GaterNet
 from gaternet.modes import channels_last_, evaluation_mode
 from gaternet.recipe import Runtime
-from gaternet.trained import Which, as_trained, data_of, load_test_set, load_trained
+from gaternet.trained import Trained, Which, as_trained
 
 BATCH = 500  # images a step, over all processes together
 _PIXELS = BATCH * 64**2  # of a step, in each process
@@ -88,11 +89,8 @@ def gate_metrics(network: GaterNet, rates: Float[Tensor, " gates"]) -> dict[str,
     """What the gates' opening rates over a set, each in [0, 1], say."""
     entropy = torch.special.entr(rates) + torch.special.entr(1 - rates)  # in nats
     return {
-        "density": rates.mean().item(),
+        **gate_shares(rates.numpy()),
         "entropy": entropy.mean().item() / math.log(2),
-        "always_on": (rates == 1).double().mean().item(),
-        "always_off": (rates == 0).double().mean().item(),
-        "dependent": ((rates > 0) & (rates < 1)).double().mean().item(),
         "site_density": [round(rates[site.start : site.stop].mean().item(), 4) for site in network.sites],
     }
 
@@ -115,13 +113,11 @@ def evaluate_saved(
     Raises:
         ValueError: there is no such model or data, or the two do not go together.
     """
-    path = Path(path)
-    network, metadata = load_trained(path, which)
-    source = data_of(path, metadata, data)
-    runtime = as_trained(path, runtime or Runtime())
+    model = Trained.open(path, which, data)
+    network, preprocessing = model.network, model.preprocessing
+    runtime = as_trained(model.path, runtime or Runtime())
     accelerator = make_accelerator(runtime)
-    images = load_test_set(source, metadata, runtime.data_root)
-    preprocessing = Preprocessing.from_metadata(metadata)
+    _, images = model.load_sets(runtime.data_root)
     batches = make_batches(images, batch_size_for(preprocessing, accelerator), runtime, accelerator)
     to_input = ToInput(preprocessing)
     example = to_input(images.take([0]))

@@ -21,10 +21,10 @@ from jaxtyping import Bool, Float, Int, UInt8
 from numpy.typing import NDArray
 
 from gaternet.cost import CostModel
-from gaternet.data import DataError, ImageSet, Preprocessing, classes_of, read_image
+from gaternet.data import DataError, ImageSet, Preprocessing, read_image
 from gaternet.method import GaterNet
 from gaternet.report.figures import distinct_names, figure, plotly_names
-from gaternet.trained import Which, class_names, data_of, load_gated, load_sets
+from gaternet.trained import Trained, Which
 
 MAX_BYTES, MAX_PIXELS = 10 * 2**20, 40_000_000  # of an image that is uploaded
 _BATCH = 250
@@ -89,12 +89,11 @@ class Explorer:
         Raises:
             ValueError: there is no such gated model, or its data cannot be had.
         """
-        network, metadata = load_gated(run, which)
-        source = data_of(run, metadata, data)
-        preprocessing, (train, test) = Preprocessing.from_metadata(metadata), load_sets(source, metadata, data_root)
+        model = Trained.open_gated(run, which, data)
+        train, test = model.load_sets(data_root)
         order = random.Random(0).sample(range(len(train)), min(images, len(train)))
-        names = class_names(source, classes_of(metadata))
-        return cls(network, preprocessing, names, test, train.take(order), train.labels[order].tolist())
+        known, labels = train.take(order), train.labels[order].tolist()
+        return cls(model.network, model.preprocessing, model.classes, test, known, labels)
 
     def open(self, path: str | Path) -> Pixels:
         """An image file as the model sees it; DataError if it is no image, or too large."""

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 _DRAWN = 10_000_000  # numbers that are drawn at once, to find what chance would show
 
 
+def gate_shares(rates: Float[NDArray[np.float64], " gates"]) -> dict[str, float]:
+    """Of the share of images that each gate is open for: the mean, and which gates are always on, off, or neither."""
+    on, off = rates == 1, rates == 0
+    means = {"density": rates, "always_on": on, "always_off": off, "dependent": ~(on | off)}
+    return {name: float(values.mean()) for name, values in means.items()}
+
+
 @dataclass(frozen=True, eq=False)
 class Samples:
     """Images of the data set, at random or chosen: what is known of each.

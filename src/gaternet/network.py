@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from gaternet import checkpoint, files
 from gaternet.cost import CostModel
-from gaternet.data import ImageData, Preprocessing, ToInput
+from gaternet.data import ImageData, ToInput
 from gaternet.gating import gate
 from gaternet.method import Gater, GaterNet
 from gaternet.models import create_model
 from gaternet.models.create import describe_backbone, other_classifier
 from gaternet.modes import channels_last_
 from gaternet.recipe import Gating, Recipe
-from gaternet.trained import find_model, load_trained, match_classes
+from gaternet.trained import Trained, find_model, match_classes
 
 
 def build_network(recipe: Recipe, data: ImageData, seed: int, trained: bool = True) -> nn.Module:
@@ -113,12 +113,12 @@ def load_teacher(recipe: Recipe, data: ImageData, accelerator: Accelerator) -> C
     source = recipe.distillation.teacher
     if source is None:
         return None
-    network, metadata = load_trained(Path(source))
+    teacher = Trained.open(source)
+    network, preprocessing, ours = teacher.network, teacher.preprocessing, data.preprocessing
     channels_last_(network.to(accelerator.device))
-    preprocessing, ours = Preprocessing.from_metadata(metadata), data.preprocessing
     to_input = ToInput(preprocessing)
     sizes = [(p.channels, p.height, p.width) for p in (preprocessing, ours)]
-    if not match_classes(recipe.data, data.classes, metadata) or sizes[0] != sizes[1]:
+    if not match_classes(recipe.data, data.classes, teacher.metadata) or sizes[0] != sizes[1]:
         raise ValueError(f"the teacher {source} was trained on other classes or images of another size: name another")
 
     def ask(images: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ def _trained_weights(source: str, name: str) -> Mapping[str, Tensor]:
         state = files.load_tensors(path)
         nested: list[Any] = [state[key] for key in ("state_dict", "model") if isinstance(state.get(key), dict)]
         return nested[0] if nested else state
-    trained, _ = load_trained(path)
+    trained = Trained.open(path).network
     if isinstance(trained, GaterNet):
         trained = trained.backbone if name == "backbone" else trained.gater.get_submodule("extractor")
     return trained.state_dict()

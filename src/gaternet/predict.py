@@ -12,7 +12,7 @@ from gaternet.data import DataError, Preprocessing, classes_of
 from gaternet.export.exported import ExportedModel
 from gaternet.method import GaterNet
 from gaternet.sessions import NotRunnableError
-from gaternet.trained import Which, class_names, load_trained, trained_on
+from gaternet.trained import Trained, Which, class_names
 
 _BATCH = 64
 
@@ -50,8 +50,8 @@ def load(path: str | Path, which: Which = "last") -> tuple[nn.Module | ExportedM
             "with torch.export.load if you trust its author"
         )
     if not path.is_file() and path.suffix != ".onnx":
-        model, metadata = load_trained(path, which)
-        return model, _named(metadata, trained_on(path, metadata))
+        model = Trained.open(path, which)
+        return model.network, _named(model.metadata, model.source)
     if which != "last":
         raise ValueError(f"{path} is one exported model, not a run with a {which} one: name the run")
     try:

@@ -4,8 +4,9 @@ import dataclasses
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from gaternet.method import GaterNet
 from gaternet.recipe import Runtime, data_name
 from gaternet.run import CONFIG
 
+Network = TypeVar("Network", bound=nn.Module, covariant=True)
 Which = Literal["last", "best"]  # model of a run: of the last epoch, or of the one with the highest test accuracy
 _NAMES = {
     "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
@@ -46,34 +48,84 @@ def find_model(path: str | Path, which: Which = "last") -> Path:
     raise ValueError(f"{path} is neither a run nor a saved model: name a folder that gaternet train made")
 
 
-def load_trained(path: str | Path, which: Which = "last") -> tuple[nn.Module, dict[str, Any]]:
-    """The model that `path` means, see `find_model`, and its metadata.
+@dataclass(frozen=True)
+class Trained(Generic[Network]):
+    """A run's model or a saved one, and the images that go with it.
 
-    It is in evaluation mode and in float32, as its inputs are, in whatever precision it was saved.
+    Attributes:
+        path: the run, or the saved model.
+        network: in evaluation mode and in float32, as its inputs are, in whatever precision it was saved.
+        metadata: what was saved with it.
+        source: the data that it was trained on, of a run where they lay when it went on last, or others in their place;
+            None if that is not known.
     """
-    model, metadata = checkpoint.load_model(find_model(path, which))
-    return model.float(), metadata
 
+    path: Path
+    network: Network
+    metadata: dict[str, Any]
+    source: str | None
 
-def load_gated(path: str | Path, which: Which = "last") -> tuple[GaterNet, dict[str, Any]]:
-    """`load_trained` of a gated network; ValueError for a plain one."""
-    model, metadata = load_trained(path, which)
-    if not isinstance(model, GaterNet):
-        raise ValueError(f"{path} is a plain network without gates: name a gated run")
-    return model, metadata
+    @staticmethod
+    def open(path: str | Path, which: Which = "last", data: str | None = None) -> "Trained[nn.Module]":
+        """The model that `path` means, see `find_model`, with `data` in place of what it was trained on."""
+        network, metadata = checkpoint.load_model(find_model(path, which))
+        trained = _run_config(Path(path)).get("recipe") or metadata.get("trained") or {}
+        return Trained(Path(path), network.float(), metadata, data or trained.get("data"))
 
+    @staticmethod
+    def open_gated(path: str | Path, which: Which = "last", data: str | None = None) -> "Trained[GaterNet]":
+        """`open` of a gated network; ValueError for a plain one."""
+        model = Trained.open(path, which, data)
+        if not isinstance(model.network, GaterNet):
+            raise ValueError(f"{path} is a plain network without gates: name a gated run")
+        return Trained(model.path, model.network, model.metadata, model.source)
 
-def trained_on(path: Path, metadata: Mapping[str, Any]) -> str | None:
-    """The data that a model was trained on, if that is known; of a run, where they lay when it went on last."""
-    return (_run_config(path).get("recipe") or metadata.get("trained") or {}).get("data")
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How an image becomes its input; DataError if its metadata do not say."""
+        return Preprocessing.from_metadata(self.metadata)
 
+    @property
+    def classes(self) -> list[str]:
+        """Names of its classes; DataError if its metadata have none."""
+        return class_names(self.source or "", classes_of(self.metadata))
 
-def data_of(path: Path, metadata: Mapping[str, Any], other: str | None = None) -> str:
-    """The data that a model was trained on, or `other` in its place; ValueError if neither is known."""
-    source = other or trained_on(path, metadata)
-    if source is None:
-        raise ValueError(f"{path} does not say what it was trained on: name the data with --data")
-    return source
+    def named_source(self) -> str:
+        """`source`; ValueError if it is not known."""
+        if self.source is None:
+            raise ValueError(f"{self.path} does not say what it was trained on: name the data with --data")
+        return self.source
+
+    def load_sets(self, root: str | None = None) -> tuple[ImageSet, ImageSet]:
+        """Training and test images of `source`, without augmentation, as the model knows them.
+
+        They have the sizes, channels and class numbers that it was trained on. `root` is where torchvision's sets lie.
+
+        Raises:
+            DataError: there are none, or they do not go with the model.
+            ValueError: it is not known which.
+        """
+        source, preprocessing = self.named_source(), self.preprocessing
+        square = preprocessing.height == preprocessing.width
+        data = load_data(source, image_size=preprocessing.height if square else None, root=root)
+        if data.preprocessing.channels != preprocessing.channels:
+            has, wants = data.preprocessing.channels, preprocessing.channels
+            raise DataError(
+                f"{source} has images of {has} channels, but the model was trained on {wants}: use its own data"
+            )
+        size, wanted = ((p.height, p.width) for p in (data.preprocessing, preprocessing))
+        if isinstance(data.test.images, Tensor) and size != wanted:
+            raise DataError(
+                f"{source} has images of {size[0]} x {size[1]} pixels, but the model was trained on {wanted[0]} x "
+                f"{wanted[1]}: use its own data"
+            )
+        if not match_classes(source, data.classes, self.metadata):
+            known = some(classes_of(self.metadata))
+            raise DataError(f"{source} has {len(data.classes)} classes, not those that the model knows: {known}")
+        for images in (data.train, data.test):
+            if not isinstance(images.images, Tensor):
+                images.transform = preprocessing.fit
+        return data.train, data.test
 
 
 def as_trained(path: Path, runtime: Runtime) -> Runtime:
@@ -89,42 +141,6 @@ def _run_config(path: Path) -> dict[str, Any]:
     folders = [path, path.resolve().parent] if path.resolve().name in get_args(Which) else [path]
     found = [files.read_json(folder / CONFIG) for folder in folders if (folder / CONFIG).is_file()]
     return next((config for config in found if "recipe" in config), {})
-
-
-def load_test_set(source: str, metadata: dict[str, Any], data_root: str | None = None) -> ImageSet:
-    """The test images of `source`, as `load_sets` gives them."""
-    return load_sets(source, metadata, data_root)[1]
-
-
-def load_sets(source: str, metadata: dict[str, Any], data_root: str | None = None) -> tuple[ImageSet, ImageSet]:
-    """Training and test images of `source`, without augmentation, as the model of `metadata` knows them.
-
-    They have the sizes, channels and class numbers that it was trained on.
-
-    Raises:
-        DataError: there are none, or they do not go with the model.
-    """
-    preprocessing = Preprocessing.from_metadata(metadata)
-    square = preprocessing.height == preprocessing.width
-    data = load_data(source, image_size=preprocessing.height if square else None, root=data_root)
-    if data.preprocessing.channels != preprocessing.channels:
-        has, wants = data.preprocessing.channels, preprocessing.channels
-        raise DataError(
-            f"{source} has images of {has} channels, but the model was trained on {wants}: use its own data"
-        )
-    size, wanted = ((p.height, p.width) for p in (data.preprocessing, preprocessing))
-    if isinstance(data.test.images, Tensor) and size != wanted:
-        raise DataError(
-            f"{source} has images of {size[0]} x {size[1]} pixels, but the model was trained on {wanted[0]} x "
-            f"{wanted[1]}: use its own data"
-        )
-    if not match_classes(source, data.classes, metadata):
-        known = some(classes_of(metadata))
-        raise DataError(f"{source} has {len(data.classes)} classes, not those that the model knows: {known}")
-    for images in (data.train, data.test):
-        if not isinstance(images.images, Tensor):
-            images.transform = preprocessing.fit
-    return data.train, data.test
 
 
 def match_classes(source: str, classes: Sequence[str], metadata: Mapping[str, Any]) -> bool:

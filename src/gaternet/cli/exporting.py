@@ -5,7 +5,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from gaternet.cli.common import JsonOption, RunArgument, WhichOption, app, console, escaped, print_json, waiting
+from gaternet.cli.common import (
+    DataRootOption,
+    JsonOption,
+    RunArgument,
+    WhichOption,
+    app,
+    console,
+    escaped,
+    print_json,
+    waiting,
+)
 
 
 @app.command()
@@ -27,7 +37,7 @@ def export(
         typer.Option(help="quantize to int8: the backbone, with exact gates, or the gater too"),
     ] = None,
     data: Annotated[str | None, typer.Option(help="images to compare on, see train --data; default: its own")] = None,
-    data_root: Annotated[str | None, typer.Option(help="where torchvision's data sets lie")] = None,
+    data_root: DataRootOption = None,
     images: Annotated[int, typer.Option(min=1, help="test images for the effect of --int8")] = 2000,
     as_json: JsonOption = False,
 ) -> None:

@@ -7,7 +7,19 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from gaternet.cli.common import JsonOption, RunArgument, WhichOption, app, console, escaped, print_json, waiting
+from gaternet.cli.common import (
+    CpuOption,
+    DataOption,
+    DataRootOption,
+    JsonOption,
+    RunArgument,
+    WhichOption,
+    app,
+    console,
+    escaped,
+    print_json,
+    waiting,
+)
 from gaternet.recipe import Runtime
 
 
@@ -15,9 +27,9 @@ from gaternet.recipe import Runtime
 def evaluate(
     run: RunArgument,
     which: WhichOption = "last",
-    data: Annotated[str | None, typer.Option(help="another set than it was trained on, see train --data")] = None,
-    data_root: Annotated[str | None, typer.Option(help="where torchvision's data sets lie")] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="run on the CPU even if there is a GPU")] = False,
+    data: DataOption = None,
+    data_root: DataRootOption = None,
+    cpu: CpuOption = False,
     precision: Annotated[
         Literal["auto", "no", "bf16", "fp16"], typer.Option(help="no (float32), bf16, fp16, or auto: the run's")
     ] = "auto",
@@ -106,14 +118,14 @@ def predict(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="run directories, or saved models; several are compared")],
     which: WhichOption = "last",
-    data: Annotated[str | None, typer.Option(help="another set than it was trained on, see train --data")] = None,
-    data_root: Annotated[str | None, typer.Option(help="where torchvision's data sets lie")] = None,
+    data: DataOption = None,
+    data_root: DataRootOption = None,
     out: Annotated[
         Path | None, typer.Option(help="folder of the page  [dim]\\[default: RUN/report; of several, report][/]")
     ] = None,
     samples: Annotated[int, typer.Option(min=10, help="images on the map, drawn at random")] = 2000,
     forced: Annotated[int, typer.Option(min=0, help="images to force gates on; 0 leaves it out")] = 300,
-    cpu: Annotated[bool, typer.Option("--cpu", help="run on the CPU even if there is a GPU")] = False,
+    cpu: CpuOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """A self-contained HTML page of pictures that shows what the gates do on the test images.
@@ -142,8 +154,8 @@ def report(
 def explore(
     run: RunArgument,
     which: WhichOption = "last",
-    data: Annotated[str | None, typer.Option(help="another set than it was trained on, see train --data")] = None,
-    data_root: Annotated[str | None, typer.Option(help="where torchvision's data sets lie")] = None,
+    data: DataOption = None,
+    data_root: DataRootOption = None,
     images: Annotated[int, typer.Option(min=1, help="training images to look for similar gates among")] = 2000,
     host: Annotated[str, typer.Option(help="address to serve; the default is for this machine alone")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="default: the first free one from 7860 on")] = None,
@@ -183,7 +195,7 @@ def bench(
         int | None, typer.Option(min=1, help="side of a network's images in pixels  [dim]\\[default: 224][/]")
     ] = None,
     data: Annotated[str | None, typer.Option(help="images for a run, see train --data; default: its own")] = None,
-    data_root: Annotated[str | None, typer.Option(help="where torchvision's data sets lie")] = None,
+    data_root: DataRootOption = None,
     which: Annotated[
         Literal["last", "best"] | None, typer.Option(help="which model of a run  [dim]\\[default: last][/]")
     ] = None,
@@ -267,13 +279,11 @@ def _model_and_images(
                 raise ValueError(f"{model} is gated as published: leave --sites out, or name the plain network")
             return backbone, images
         return gate(backbone, images[:1], sites=select or "all"), images
-    from gaternet.data import Preprocessing
-    from gaternet.trained import data_of, load_gated, load_test_set
+    from gaternet.trained import Trained
 
-    network, metadata = load_gated(Path(model), which or "last")
-    test = load_test_set(data_of(Path(model), metadata, data), metadata, data_root)
-    pixels = test.take(i % len(test) for i in range(count))
-    return network, Preprocessing.from_metadata(metadata).normalize(pixels)
+    run = Trained.open_gated(model, which or "last", data)
+    _, test = run.load_sets(data_root)
+    return run.network, run.preprocessing.normalize(test.take(i % len(test) for i in range(count)))
 
 
 @app.command()
@@ -348,13 +358,14 @@ def _backbone_and_shape(model: str, image_size: int | None, in_chans: int | None
     from gaternet.data import Preprocessing
     from gaternet.method import GaterNet
     from gaternet.models import create_model
-    from gaternet.trained import load_trained
+    from gaternet.trained import Trained
 
     seen = Preprocessing(224, 224, (0.0,) * 3, (1.0,) * 3)
     if Path(model).exists():
-        network, metadata = load_trained(Path(model))
-        if metadata.get("preprocessing"):
-            seen = Preprocessing.from_metadata(metadata)
+        run = Trained.open(model)
+        network = run.network
+        if run.metadata.get("preprocessing"):
+            seen = run.preprocessing
             if in_chans not in (None, seen.channels):
                 raise ValueError(f"{model} takes images of {seen.channels} channels: leave --in-chans out")
     else:

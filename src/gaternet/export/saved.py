@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from gaternet.data import DataError, ImageSet, Preprocessing
+from gaternet.data import DataError, ImageSet
 from gaternet.export import compare_int8, export_onnx, export_pt2, quantize_onnx
 from gaternet.export.source import Form
 from gaternet.method import GaterNet
-from gaternet.trained import Which, load_sets, load_trained, trained_on
+from gaternet.trained import Trained, Which
 
 FileFormat = Literal["onnx", "pt2"]
 Int8 = Literal["backbone", "all"]
@@ -59,27 +59,26 @@ def export_saved(
         raise ValueError("int8 is for ONNX files of the masked form: leave the other format or form out")
     if file_format == "pt2" and form != "masked":
         raise ValueError("the skipping form is for ONNX files: leave the other format out")
-    model, metadata = load_trained(path, which)
-    gated = isinstance(model, GaterNet)
-    source = data or trained_on(path, metadata)
+    trained = Trained.open(path, which, data)
+    model, preprocessing = trained.network, trained.preprocessing
     sets: tuple[ImageSet, ImageSet] | None = None
     try:
-        sets = load_sets(source, metadata, data_root) if source else None
+        sets = trained.load_sets(data_root) if trained.source else None
     except DataError:
         if data or int8:
             raise
     if int8 and sets is None:
         raise ValueError(f"{path} does not say what it was trained on: name images to calibrate with, --data")
-    preprocessing = Preprocessing.from_metadata(metadata)
     example = torch.zeros(1, preprocessing.channels, preprocessing.height, preprocessing.width, dtype=torch.uint8)
     held_out = None if sets is None else sets[1].take(_spread(sets[1], _HELD_OUT))
     if out is None:
         parts = {"best": which == "best", "skipping": form == "skipping", "int8": int8 is not None}
         name = "-".join(["model", *(part for part, named in parts.items() if named)])
         out = path / f"{name}.{file_format}"
-    options: dict[str, Any] = {"gates": gates and gated, "dynamic_size": dynamic_size, "metadata": metadata}
+    gates = gates and isinstance(model, GaterNet)
+    options: dict[str, Any] = {"gates": gates, "dynamic_size": dynamic_size, "metadata": trained.metadata}
     options["held_out"] = held_out
-    report: dict[str, Any] = {"file": str(out), "outputs": ["logits", *(["gates"] if options["gates"] else [])]}
+    report: dict[str, Any] = {"file": str(out), "outputs": ["logits", *(["gates"] if gates else [])]}
     report["on"] = "images of noise" if held_out is None else "test images"
     if file_format == "pt2":
         return report | {"compared": asdict(export_pt2(model, example, out, **options))}

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gaternet.findings import GateAnalysis
+from gaternet.findings import GateAnalysis, gate_shares
 from gaternet.forcing import CLOSED, OPEN, Effect, Forced
 
 
@@ -21,10 +21,7 @@ def numbers(analysis: GateAnalysis, forced: Forced | None = None) -> dict[str, A
         "labeled": analysis.labeled,
         "accuracy": analysis.accuracy,
         "gates": analysis.num_gates,
-        "density": float(analysis.rates.mean()),
-        "always_on": float((analysis.rates == 1).mean()),
-        "always_off": float((analysis.rates == 0).mean()),
-        "dependent": float(analysis.dependent.mean()),
+        **gate_shares(analysis.rates),
         "open_gates": {
             "least": int(lows[0]),
             "mean": float(analysis.open_counts.sum() / analysis.images),

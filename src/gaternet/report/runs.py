@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gaternet import files
 from gaternet.analysis import analyze
-from gaternet.data import ImageSet, Preprocessing, check_source, classes_of
+from gaternet.data import ImageSet, check_source
 from gaternet.evaluate import batch_size_for
 from gaternet.findings import GateAnalysis
 from gaternet.forcing import force_gates
@@ -21,7 +21,7 @@ from gaternet.modes import channels_last_
 from gaternet.recipe import Runtime, data_name
 from gaternet.report.comparison import write_comparison
 from gaternet.report.page import write_report
-from gaternet.trained import Which, class_names, data_of, load_gated, load_test_set
+from gaternet.trained import Trained, Which
 
 
 def report_runs(
@@ -53,20 +53,18 @@ def report_runs(
     runtime = runtime or Runtime()
     found: dict[str, GateAnalysis] = {}
     pages = []
-    loaded = [load_gated(run, which) for run in runs]  # what is wrong is to be found before the work on others is done
-    sources = [data_of(run, metadata, data) for run, (_, metadata) in zip(runs, loaded, strict=True)]
-    for source in sources:
+    models = [Trained.open_gated(run, which, data) for run in runs]
+    sources = [model.named_source() for model in models]
+    for source in sources:  # what is wrong is to be found before the work on others is done
         check_source(source)
-    for run, (network, metadata), source in zip(runs, loaded, sources, strict=True):
+    for run, model in zip(runs, models, strict=True):
         name = str(run) if str(run) not in found else f"{run} ({len(found)})"
         if out is None and len(runs) == 1:
             directory = run / ("report-best" if which == "best" else "report")
         else:
             directory = (out or Path("report")) / (f"run{len(found) + 1}" if len(runs) > 1 else "")
         title = f"Gates of {run.resolve().name}"
-        found[name], page = _report_run(
-            network, metadata, source, directory, title=title, runtime=runtime, samples=samples, forced=forced
-        )
+        found[name], page = _report_run(model, directory, title=title, runtime=runtime, samples=samples, forced=forced)
         pages.append(page)
     if len(runs) > 1:
         pages.append(write_comparison(found, out or Path("report"), [page.parent.name for page in pages], sources))
@@ -75,9 +73,7 @@ def report_runs(
 
 @accelerate_restored()
 def _report_run(
-    network: GaterNet,
-    metadata: dict[str, Any],
-    source: str,
+    model: Trained[GaterNet],
     directory: Path,
     *,
     title: str,
@@ -86,17 +82,16 @@ def _report_run(
     forced: int,
 ) -> tuple[GateAnalysis, Path]:
     accelerator = make_accelerator(runtime)
+    network, preprocessing = model.network, model.preprocessing
     channels_last_(network.to(accelerator.device))
-    images = load_test_set(source, metadata, runtime.data_root)
-    preprocessing = Preprocessing.from_metadata(metadata)
+    _, images = model.load_sets(runtime.data_root)
     options: dict[str, Any] = {"preprocessing": preprocessing}
     batches = make_batches(images, batch_size_for(preprocessing, accelerator), runtime, accelerator)
-    classes = class_names(source, classes_of(metadata))
     files.make_folder(directory)  # an error now, not after the work
-    analysis = analyze(network, batches.epoch(), classes=classes, samples=samples, **options)
+    analysis = analyze(network, batches.epoch(), classes=model.classes, samples=samples, **options)
     tried = force_gates(network, _shuffled(images, forced), analysis, images=forced, **options) if forced else None
-    about = [f"{network.num_gates:,} gates", f"test images of {data_name(source)} in full precision"]
-    about += training_of(metadata.get("trained") or {})
+    about = [f"{network.num_gates:,} gates", f"test images of {data_name(model.named_source())} in full precision"]
+    about += training_of(model.metadata.get("trained") or {})
     page = write_report(analysis, directory, forced=tried, title=title, subtitle=", ".join(about))
     return analysis, page
 
