@@ -1,16 +1,20 @@
 """That a run does what its recipe says: augmentation, order, optimizer, averages, and what it writes down."""
 
+import itertools
 import math
+import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from test_state import machine_of, state
 from torch import nn
 from training_runs import CPU, records, small
 
 import gaternet.train
+from gaternet import files
 from gaternet.checkpoint import load_model, save_model
 from gaternet.data import load_data
 from gaternet.machine import make_accelerator
@@ -126,3 +130,24 @@ def test_what_a_subclass_adds_learns_beside_a_gaters_own_rate():
         sum(p.numel() for p in model.gater.parameters()),
     ]
     assert [group["scale"] for group in groups] == [1.0, 0.5]
+
+
+def test_each_process_draws_noise_of_its_own(tmp_path, monkeypatch):
+    drawn: dict[int, list[int]] = {}
+    for process in (0, 1):
+        seeds = drawn.setdefault(process, [])
+        monkeypatch.setattr(Accelerator, "process_index", process)
+        monkeypatch.setattr(gaternet.train, "seed_step", lambda seed, device, seeds=seeds: seeds.append(seed))
+        train(small("resnet8", epochs=1), tmp_path / str(process), CPU)
+    assert len({*drawn[0], *drawn[1]}) == 10
+
+
+def test_checkpoints_within_an_epoch_are_minutes_apart(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(time, "monotonic", itertools.count(0.0, 1.0).__next__)  # a second passes whenever it is asked
+    monkeypatch.setattr(files, "save_state", lambda path, state: saved.append(state["step"]))
+    train(small("resnet8", epochs=1), tmp_path / "seldom", replace(CPU, save_minutes=1.0))
+    assert saved == [5]
+    saved.clear()
+    train(small("resnet8", epochs=1), tmp_path / "often", replace(CPU, save_minutes=1 / 60))
+    assert saved == [1, 2, 3, 4, 5]
