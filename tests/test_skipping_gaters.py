@@ -149,7 +149,7 @@ def test_gates_are_the_models_where_a_plan_would_give_others(name, engine):
     expected = model.gates(MANY)
     fast = gaternet.skip(model, IMAGES, engine)
     assert torch.equal(fast.gates(MANY), expected)
-    assert not isinstance(fast._gater, Program | NativeProgram)
+    assert not isinstance(fast.gater, Program | NativeProgram)
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -162,7 +162,7 @@ def test_a_gater_may_take_few_images(act, number):
         for engine in ("slice", "mask"):
             fast = gaternet.skip(model, images, engine)
             torch.testing.assert_close(fast.gates(images), model.gates(images))
-            assert isinstance(fast._gater, Program | NativeProgram) == (engine == "slice")
+            assert isinstance(fast.gater, Program | NativeProgram) == (engine == "slice")
 
 
 def test_gates_may_be_bools(unchecked_types):
@@ -172,7 +172,7 @@ def test_gates_may_be_bools(unchecked_types):
     assert not expected.all()
     fast = gaternet.skip(model, IMAGES, "slice")
     assert torch.equal(fast.gates(IMAGES).bool(), expected)
-    assert isinstance(fast._gater, Program | NativeProgram)
+    assert isinstance(fast.gater, Program | NativeProgram)
 
 
 @pytest.mark.parametrize("kind", [HalfOpen, GaterNet])

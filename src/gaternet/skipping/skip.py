@@ -35,6 +35,7 @@ class Skipper(nn.Module):
         plan: what of the backbone is skipped and what is not; print it.
         engine: what runs the backbone: "slice", "specialise" or "mask".
         program: what runs the backbone: a `Specialised` for "specialise", the model's `forward_gated` for "mask".
+        gater: what gives the gates: a program that runs a plan, or a copy of the model's gater where no plan equals it.
         timings: where the engine was chosen by measurement, the median seconds of each for the example.
     """
 
@@ -45,7 +46,7 @@ class Skipper(nn.Module):
         self.plan, self.engine = plan, engine
         self._hard = hard  # whether the gater's gates are 0 or 1 however its weights are
         self.timings: Mapping[str, float] = {}
-        self._gater, self.program = gater, backbone
+        self.gater, self.program = gater, backbone
         self.eval()
 
     def train(self, mode: bool = True) -> "Skipper":
@@ -76,7 +77,7 @@ class Skipper(nn.Module):
         """
         self._check_images(images)
         with without_autocast(images.device.type):
-            return self._gater(images) if len(images) else images.new_zeros(0, self.plan.num_gates)
+            return self.gater(images) if len(images) else images.new_zeros(0, self.plan.num_gates)
 
     @torch.no_grad()
     def forward_gated(
@@ -112,7 +113,7 @@ class Skipper(nn.Module):
             ValueError: the engine is "mask", or a part cannot be saved.
             OSError: the files cannot be written; the folder is as it was.
         """
-        gater, backbone = self._gater, self.program
+        gater, backbone = self.gater, self.program
         config: dict[str, Any] = {"engine": self.engine, "hard": self._hard}
         if isinstance(backbone, Specialised):
             config["kept"] = [kept.nonzero()[:, 0].tolist() for kept in backbone.kept]
