@@ -17,9 +17,10 @@ from typing import Any
 
 from tables import RESULTS
 
+from gaternet.jobs import make_jobs
 from gaternet.recipe import Recipe, Runtime, override
 from gaternet.recipes import GUIDED, OPEN_SAMPLES, find_recipe
-from gaternet.sweep import make_jobs, sweep
+from gaternet.sweep import sweep
 from gaternet.train import Stopped
 
 LEDGER = RESULTS / "runs.jsonl"

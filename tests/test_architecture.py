@@ -23,7 +23,7 @@ LAYERS = [
     {"recipes", "objective", "augment", "arrays", "folders", "data", "loader"},
     {"measures", "findings", "provenance", "machine", "run", "trained", "evaluate", "network", "export"},
     {"analysis", "forcing", "report", "explore", "predict"},
-    {"state", "progress", "step", "preparation", "train", "ledger", "sweep"},
+    {"state", "progress", "step", "preparation", "train", "ledger", "jobs", "sweep"},
     {"cli", "__main__"},
 ]
 LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}

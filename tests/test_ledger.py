@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from training_runs import CPU
 
+from gaternet.jobs import Job
 from gaternet.ledger import add_run, check_ledger, describe_run, find_lines, read_ledger
 from gaternet.recipe import PaperRow, Recipe, override
 from gaternet.recipes import RECIPES, find_recipe
-from gaternet.sweep import Job
 from gaternet.train import train
 
 LINE = {"recipe": "small", "options": {}, "seed": 0}

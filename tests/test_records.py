@@ -20,10 +20,11 @@ from torch import nn
 
 from gaternet.data import ImageSet
 from gaternet.files import write_json
+from gaternet.jobs import Job
 from gaternet.ledger import changed_options, read_ledger, train_flags
 from gaternet.recipe import override
 from gaternet.recipes import find_recipe
-from gaternet.sweep import Job, check_jobs
+from gaternet.sweep import check_jobs
 from gaternet.trained import Trained
 
 

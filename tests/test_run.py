@@ -12,11 +12,11 @@ from training_runs import CPU, send_signal_after, small
 import gaternet.cli
 import gaternet.provenance
 from gaternet.checkpoint import save_model
+from gaternet.jobs import make_jobs
 from gaternet.ledger import add_run, describe_run
 from gaternet.models import create_model
 from gaternet.provenance import describe_machine
 from gaternet.recipe import Runtime
-from gaternet.sweep import make_jobs
 from gaternet.train import Stopped, train
 from gaternet.trained import as_trained
 

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from gaternet.evaluate import evaluate_saved
+from gaternet.jobs import Job, make_jobs
 from gaternet.ledger import add_run, changed_options, describe_run, find_line, read_ledger, train_flags
 from gaternet.provenance import describe_machine
 from gaternet.recipe import Recipe, Runtime, override
 from gaternet.recipes import RECIPES, find_recipe
 from gaternet.run import RunDirectory
-from gaternet.sweep import Job, make_jobs, sweep
+from gaternet.sweep import sweep
 from gaternet.train import Stopped, TrainingError, train
 
 CPU = Runtime(cpu=True, precision="no")

@@ -1,6 +1,7 @@
 """Jobs of a sweep: what it shows of them, and what it finds out before the first begins."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -16,12 +17,14 @@ import gaternet.sweep
 from gaternet import cli
 from gaternet.checkpoint import save_model
 from gaternet.cli.training import _varied
+from gaternet.errors import TrainingError
+from gaternet.jobs import Job, make_jobs
 from gaternet.ledger import changed_options, find_line, train_flags
 from gaternet.models import create_model
 from gaternet.recipe import Recipe, Runtime, override
 from gaternet.recipes import RECIPES, find_recipe
 from gaternet.run import RunDirectory
-from gaternet.sweep import Job, _Overview, check_jobs, make_jobs, sweep
+from gaternet.sweep import _Overview, check_jobs, sweep
 
 PLAIN, GATED = find_recipe("digits_resnet20"), find_recipe("digits_resnet20_gated")
 
@@ -310,3 +313,40 @@ def test_values_to_vary_have_the_type_of_their_option():
     assert _varied("teacher=runs/short,epochs=16/seed0") == ("teacher", ["runs/short,epochs=16/seed0"])
     assert _varied("extractor=resnet8,auto") == ("extractor", ["resnet8", "auto"])
     assert _varied("gater-lr=1") == ("gater_lr", [1.0])
+
+
+def test_what_a_run_said_at_its_end_is_kept_whatever_becomes_of_its_folder(tmp_path):
+    """Another sweep's run prints there, too, or somebody removes it."""
+    job = Job(PLAIN, 0, tmp_path / "seed0")
+    job.start(Runtime(cpu=True, precision="fp16"), tmp_path / "ledger.jsonl", {})
+    job.wait(60.0)
+    said = job.last_words()
+    assert job.state == "failed"
+    assert "fp16" in said
+    with (job.path / "log.txt").open("a") as log:
+        log.write("epoch 3/20  train loss 0.1\n")
+    assert job.row()[3] == said
+    shutil.rmtree(job.path)
+    assert job.row()[3] == said
+
+
+def test_a_run_whose_folder_vanished_leaves_the_others_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("gaternet.jobs.sys.executable", "/bin/sh")
+    jobs = make_jobs([PLAIN], [0, 1], tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", _Vanishing)
+    with pytest.raises(TrainingError, match=r"1 of 2 runs failed, .*seed0 with: what it printed cannot be read"):
+        sweep(jobs, tmp_path / "ledger.jsonl", Runtime(cpu=True), 2)
+    assert [job.state for job in jobs] == ["failed", "finished"]
+
+
+class _Vanishing:
+    """A process that ends at once; that of seed 0 fails, and takes its folder with it."""
+
+    def __init__(self, command: list[str], **_options: Any) -> None:
+        self.path = Path(command[command.index("--out") + 1])
+
+    def poll(self) -> int:
+        if self.path.name != "seed0":
+            return 0
+        shutil.rmtree(self.path)
+        return 1

@@ -175,7 +175,7 @@ def _sweep(
         every += variants
     for name in changes:  # which may act beside what is varied
         _refuse_idle_in_all(name, every)
-    from gaternet.sweep import make_jobs
+    from gaternet.jobs import make_jobs
     from gaternet.sweep import sweep as run_sweep
 
     planned = make_jobs(chosen, range(seeds), out, varied)
