@@ -37,3 +37,19 @@ def test_means_are_right_where_a_run_goes_on_with_more_or_fewer_processes(before
         second.add({"loss": 1.0 * images, "correct": images, "images": 1.0 * images})
     for means in second.means(machine):
         assert means == {"loss": 1.5, "accuracy": 0.5}
+
+
+def test_means_of_an_epoch_are_of_what_all_processes_saw_though_the_state_is_one_of_them():
+    """Each of two sees 32 images a step, one with a loss of 1 and all right, the other with 3 and none right."""
+
+    def sums(loss: float, correct: int) -> dict[str, torch.Tensor]:
+        return {"loss": torch.tensor(32 * loss), "correct": torch.tensor(correct), "images": torch.tensor(32.0)}
+
+    machine = machine_of(2)
+    machine.reduce.side_effect = lambda mine, how: mine + torch.tensor([32 * 3.0, 0.0, 32.0])
+    first, resumed = state(machine), state(machine)
+    first.add(sums(1.0, 32))
+    assert first.means(machine)[1] == {"loss": 2.0, "accuracy": 0.5}
+    resumed.load_state_dict(first.state_dict())
+    resumed.add(sums(1.0, 32))
+    assert resumed.means(machine) == ({"loss": 2.0, "accuracy": 0.5}, {"loss": 2.0, "accuracy": 0.5})

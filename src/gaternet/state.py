@@ -12,8 +12,9 @@ from torch.optim.swa_utils import AveragedModel
 class TrainingState:
     """Weights, optimizer, averages and position of a training. Its `state_dict` is what a checkpoint holds.
 
-    Of several processes each sums what its own images gave; the main one's sums are saved, and stand for all of those
-    that were.
+    Of several processes each sums what its own images gave, up to a line of the log; from then on it has its share of
+    what all of them gave. The main one's sums are saved, and stand for all. A signal stops runs at such a line, so only
+    after a kill are the means of an epoch resumed in its middle without what other processes had seen since.
 
     Attributes:
         epoch, step: epochs finished, and steps done, since the run's beginning.
@@ -42,22 +43,16 @@ class TrainingState:
     def add(self, sums: Mapping[str, Tensor]) -> None:
         """Count one step and what it summed; the tensors may be overwritten afterwards."""
         self.step += 1
-        for total in (self.epoch_sums, self.window_sums):
-            for name, value in sums.items():
-                total[name] = total[name] + value if name in total else value.clone()
+        _add(self.window_sums, sums)
 
     def means(self, accelerator: Accelerator) -> tuple[dict[str, float], dict[str, float]]:
         """Means over the images since the last call, and since the epoch's beginning, of all processes."""
-        found = []
-        for sums in (self.window_sums, self.epoch_sums):
-            totals = accelerator.reduce(torch.stack([value.float() for value in sums.values()]), "sum")
-            assert isinstance(totals, Tensor)
-            named = dict(zip(sums, totals.tolist(), strict=True))
-            images = named.pop("images")
-            named["accuracy"] = named.pop("correct")
-            found.append({name: total / images for name, total in named.items()})
+        totals = accelerator.reduce(torch.stack([value.float() for value in self.window_sums.values()]), "sum")
+        assert isinstance(totals, Tensor)
+        window = dict(zip(self.window_sums, totals / self.processes, strict=True))
         self.window_sums = {}
-        return found[0], found[1]
+        _add(self.epoch_sums, window)
+        return _means(window), _means(self.epoch_sums)
 
     def end_epoch(self, accuracy: float) -> bool:
         """Go on to the next epoch; True if this one had the best accuracy so far."""
@@ -91,3 +86,16 @@ class TrainingState:
                 part.load_state_dict(state[name])
         for group, ours in zip(optimizer.param_groups, fused, strict=True):
             group["fused"] = ours  # as it is fast here, not where the state was saved
+
+
+def _add(total: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:
+    for name, value in sums.items():
+        total[name] = total[name] + value if name in total else value.clone()
+
+
+def _means(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Over the images, as plain numbers."""
+    named = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+    images = named.pop("images")
+    named["accuracy"] = named.pop("correct")
+    return {name: total / images for name, total in named.items()}
