@@ -64,3 +64,23 @@ def test_a_transposed_convolution_by_its_general_name_is_none():
     found = gaternet.skip(model, IMAGES, "slice")(IMAGES)
     with torch.no_grad():
         torch.testing.assert_close(found, model(IMAGES))
+
+
+def test_a_hook_that_undoes_what_gates_closed_is_refused_and_one_that_looks_is_not():
+    model = model_of(conv(3, 6)).eval()
+    plain = gaternet.count_macs(model, IMAGES)
+    module = model.backbone.get_submodule(model.sites[0].name)
+    seen = []
+    module.register_forward_hook(lambda _module, _args, output: seen.append(output.shape))
+    torch.testing.assert_close(gaternet.count_macs(model, IMAGES).gated, plain.gated)
+    assert seen
+
+    def lift(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return output + 1
+
+    handle = module.register_forward_hook(lift)
+    for count in (gaternet.count_macs, lambda model, images: gaternet.analyze(model, [images])):
+        with pytest.raises(ValueError, match=f"a hook on {model.sites[0].name} acts behind its gates"):
+            count(model, IMAGES)
+    handle.remove()
+    torch.testing.assert_close(gaternet.count_macs(model, IMAGES).gated, plain.gated)

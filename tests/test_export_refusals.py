@@ -242,3 +242,13 @@ def test_eight_bits_that_change_the_gates_are_not_left_behind(tmp_path, monkeypa
 def test_a_compiled_model_is_exported_as_what_was_compiled(tmp_path):
     compiled: Any = torch.compile(gated(residual()), backend="eager")
     assert export_onnx(compiled, IMAGES, tmp_path / "model.onnx").images
+
+
+def test_a_hook_that_undoes_what_gates_closed_is_no_fault_of_the_exporter(tmp_path):
+    def lift(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return output + 1
+
+    model = gated(residual())
+    model.backbone.get_submodule(model.sites[0].name).register_forward_hook(lift)
+    with pytest.raises(ExportError, match=r"a hook on .* acts behind its gates.*: mend what that names"):
+        export_onnx(model, IMAGES, tmp_path / "model.onnx", form="skipping")

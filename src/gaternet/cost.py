@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from gaternet.channels import ALIVE, gate_columns
 from gaternet.graph import Conv, Graph, read_graph, shape
 from gaternet.method import GaterNet, GateSite
-from gaternet.modes import evaluation_mode
-from gaternet.wrapping import require_gated
+from gaternet.modes import evaluation_mode, without_autocast
+from gaternet.wrapping import require_closed, require_gated
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,15 @@ class CostModel:
         """Of a GaterNet's backbone, for images of that size; their values do not matter.
 
         Raises:
-            ValueError: the backbone cannot be exported, or there are no images.
+            ValueError: the backbone cannot be exported, or has a hook behind its gates; or there are no images.
             TypeError: the model is no GaterNet.
         """
         model = require_gated(model)
-        return cls(read_graph(model.backbone, images[:1]), model.sites)
+        graph = read_graph(model.backbone, images[:1])
+        if not images.is_meta:
+            with evaluation_mode(model), without_autocast(images.device.type):
+                require_closed(model, images[:1])
+        return cls(graph, model.sites)
 
     def __call__(self, gates: Float[Tensor, "batch gates"]) -> Float[Tensor, " batch"]:
         """MACs of each image under its gates (B, C); on their device, in float64 where it has that.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,35 @@ def require_whole(model: GaterNet, images: Tensor) -> None:
         raise ValueError(
             f"this {type(model).__name__} does more than run its backbone under its gates, by a forward or hooks of "
             "its own: do that with what comes out, and pass the model without it"
+        )
+
+
+@torch.no_grad()
+def require_closed(model: GaterNet, images: Tensor) -> None:
+    """ValueError for a model with a hook behind its gates that makes something else of a closed filter's zeros.
+
+    What counts or skips closed filters takes them for zeros.
+
+    Args:
+        images: (B, channels, H, W), as the backbone takes them.
+    """
+    felt: list[str] = []
+    backbone, handles = model.backbone, list[Any]()
+    for site in model.sites:
+
+        def look(_module: nn.Module, _args: Any, output: Tensor, name: str = site.name) -> None:
+            felt.extend([name] if output.nan_to_num().any() else [])
+
+        handles.append(backbone.get_submodule(site.name).register_forward_hook(look))
+    try:
+        model.forward_gated(images, images.new_zeros(len(images), model.num_gates))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if felt:
+        raise ValueError(
+            f"a hook on {felt[0]} acts behind its gates, and makes something else of closed filters' zeros: remove it, "
+            "or do so in a module of its own"
         )
 
 

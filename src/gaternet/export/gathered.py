@@ -17,6 +17,7 @@ from gaternet.skipping.kernels import Kernels, Live
 from gaternet.skipping.plan import DENSE, NEVER, Call, Step
 from gaternet.skipping.planner import make_plan
 from gaternet.skipping.program import Run
+from gaternet.wrapping import require_closed
 
 _POOL = torch.ops.aten.adaptive_avg_pool2d.default
 
@@ -116,12 +117,13 @@ class OpenFilters(nn.Module):
         example_input: an image as it takes them.
 
     Raises:
-        ValueError: its backbone cannot be exported.
+        ValueError: its backbone cannot be exported, or has a hook behind its gates.
     """
 
     def __init__(self, model: GaterNet, example_input: Tensor) -> None:
         super().__init__()
         self.plan = make_plan(read_graph(model.backbone, example_input[:1]), model.sites)
+        require_closed(model, example_input[:1])
         for step in self.plan.steps:
             if step.call is not None and step.call.target is _POOL and list(step.call.args[1]) == [1, 1]:
                 # The same, but PyTorch cannot trace the pooling of a number of channels that it does not know.
