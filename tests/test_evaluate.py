@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import nn
 from training_runs import CPU, small
 
+from gaternet.cli.using import evaluate as evaluate_command
 from gaternet.cost import CostModel
 from gaternet.data import Preprocessing, ToInput, load_data
 from gaternet.evaluate import batch_size_for, evaluate
@@ -77,3 +79,11 @@ def test_a_training_evaluates_as_many_at_once_as_fit_or_as_it_trains_on():
     for batch_size, batches in ((64, 3), (256, 2)):
         recipe = small("resnet8", batch_size=batch_size, image_size=128)
         assert len(prepare(recipe, data, CPU, 0, make_accelerator(CPU)).test_batches) == batches
+
+
+def test_one_of_several_processes_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("gaternet.evaluate.evaluate_saved", lambda *_: {"images": 1})
+    for main in (False, True):
+        monkeypatch.setattr(PartialState, "is_main_process", main)
+        evaluate_command(tmp_path, as_json=True)
+        assert capsys.readouterr().out == ('{"images": 1}\n' if main else "")

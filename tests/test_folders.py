@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +116,12 @@ def test_a_tenth_of_each_class_is_held_out_and_one_at_least(tmp_path):
     assert np.bincount(data.test.labels, minlength=4).tolist() == [2, 2, 1, 0]
     assert np.bincount(data.train.labels).tolist() == [23, 23, 2, 1]
     assert not set(data.train.images) & set(data.test.images)
+
+
+def test_names_that_look_alike_are_the_same_class(tmp_path):
+    """As folders that came from a Mac, and others: an accent is a character of its own there."""
+    folder = Path(write_folder(tmp_path / "a", "train", "test"))
+    one, two = unicodedata.normalize("NFC", "été"), unicodedata.normalize("NFD", "été")
+    for part, name in (("train", one), ("test", two)):
+        (folder / part / "cat").rename(folder / part / name)
+    assert load_data(str(folder)).classes == ("dog", one)

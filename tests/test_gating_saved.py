@@ -192,3 +192,27 @@ def test_a_gaternet_that_gave_its_backbone_back_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"gave its backbone back with ungate\(\): save a new one around it"):
         model.save_pretrained(tmp_path / "model")
     assert not list(tmp_path.glob("model/*"))
+
+
+def test_a_gater_whose_layers_were_replaced_is_not_taken_for_an_usual_one(tmp_path):
+    model = gate(create_backbone("timm:test_resnet", 4), PIXELS)
+    model.gater.fc2 = nn.Linear(8, model.num_gates, bias=False)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not say how its gater was built"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["meta", "subclass"])
+def test_tensors_that_a_file_cannot_hold_are_named(tmp_path, kind):
+    model = gate(create_backbone("timm:test_resnet", 4), PIXELS)
+    if kind == "meta":
+        model.to("meta")
+    else:  # as a network that is spread over devices has them
+        model.gater.register_buffer("spread", torch.zeros(2).as_subclass(_Spread))
+    with pytest.raises(ValueError, match="files hold plain tensors: save a model that is not on the device meta, nor"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+class _Spread(torch.Tensor):
+    pass

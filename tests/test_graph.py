@@ -183,3 +183,32 @@ def test_a_scripted_module_is_named():
     net = Net(lambda net, x: net.act(net.conv(x)), conv=conv(3, 8), act=scripted)
     with pytest.raises(ValueError, match="act is a ScriptModule: pass the module that it was made from"):
         read_graph(net, IMAGES)
+
+
+class Sized(Net):
+    """Has a length, as a list of its parts would."""
+
+    def __len__(self) -> int:
+        return 0
+
+
+def test_a_network_may_have_a_length():
+    graph = read_graph(Sized(convolved, conv=conv(3, 8)), IMAGES)
+    assert [found.name for found in graph.convs.values()] == ["conv"]
+
+
+def test_a_backbone_that_was_compiled_by_itself_is_refused():
+    model: Any = gaternet.gate(Net(convolved, conv=conv(3, 8)), IMAGES).eval()
+    model.backbone = torch.compile(model.backbone, backend="eager")
+    for read in (gaternet.count_macs, gaternet.skip):
+        with pytest.raises(ValueError, match=r"compiled by itself: let torch.compile take the GaterNet around it"):
+            read(model, IMAGES)
+
+
+def test_networks_without_numbers_are_read():
+    graph = read_graph(Net(convolved, conv=conv(3, 8)).to("meta"), IMAGES.to("meta"))
+    assert [found.name for found in graph.convs.values()] == ["conv"]
+
+
+def convolved(parts: Any, x: Tensor) -> Tensor:
+    return parts.conv(x).relu()

@@ -77,6 +77,12 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     held, names, places = dict[str, Tensor](), dict[str, str](), dict[Any, str]()
     for name, tensor in model.state_dict().items():
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+            kind = "tensor without numbers" if getattr(tensor, "is_meta", False) else type(tensor).__name__
+            raise ValueError(
+                f"{name} is a {kind}, and files hold plain tensors: save a model that is not on the device meta, nor "
+                "spread over devices, nor quantised"
+            )
         place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
         if tensor.numel() and (first := places.setdefault(place, name)) != name:
             names[name] = first
@@ -158,8 +164,10 @@ def load_model(
 
 
 def gater_options(gater: nn.Module) -> dict[str, Any] | None:
-    """What makes such a gater anew; None where it is somebody's own, or has a norm of theirs."""
+    """What makes such a gater anew; None where it, or a layer of it, is somebody's own."""
     if type(gater) is not Gater or not _is_usual(gater.norm):
+        return None
+    if any(type(layer) is not nn.Linear or not hasattr(layer.bias, "shape") for layer in (gater.fc1, gater.fc2)):
         return None
     options = {name: float(getattr(gater, name)) for name in ("noise_std", "hard_probability", "threshold")}
     return {

@@ -1,6 +1,7 @@
 """Data sets that are folders of images: which files are of which class, and which of them are for testing."""
 
 import os
+import unicodedata
 from pathlib import Path
 
 from torchvision import datasets
@@ -105,4 +106,4 @@ def _list_images(folder: Path) -> tuple[Samples, tuple[str, ...]]:
         raise DataError(
             f"{folder} is no folder of images, one folder a class ({error}): add the missing images"
         ) from error
-    return found.samples, tuple(found.classes)
+    return found.samples, tuple(unicodedata.normalize("NFC", name) for name in found.classes)

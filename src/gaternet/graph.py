@@ -19,7 +19,7 @@ from torch.fx import Node
 from gaternet.aliasing import in_place, read_what_was_written
 from gaternet.errors import fills_memory, first_line
 from gaternet.modes import copy_sharing_tensors, evaluation_mode, quiet, without_autocast
-from gaternet.wrapping import require_network
+from gaternet.wrapping import require_network, uncompiled
 
 # What an operation does to the channels (dimension 1) of a tensor: "keep" acts on each by itself and turns a channel of
 # zeros into one of zeros; "shift" acts on each by itself, but zeros become something else; "view" only moves values.
@@ -300,6 +300,8 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
         TypeError: it is no module.
     """
     require_network(backbone, "backbone")
+    if uncompiled(backbone) is not backbone:
+        raise ValueError("the backbone is compiled by itself: let torch.compile take the GaterNet around it")
     if not isinstance(example_input, Tensor) or example_input.ndim != 4:
         given = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
         raise ValueError(f"the example must be one tensor of images (B, channels, H, W), not {given}")
@@ -308,7 +310,8 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
     for name, module in backbone.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"{name or 'the backbone'} is a ScriptModule: pass the module that it was made from")
-    precision, twin = without_autocast(example_input.device.type), copy_sharing_tensors(backbone) or backbone
+    precision, twin = without_autocast(example_input.device.type), copy_sharing_tensors(backbone)
+    twin = backbone if twin is None else twin  # a network may have a length, or none, so "or" will not do
     try:
         with quiet(), precision, evaluation_mode(twin), _as_it_was(twin), _several(twin) as several, torch.no_grad():
             program = torch.export.export(twin, (example_input,), strict=False)

@@ -86,7 +86,9 @@ def full_copy(network: nn.Module) -> nn.Module:
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """In the precision of weights and images, whatever is around: what is read, skipped or exported stays in it."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+    known = torch.amp.is_autocast_available(device_type)  # the device meta has none
+    active = known and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if active else nullcontext()
 
 
 def channels_last_(network: nn.Module) -> None:

@@ -45,9 +45,13 @@ def evaluate(
 
       gaternet evaluate runs/cifar10_resnet20_gated --data cifar10.npz
     """
+    from accelerate import PartialState
+
     from gaternet.evaluate import evaluate_saved
 
     metrics = evaluate_saved(run, which, data, Runtime(cpu=cpu, precision=precision, data_root=data_root))
+    if not PartialState().is_main_process:
+        return
     if as_json:
         print_json(metrics)
         return
