@@ -263,6 +263,8 @@ def test_a_finished_run_is_described_as_things_are_today(finished, tmp_path):
         (torch.OutOfMemoryError("CUDA out of memory"), r"memory is full \(CUDA out of memory\): go on with --resume"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "memory is full .* --batch-size"),
         (RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error."), "reads images died .* --workers"),
+        (RuntimeError("Connection closed by peer [::1]:1"), "another process of the run is gone .* --resume"),
+        (torch.distributed.DistBackendError("NCCL timeout"), "another process of the run is gone .* --resume"),
         (RuntimeError("something else"), "^something else$"),
     ],
 )

@@ -326,6 +326,8 @@ def _explained(error: Exception) -> TrainingError | None:
         )
     if "DataLoader worker" in text:
         return TrainingError(f"a process that reads images died ({text}): go on with --resume and fewer --workers")
+    if isinstance(error, torch.distributed.DistError) or "Connection closed by peer" in text:
+        return TrainingError(f"another process of the run is gone ({text}): see why, and go on with --resume")
     return None
 
 
