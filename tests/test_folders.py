@@ -125,3 +125,14 @@ def test_names_that_look_alike_are_the_same_class(tmp_path):
     for part, name in (("train", one), ("test", two)):
         (folder / part / "cat").rename(folder / part / name)
     assert load_data(str(folder)).classes == ("dog", one)
+
+
+def test_a_link_to_a_folder_that_is_read_anyway_is_refused(tmp_path):
+    """Else the images of all classes would be of this one, too."""
+    folder = Path(write_folder(tmp_path / "a", per_class=10))
+    (folder / "cat").rename(tmp_path / "cats")
+    (folder / "cat").symlink_to(tmp_path / "cats")
+    assert load_data(str(folder)).classes == ("cat", "dog")
+    (folder / "dog" / "loop").symlink_to(folder)
+    with pytest.raises(DataError, match=r"a/cat and .*a/dog/loop/cat are one folder"):
+        load_data(str(folder))
