@@ -331,7 +331,6 @@ def test_what_a_run_said_at_its_end_is_kept_whatever_becomes_of_its_folder(tmp_p
 
 
 def test_a_run_whose_folder_vanished_leaves_the_others_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("gaternet.jobs.sys.executable", "/bin/sh")
     jobs = make_jobs([PLAIN], [0, 1], tmp_path)
     monkeypatch.setattr(subprocess, "Popen", _Vanishing)
     with pytest.raises(TrainingError, match=r"1 of 2 runs failed, .*seed0 with: what it printed cannot be read"):

@@ -167,7 +167,8 @@ def gater_options(gater: nn.Module) -> dict[str, Any] | None:
     """What makes such a gater anew; None where it, or a layer of it, is somebody's own."""
     if type(gater) is not Gater or not _is_usual(gater.norm):
         return None
-    if any(type(layer) is not nn.Linear or not hasattr(layer.bias, "shape") for layer in (gater.fc1, gater.fc2)):
+    layers = gater.fc1, gater.fc2
+    if any(type(layer) is not nn.Linear or [*layer.state_dict()] != ["weight", "bias"] for layer in layers):
         return None
     options = {name: float(getattr(gater, name)) for name in ("noise_std", "hard_probability", "threshold")}
     return {

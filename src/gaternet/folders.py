@@ -107,7 +107,7 @@ def _list_images(folder: Path) -> tuple[Samples, tuple[str, ...]]:
             f"{folder} is no folder of images, one folder a class ({error}): add the missing images"
         ) from error
     real: dict[str, str] = {}
-    for directory in {os.path.dirname(path): None for path, _ in found.samples}:
+    for directory in dict.fromkeys(os.path.dirname(path) for path, _ in found.samples):
         if (first := real.setdefault(os.path.realpath(directory), directory)) != directory:
             raise DataError(f"{first} and {directory} are one folder, whose images would count twice: remove the link")
     return found.samples, tuple(unicodedata.normalize("NFC", name) for name in found.classes)

@@ -58,7 +58,7 @@ def require_whole(model: GaterNet, images: Tensor) -> None:
 
 @torch.no_grad()
 def require_closed(model: GaterNet, images: Tensor) -> None:
-    """ValueError for a model with a hook behind its gates that makes something else of a closed filter's zeros.
+    """ValueError for a model, in evaluation mode, whose hooks behind its gates make something else of their zeros.
 
     What counts or skips closed filters takes them for zeros.
 
@@ -70,7 +70,8 @@ def require_closed(model: GaterNet, images: Tensor) -> None:
     for site in model.sites:
 
         def look(_module: nn.Module, _args: Any, output: Tensor, name: str = site.name) -> None:
-            felt.extend([name] if output.nan_to_num().any() else [])
+            if output.nan_to_num().any():
+                felt.append(name)
 
         handles.append(backbone.get_submodule(site.name).register_forward_hook(look))
     try:

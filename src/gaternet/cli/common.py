@@ -1,12 +1,11 @@
-"""What the commands share: the app, argument types, the console, and what becomes of errors."""
+"""What the commands share: the app, the console, and what becomes of errors."""
 
 import io
 import json
 import math
 import os
 import sys
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,14 +22,6 @@ app = typer.Typer(
 )
 console = Console(soft_wrap=True)
 waiting = Console(stderr=True)  # shows what is being done; its output is not the command's
-RunArgument = Annotated[Path, typer.Argument(help="a run directory, or a saved model")]
-WhichOption = Annotated[
-    Literal["last", "best"], typer.Option(help="which model of a run: of the last or the best epoch")
-]
-DataOption = Annotated[str | None, typer.Option(help="another set than it was trained on, see train --data")]
-DataRootOption = Annotated[str | None, typer.Option(help="where torchvision's data sets lie")]
-CpuOption = Annotated[bool, typer.Option("--cpu", help="run on the CPU even if there is a GPU")]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
 
 
 def _show_version(wanted: bool) -> bool:

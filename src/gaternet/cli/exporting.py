@@ -5,17 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from gaternet.cli.common import (
-    DataRootOption,
-    JsonOption,
-    RunArgument,
-    WhichOption,
-    app,
-    console,
-    escaped,
-    print_json,
-    waiting,
-)
+from gaternet.cli.common import app, console, escaped, print_json, waiting
+from gaternet.cli.options import DataRootOption, JsonOption, RunArgument, WhichOption
 
 
 @app.command()

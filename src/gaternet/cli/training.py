@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from gaternet.cli.common import JsonOption, app, console, escaped, print_json
+from gaternet.cli.common import app, console, escaped, print_json
+from gaternet.cli.options import JsonOption
 from gaternet.recipe import (
     Augmentation,
     Distillation,

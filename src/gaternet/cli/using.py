@@ -7,19 +7,8 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from gaternet.cli.common import (
-    CpuOption,
-    DataOption,
-    DataRootOption,
-    JsonOption,
-    RunArgument,
-    WhichOption,
-    app,
-    console,
-    escaped,
-    print_json,
-    waiting,
-)
+from gaternet.cli.common import app, console, escaped, print_json, waiting
+from gaternet.cli.options import CpuOption, DataOption, DataRootOption, JsonOption, RunArgument, WhichOption
 from gaternet.recipe import Runtime
 
 
