@@ -185,15 +185,15 @@ def test_a_scripted_module_is_named():
         read_graph(net, IMAGES)
 
 
-class Sized(Net):
-    """Has a length, as a list of its parts would."""
+class Unsized(Net):
+    """Has no length to tell, as what torch.compile makes of a network has none."""
 
     def __len__(self) -> int:
-        return 0
+        raise TypeError("no length")
 
 
-def test_a_network_may_have_a_length():
-    graph = read_graph(Sized(convolved, conv=conv(3, 8)), IMAGES)
+def test_a_network_is_not_asked_for_its_length():
+    graph = read_graph(Unsized(convolved, conv=conv(3, 8)), IMAGES)
     assert [found.name for found in graph.convs.values()] == ["conv"]
 
 
