@@ -62,6 +62,14 @@ def test_under_autocast_gates_stay_float32_and_the_backbone_does_not(model, imag
     assert outputs[0].dtype == torch.bfloat16
 
 
+def test_the_last_layer_may_be_wrapped(model, images):
+    before = model.gater.logits(images)
+    model.gater.fc2 = torch.nn.Sequential(model.gater.fc2)  # as adapters do: it has no `weight` of its own
+    assert torch.equal(model.gater.logits(images), before)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.gater.logits(images).dtype == torch.float32
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_all_gates_open_is_the_plain_backbone_bit_for_bit(model, images, training):
     model.train(training)

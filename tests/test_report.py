@@ -367,11 +367,6 @@ def test_reports_of_runs_and_their_comparison(tmp_path, gaternet_command, browse
     assert shown.said == []
     shown.page.click("tbody tr:nth-child(2) a")
     shown.page.wait_for_selector("html[data-drawn] #units", state="attached")
-    plain = ["train", "digits_resnet20", "--epochs", "1", "--cpu", "--out", tmp_path / "plain"]
-    subprocess.run([*gaternet_command, *plain], check=True, stdout=subprocess.DEVNULL)
-    bad = subprocess.run([*gaternet_command, "report", tmp_path / "plain"], capture_output=True, text=True)
-    assert bad.returncode == 2
-    assert "is a plain network without gates: name a gated run" in " ".join(bad.stderr.split())
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gaternet
 from gaternet.cost import CostModel
 from gaternet.method import Gater
+from gaternet.models.cifar_resnet import Bottleneck, CifarResNet
 from gaternet.models.create import create_backbone
 from gaternet.skipping import Skipper, kernels
 from gaternet.skipping.native import NativeProgram
@@ -38,11 +39,17 @@ def test_random_networks_skip_exactly(names, seed):
     assert_skips_exactly(model, THREE, random_gates(model, 0.5, seed))
 
 
-@pytest.mark.parametrize("name", ["resnet20", "resnet164", "timm:mobilenetv3_small_050", "timm:regnetx_002"])
+def _bottlenecks() -> nn.Module:
+    """A ResNet-164 with 2 units a stage instead of 18."""
+    return CifarResNet(Bottleneck, 2, 16, (4, 32, 64), (16, 128, 256))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "bottlenecks", "timm:mobilenetv3_small_050", "timm:regnetx_002"])
 @pytest.mark.parametrize("sites", ["residual", "all"])
 def test_networks_skip_exactly(name, sites):
     images = torch.randn(3, 3, 32, 32)
-    model = gated(create_backbone(name, 10), images, sites)
+    backbone = _bottlenecks() if name == "bottlenecks" else create_backbone(name, 10)
+    model = gated(backbone, images, sites)
     assert_skips_exactly(model, images, random_gates(model, 0.5))
     one = torch.zeros(3, model.num_gates)
     one[torch.arange(3), torch.tensor([0, 5, model.num_gates - 1])] = 1

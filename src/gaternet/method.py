@@ -137,9 +137,8 @@ class Gater(nn.Module):
     def decide(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch gates"]:
         """D (equation 3): pre-activations g' in the weights' precision, which for noise matters under autocast."""
         logits = self.fc2(F.relu(self.norm(self.fc1(features))))
-        weight = self.fc2.weight  # of a quantised layer something else
-        lowered = isinstance(weight, Tensor) and weight.is_floating_point() and logits.dtype != weight.dtype
-        return logits.to(weight.dtype) if lowered else logits
+        floats = [weight.dtype for weight in self.fc2.parameters() if weight.is_floating_point()]  # quantised: none
+        return logits.to(floats[0]) if floats and floats[0] != logits.dtype else logits
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], generator: torch.Generator | None = None
