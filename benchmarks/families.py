@@ -4,8 +4,9 @@ python benchmarks/families.py             # check all, minutes; then write docs/
 python benchmarks/families.py NAME...     # check these alone, and bring their rows up to date
 python benchmarks/families.py --choose    # choose the models anew: the smallest of each family of timm, minutes
 
-Families are timm's modules. Of each, the smallest model counts whose convolutions are 10 or more and hold at least 40 %
-of its parameters; of torchvision, every classification network whose convolutions do, or that has no attention.
+A family is a module of timm. Of each, the smallest model is taken that has at least 10 convolutions, which hold at
+least 40 % of its parameters; of torchvision, every classification network of which this is true, or that has no
+attention.
 """
 
 import argparse
@@ -298,7 +299,9 @@ def main() -> None:
         "gives the same logits within 1e-4 of the largest, or within four times masking's own distance from float64 "
         "(HaloNet's attention rounds coarsely).\n\n"
         "*Gateable* is the share of MACs that goes if all gates close. *Left out*, for `all`, says why convolutions "
-        "have no gates.\n\n" + table(rows)
+        "have no gates. In networks without residual units `residual` gates densely connected ones, or else every "
+        "convolution; where none of the residual units can be gated, nothing. A depthwise convolution shares gates "
+        "only where what it reads is gated, so that `residual` may have more gates than `all`.\n\n" + table(rows)
     )
 
 

@@ -108,7 +108,7 @@ def past_the_paper(ledger: list[dict[str, Any]]) -> str:
             ours = marked_error(runs, name)
             macs = f"{mean_macs(runs) / dense:.2f}"
         rows.append([f"`{name}`", aim, ours, macs])
-    titles = ["recipe", "aim, error %", "ours", "MACs, of the plain backbone's"]
+    titles = ["recipe", "aim, error %", "ours", "MACs, relative to the plain backbone"]
     return table(titles, rows) + chosen([row[2] for row in rows])
 
 
@@ -236,7 +236,7 @@ def finetuned() -> str:
         "final_slope",
         "epochs",
         "test error %",
-        "images right, gated and open",
+        "images right with all gates open, than plain",
     ]
     titles.append("error % fine-tuned")
     titles += ["open gates", "dependent", "backbone's MACs", "with the gater", "minutes"]
@@ -317,7 +317,7 @@ def page() -> str:
         "# Results\n\n"
         "Written by `python benchmarks/results.py` from `docs/results/`; nothing here is typed by hand. Errors are on "
         "the test set after the last epoch, never the best one. n is the number of runs (seeds). Minutes are "
-        "means over the machines that are named: where these differ they compare no speeds.\n\n"
+        "means over the machines that are named: do not compare them where these differ.\n\n"
         "## The paper's rows (Tables 1, 2 and 3)\n\n"
         "Measured by the recipe as it is, at full length; a run with any option changed does not count here.\n\n"
         f"{paper_rows(ledger)}\n"
@@ -327,10 +327,10 @@ def page() -> str:
         f"{past_the_paper(ledger)}\n"
         "## The paper's networks at full length, in the paper's and in other ways\n\n"
         "MACs of an image, here and below: those of the open filters and of the gater, in the mean over the test "
-        "images. A gate is dependent if it is open for some of them and closed for others. A run that is another "
-        "recipe by its options stands under that one's name. `gaternet sweep` names folders as the commands do that "
-        "start from another run: `runs/short_resnet20,epochs=16/seed0` is of `gaternet sweep short_resnet20 --epochs "
-        "16`.\n\n"
+        "images. A gate is dependent if it is open for some of them and closed for others. A run whose options "
+        "make it another recipe is listed under that one's name. Folders that commands start from are named as "
+        "`gaternet sweep` names them: `runs/short_resnet20,epochs=16/seed0` comes from `gaternet sweep short_resnet20 "
+        "--epochs 16`.\n\n"
         f"{full_length(ledger)}\n"
         "## Our own recipes, and shortened ones\n\n"
         "The short recipes are 8 epochs where their command says nothing else: they compare networks with each other, "

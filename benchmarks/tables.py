@@ -64,8 +64,8 @@ def _same(ours: Recipe, other: Recipe) -> bool:
 
 
 CHOSEN = (
-    "\\* Chosen among the gated networks that were trained at full length (docs/results.md) by their test errors, "
-    "which favours the seeds that were used for the choice: others have to confirm it.\n"
+    "\\* This recipe was chosen among the gated networks that were trained at full length, by their test errors. That "
+    "favours the seeds that were used for the choice: only others can confirm it.\n"
 )
 
 

@@ -37,7 +37,7 @@ def skipping() -> str:
     text += (
         "the error of CIFAR-10's ResNet-20, fine-tuned for two epochs to half of its filters. Its first stage has 16 "
     )
-    text += "filters, so 16 is a whole layer there.\n\n"
+    text += "filters, so 16 is a whole layer there. *x dense* is over OpenVINO alone.\n\n"
     wanted = {"model": "resnet20", "half": "filters", "epochs": 2, "final_slope": 1}
     tuned = [line for line in read_finetuned() if wanted.items() <= line.items()]
     rows = []
@@ -47,12 +47,9 @@ def skipping() -> str:
         cells = [size, f"{row['macs'] / 1e6:,.0f}", f"{row['median']:.1f}", f"{row['over_dense']:.2f}"]
         rows.append([*cells, error_of(lines) if lines else "not measured"])
     text += table(["group_size", "MMACs", "ms", "x dense", "ResNet-20's error %"], rows)
-    text += "\nWhere the time goes, one image at a time, as shares of the time under open gates: *alone* are the same "
-    text += "filters as a network that has no others, with no weights to be copied together. What skipping takes above "
-    text += (
-        "that is the copying; what that takes above its share of the MACs is what smaller convolutions lose, and the "
-    )
-    text += "dense residual stream.\n\n"
+    text += "\nWhere the time goes, one image at a time, as shares of the time under open gates: *alone* is a network "
+    text += "of the open filters only, with no weights to be copied together. *Skipped* above *alone* is that copying; "
+    text += "*alone* above *MACs* is what smaller convolutions and the dense residual stream lose.\n\n"
     columns = ("macs", "alone", "skipped")
     shares = [[f"{100 * row['density']:.0f} %", *(f"{row[name]:.2f}" for name in columns)] for row in found["bounds"]]
     text += table(["open", "MACs", "alone", "skipped"], shares)
@@ -68,11 +65,15 @@ def skipping() -> str:
         text += f"{len(model['kept'])} subnetworks keep {kept} % of the "
         text += f"filters; for {100 * model['fitting']:.0f} % of the test images at least one of them keeps every open "
         text += f"filter.\n\n`{model['command']}` at commit {model['commit']}, {machine_of(model)}, medians of "
-        other = "" if model["commit"] == found["commit"] else ", by other code than that of the tables above"
-        other += ", when `--trained` took one word with = in it" if "=" in model["command"] else ""
+        other = "" if model["commit"] == found["commit"] else ", by earlier code than the tables above"
+        other += _one_word(model)
         text += f"{model['rounds']} turns{other}:\n\n"
         text += timing_table(model["timings"], {})
     return text + "\n### On a GPU\n\n" + skipping_on_gpu()
+
+
+def _one_word(found: dict[str, Any]) -> str:
+    return " (`--trained` took one word with = in it there)" if "=" in found["command"] else ""
 
 
 def other_networks(found: dict[str, list[dict[str, Any]]]) -> str:
@@ -137,8 +138,8 @@ def exported() -> str:
             made.append([*cells, f"{row['over_plain']:.2f}", f"{row['bytes'] / 1e6:.1f}"])
         return made
 
-    text = f"`{found['command']}` at commit {found['commit']}, whose recipes are meant, {machine_of(found)}, "
-    text += "all in ONNX Runtime, gater included, medians of "
+    text = f"`{found['command']}` at commit {found['commit']}{_one_word(found)}, {machine_of(found)}, "
+    text += "names of recipes as they were there; all in ONNX Runtime, gater included, medians of "
     text += f"{found['rounds']} turns; x plain: over the backbone's file without gates. [export.md](export.md) has "
     text += "which networks can be exported.\n\n### ResNet-50 at 224 pixels, gates at all sites, a fresh gater\n\n"
     text += table(titles, rows(found["resnet50"]))
@@ -160,7 +161,8 @@ def reports() -> str:
     found = read_json(path)
     seconds = found["seconds"]
     return (
-        f"`{found['command']}`, {machine_of(found)}, medians of {found['rounds']} turns: {found['images']:,} images, "
+        f"`{found['command']}` at commit {found['commit']}, {machine_of(found)}, medians of {found['rounds']} turns: "
+        f"{found['images']:,} images, "
         f"{found['gates']:,} gates, {100 * found['dependent']:.0f} % of them dependent on the image.\n\n"
         f"`evaluate` takes {seconds['evaluate']:.0f} s, `analyze` {seconds['analyze']:.0f} s: {found['ratio']:.2f} "
         "times as long (target: below 1.2).\n"
@@ -179,8 +181,8 @@ def speed() -> str:
     path = RESULTS / "startup.json"
     if path.exists():
         found = read_json(path)
-        text += f"### Startup\n\n`{found['command']}`, {machine_of(found)}, whole processes, "
-        text += f"medians of {found['runs']}:\n\n"
+        text += f"### Startup\n\n`{found['command']}` at commit {found['commit']}, {machine_of(found)}, "
+        text += f"whole processes, medians of {found['runs']}:\n\n"
         text += table(["command", "seconds"], [[f"`{name}`", f"{s:.2f}"] for name, s in found["seconds"].items()])
     return text or "Not measured.\n"
 
@@ -197,7 +199,7 @@ def training_speed(found: dict[str, Any]) -> str:
         ]
         for part, name in found["models"].items()
     ]
-    text = f"`{found['command']}`, {machine_of(found)}, {found['precision']} precision, "
+    text = f"`{found['command']}` at commit {found['commit']}, {machine_of(found)}, {found['precision']} precision, "
     text += f"batch {found['batch']}, medians of {found['steps']} steps:\n\n"
     text += table(["model", "ms a step", "images/s", "outside of kernels", "MACs an image"], rows)
     text += f"\nGated over plain: {found['time_ratio']:.2f} in time, {found['mac_ratio']:.2f} in MACs, "

@@ -64,7 +64,7 @@ def improved_semhash(
 
 
 def gate_sparsity(gates: Float[Tensor, "batch gates"]) -> Float[Tensor, ""]:
-    """Mean over samples of ||g||_1 / C, in [0, 1], the paper's penalty (equation 8): 1, not 0, where all are open."""
+    """The paper's penalty (equation 8): mean over samples of ||g||_1 / C, in [0, 1]. It is 1 where all are open."""
     return gates.abs().mean()
 
 
@@ -356,7 +356,7 @@ class GaterNet(
     # Saving is huggingface_hub's and gaternet.checkpoint's, imported late so that the method stands on nothing of ours.
 
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> str | None:
-        """Write config.json, model.safetensors and README.md, a model card; they replace files of that name at the end.
+        """Write config.json, model.safetensors and README.md, a model card; old ones are replaced when all are written.
 
         A README.md that you wrote stays. Arguments are those of huggingface_hub's `ModelHubMixin.save_pretrained`.
         Raises OSError, with the folder as it was, where the files cannot be written, and ValueError for a run's folder.
@@ -390,7 +390,8 @@ class GaterNet(
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_options: Any) -> "GaterNet":
         """The GaterNet saved in a folder or on the Hugging Face Hub, in evaluation mode: `gaternet.load_pretrained`.
 
-        A backbone that neither timm nor `create_model` made is passed in as `backbone`.
+        Pass in a backbone that neither timm nor `create_model` made as `backbone`, and a module that was the gater's
+        extractor as `extractor`; other arguments are those of huggingface_hub's `snapshot_download`.
         """
         from gaternet import checkpoint
 

@@ -72,7 +72,7 @@ class Gating:
     """The gater and its losses; plain models take `ACTS_ON_PLAIN` of it alone."""
 
     extractor: str = option("resnet20", "the gater's E: a network of ours or timm's by name; with --backbone also auto")
-    shrink: int | None = option(None, "factor by which E's images are average-pooled; default: 1, auto chooses")
+    shrink: int | None = option(None, "factor by which E's images are average-pooled; default: 1, or auto's choice")
     sites: Literal["residual", "all"] = option("residual", "filters of --backbone to gate: residual, all")
     group_size: int = option(1, "with --backbone: number of neighbouring filters that share a gate")
     open: bool = option(False, "with --backbone: start with every gate open, as the plain network")
@@ -91,12 +91,12 @@ class Gating:
     sparsity: float = option(0.0, "lambda: weight of the share of open gates in the loss")
     target_density: float | None = option(None, "density to steer to, in place of lambda: of what --penalty counts")
     density_weight: float = option(10.0, "weight of (density - target_density)^2 in the loss")
-    sparsity_start: float = option(0.0, "epoch at which either weight begins to act")
-    sparsity_ramp: float = option(0.0, "epochs over which it then rises linearly to its full value")
+    sparsity_start: float = option(0.0, "epoch at which the penalty begins to act")
+    sparsity_ramp: float = option(0.0, "epochs over which it then rises linearly to its full weight")
     penalty: Literal["gates", "sites", "each", "macs"] = option(
         "gates",
-        "density of what: gates (all together), sites (each site by itself), each (each gate by itself), macs (the "
-        "backbone's MACs)",
+        "what density is counted: of gates (all together), sites (each site separately), each (each gate separately, "
+        "with --target-density), macs (the backbone's MACs)",
     )
     auxiliary_weight: float = option(0.0, "weight of the loss of a classifier on E's features, which only training has")
     freeze: Literal["none", "backbone", "gater"] = option("none", "part that does not learn: none, backbone, gater")
@@ -131,9 +131,11 @@ class Augmentation:
 
     crop: bool = option(True, "crop at random: of images in memory with margins of zeros, of files parts of any size")
     flip: bool = option(True, "mirror half of the images, left to right")
-    cutout: int = option(0, "side in pixels of a grey square somewhere; 0 for none")
+    cutout: int = option(0, "side in pixels of a grey square at a random place; 0 for none")
     policy: Literal["none", "autoaugment", "randaugment", "trivialaugment"] = option(
-        "none", "change colours and geometry: none, autoaugment, randaugment, trivialaugment"
+        "none",
+        "change colours and geometry: none, autoaugment, randaugment, trivialaugment; of sets in memory eight "
+        "neighbours of a batch alike",
     )
 
     def __post_init__(self) -> None:
@@ -238,16 +240,16 @@ class Runtime:
     compile: bool = option(False, "compile the model with torch.compile")
     cuda_graph: bool = option(
         True,
-        "on one GPU: capture the training step as a CUDA graph, and replay that; needs some memory, and must be off "
-        "for networks that wait for the GPU, or whose Python code does something else from step to step",
+        "with one process on one GPU: capture the training step as a CUDA graph, and replay that; needs some memory; "
+        "must be off for networks that wait for the GPU, or whose Python code does something else from step to step",
     )
     workers: int | None = option(
-        None, "processes that read image files, of each process that trains; default: one a core, at most 8"
+        None, "processes that read image files, for each process that trains; default: one per core, at most 8"
     )
     log_every: int = option(20, "steps between lines in metrics.jsonl")
     save_minutes: float = option(5.0, "minutes between checkpoints within an epoch; each epoch ends with one anyway")
     tensorboard: bool = option(False, "also write TensorBoard files into the run directory")
-    data_root: str | None = option(None, "where torchvision's sets lie; default: $GATERNET_DATA or ~/.cache/gaternet")
+    data_root: str | None = option(None, "folder of torchvision's sets; default: $GATERNET_DATA or ~/.cache/gaternet")
 
     def __post_init__(self) -> None:
         _check_all(self)

@@ -63,17 +63,19 @@ def train(
         runtime: how to use this machine.
         seed: of the weights, the order of images, the augmentation and the gates' noise.
         resume: continue the run that is there.
-        network: train this one, a GaterNet say that `gate` made, in place of the recipe's own; of the
+        network: train this one, for example a GaterNet that `gate` made, in place of the recipe's own; of the
             recipe, options that build a network or start it from weights then have no effect. A GaterNet's metadata
-            then name its classes, its preprocessing and this training, so that `save_pretrained` saves them, too.
+            then name its classes, its preprocessing and this training, so that `save_pretrained` saves them, too. On
+            one GPU its step is captured once and replayed: set `Runtime.cuda_graph` to False where its Python code
+            does something else from step to step.
 
     Returns:
         The metrics of the last epoch, as in metrics.jsonl; accuracies and densities lie in [0, 1].
 
     Raises:
         ValueError: the recipe, the data or the run directory cannot be used.
-        OSError: nothing more can be written, say because the disk is full; what was saved stays whole.
-        TrainingError: the loss is no number any more, or memory is full. `Stopped`: a signal came.
+        OSError: nothing more can be written, for example to a full disk; what was saved stays whole.
+        TrainingError: the loss is no longer finite, or memory is full. `Stopped`: a signal came.
     """
     if seed < 0:
         raise ValueError(f"seed must be at least 0, not {seed}")

@@ -13,7 +13,7 @@ from gaternet.cli.options import DataRootOption, JsonOption, RunArgument, WhichO
 def export(
     run: RunArgument,
     which: WhichOption = "last",
-    out: Annotated[Path | None, typer.Option(help="the file  [dim]\\[default: in RUN, say model.onnx][/]")] = None,
+    out: Annotated[Path | None, typer.Option(help="the file  [dim]\\[default: in RUN, such as model.onnx][/]")] = None,
     file_format: Annotated[
         Literal["onnx", "pt2"] | None,
         typer.Option("--format", help="ONNX, or torch.export's  [dim]\\[default: as --out says, or onnx][/]"),
@@ -29,7 +29,7 @@ def export(
     ] = None,
     data: Annotated[str | None, typer.Option(help="images to compare on, see train --data; default: its own")] = None,
     data_root: DataRootOption = None,
-    images: Annotated[int, typer.Option(min=1, help="test images for the effect of --int8")] = 2000,
+    images: Annotated[int, typer.Option(min=1, help="test images on which to measure what --int8 changes")] = 2000,
     as_json: JsonOption = False,
 ) -> None:
     """Write a model, its gates and its preprocessing to one file, which is compared with the model first.

@@ -44,13 +44,15 @@ def _train(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="name of a recipe; [bold]gaternet recipes[/] lists them; with --resume and --out that of the run"
+            help="name of a recipe; [bold]gaternet recipes[/] lists them; not needed with --resume and --out"
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="run directory  [dim]\\[default: runs/RECIPE][/]")] = None,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, max=2**63 - 1, help="of weights, order, augmentation and noise  [dim]\\[default: 0][/]"),
+        typer.Option(
+            min=0, max=2**63 - 1, help="seed of weights, order, augmentation and noise  [dim]\\[default: 0][/]"
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in the run directory")] = False,
     ledger: Annotated[Path | None, typer.Option(help="file to append a line to when the run is finished")] = None,
@@ -58,6 +60,8 @@ def _train(
     **options: Any,
 ) -> None:
     """Train a recipe, with any of its values changed.
+
+    `gaternet recipes NAME` shows its values, which are the defaults of the options below.
 
     Examples:
 
@@ -139,12 +143,12 @@ def _sweep(
     vary: Annotated[
         list[str] | None,
         typer.Option(
-            help="an option and values, say noise-std=0,0.5: each in a run of its own beside the recipe as it is; may "
-            "be repeated, and options are not combined; a path is one value, with its commas"
+            help="an option and values, such as noise-std=0,0.5: each in a run of its own beside the recipe as it is; "
+            "may be repeated, and options are not combined; a path is one value, with its commas"
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="runs side by side, on one GPU too")] = 1,
-    minutes: Annotated[float | None, typer.Option(min=0, help="stop after so many, with all saved")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="number of runs side by side; they may share a GPU")] = 1,
+    minutes: Annotated[float | None, typer.Option(min=0, help="save and stop after this many minutes")] = None,
     out: Annotated[Path, typer.Option(help="folder of the run directories")] = Path("runs"),
     ledger: Annotated[
         Path | None, typer.Option(help="file with a line for each finished run  [dim]\\[default: OUT/ledger.jsonl][/]")
@@ -152,7 +156,7 @@ def _sweep(
     as_json: JsonOption = False,
     **options: Any,
 ) -> None:
-    """Train several recipes with several seeds, side by side; the same command goes on where it was cut.
+    """Train several recipes with several seeds, side by side; run the same command again to continue.
 
     Options of `gaternet train` hold for all of the runs.
 
@@ -266,9 +270,7 @@ app.command("sweep")(_with_options(_sweep))
 
 @app.command()
 def recipes(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="of recipes whose values are shown; default: a list")
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="recipes whose values to show; default: list all")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """The recipes: one for each row of the paper's tables, and those of our own.

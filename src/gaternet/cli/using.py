@@ -117,7 +117,7 @@ def report(
         Path | None, typer.Option(help="folder of the page  [dim]\\[default: RUN/report; of several, report][/]")
     ] = None,
     samples: Annotated[int, typer.Option(min=10, help="images on the map, drawn at random")] = 2000,
-    forced: Annotated[int, typer.Option(min=0, help="images to force gates on; 0 leaves it out")] = 300,
+    forced: Annotated[int, typer.Option(min=0, help="images for the part with forced gates; 0 leaves it out")] = 300,
     cpu: CpuOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -175,10 +175,18 @@ def bench(
     batch_size: Annotated[list[int], typer.Option(min=1, help="images at once; may be repeated")] = [1, 16],  # noqa: B006
     density: Annotated[
         list[float] | None,
-        typer.Option(min=0, max=1, help="share of gates drawn open; default: those of the run, else 0.75, 0.5, 0.25"),
+        typer.Option(
+            min=0,
+            max=1,
+            help="share of gates drawn open, may be repeated; default: a run's own, else 0.75, 0.5, 0.25",
+        ),
     ] = None,
     engine: Annotated[
-        list[str] | None, typer.Option(help="dense engine to compare with; default: all that are installed")
+        list[str] | None,
+        typer.Option(
+            help="dense engine to compare with, may be repeated: eager, channels_last, inductor, onnxruntime, "
+            "openvino; default: all that are installed"
+        ),
     ] = None,
     select: Annotated[
         Literal["residual", "all"] | None,
@@ -192,10 +200,10 @@ def bench(
     which: Annotated[
         Literal["last", "best"] | None, typer.Option(help="which model of a run  [dim]\\[default: last][/]")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="turns that each takes")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="times that each is measured, in turn")] = 5,
     as_json: JsonOption = False,
 ) -> None:
-    """Time plain, masked and skipped computation beside each other: milliseconds, images a second, MACs.
+    """Time plain, masked and skipped computation on the CPU, beside each other: milliseconds and MACs.
 
     Examples:
 

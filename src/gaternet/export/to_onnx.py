@@ -31,9 +31,9 @@ def export_onnx(
 ) -> Parity:
     """Write a model as one ONNX graph, opset 18, gater and backbone together, and compare it with the model.
 
-    The file is run in ONNX Runtime on `held_out` and under gates drawn at random in the place of the gater's: gates
-    must be equal, but where a logit is so near the threshold that rounding decides, and logits must agree within 1e-4,
-    as must gates that are not 0 or 1.
+    The file is run in ONNX Runtime on `held_out`, and under gates drawn at random in place of the gater's. Gates must
+    be equal, unless a logit is so near the threshold that rounding decides. Logits, and gates that are not 0 or 1, must
+    agree within 1e-4.
 
     Args:
         model: a GaterNet, or a plain network. It is exported in evaluation mode, in float32, and left as it was.

@@ -59,7 +59,7 @@ class Skipper(nn.Module):
     ) -> Float[Tensor, "batch classes"] | tuple[Float[Tensor, "batch classes"], Float[Tensor, "batch gates"]]:
         """Logits (B, K), those of the model up to rounding, and with `return_gates` also the gates (B, C).
 
-        A gate whose logit is NaN is closed, so images that hold NaN may come to logits that look like any.
+        A gate whose logit is NaN is closed, so images that hold NaN may give logits that look ordinary.
 
         Raises:
             ValueError: a gater of yours gives soft gates; or images of another size, precision or device than planned
@@ -195,12 +195,12 @@ def skip(
 
     Args:
         model: a GaterNet, in any mode. The Skipper has a copy, in evaluation mode: after a change, call `skip` again.
-        example_input: images (B, channels, H, W) of the size, and for "auto" such and as many, as it is to run with.
+        example_input: images (B, channels, H, W) of the size that it will run with; for "auto" also typical and as many.
         engine: "slice" gathers the open rows and columns of the weights, image by image; "specialise" makes smaller
             dense networks for the gates in `calibration`, and slices where none of them fits; "mask" is the model
             itself, which computes all filters. "auto" takes the fastest for the example under the model's own gates, of
             "slice", "mask" and, where there is a calibration, "specialise".
-        calibration: gates that images really have, say those of the training images, each 0 or 1.
+        calibration: gates that images really have, such as those of the training images, each 0 or 1.
         subnetworks: how many "specialise" makes at most; each holds the weights that it keeps.
         kernels: what "slice" and "specialise" compute with: "native", compiled C++ for float32 on CPUs; "triton" for
             CUDA; "torch", on any device, slowly. "auto" takes the fast ones where they run, and warns where they should
