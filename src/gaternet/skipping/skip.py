@@ -195,7 +195,7 @@ def skip(
 
     Args:
         model: a GaterNet, in any mode. The Skipper has a copy, in evaluation mode: after a change, call `skip` again.
-        example_input: images (B, channels, H, W) of the size that it will run with; for "auto" also typical and as many.
+        example_input: images (B, channels, H, W) of the size it will run with; for "auto" also typical and as many.
         engine: "slice" gathers the open rows and columns of the weights, image by image; "specialise" makes smaller
             dense networks for the gates in `calibration`, and slices where none of them fits; "mask" is the model
             itself, which computes all filters. "auto" takes the fastest for the example under the model's own gates, of
