@@ -84,3 +84,48 @@ def test_a_hook_that_undoes_what_gates_closed_is_refused_and_one_that_looks_is_n
             count(model, IMAGES)
     handle.remove()
     torch.testing.assert_close(gaternet.count_macs(model, IMAGES).gated, plain.gated)
+
+
+class Attending(nn.Module):
+    """Pools by a learned query, of which a layer is given a view; and counts its calls, as observers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8), nn.ReLU())
+        self.query, self.look, self.fc = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.get_buffer("calls").add_(1)
+        found = self.stem(x).flatten(2)
+        shares = (self.look(self.query.expand(len(x), -1, -1)) @ found).softmax(-1)
+        return self.fc((shares @ found.transpose(1, 2))[:, 0])
+
+
+def test_views_of_parameters_and_images_with_gradients_are_counted_and_buffers_stay():
+    network = Attending().eval()
+    model = gaternet.gate(network, IMAGES, sites="all").eval()
+    counted = gaternet.count_macs(model, IMAGES.clone().requires_grad_())
+    assert counted.backbone == 8 * 8 * 9 * (3 * 8 + 8 * 8) + 8 * 8 + 2 * 8 * 64 + 8 * 4  # convolutions, query, pooling
+    assert network.get_buffer("calls") == 0
+    normed = torch.nn.utils.parametrizations.weight_norm(conv(3, 8))
+    with torch.inference_mode():
+        assert count_dense_macs(normed, IMAGES) == 8 * 8 * 9 * 3 * 8
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: gaternet.count_macs(model, IMAGES),
+        lambda model: gaternet.skip(model, IMAGES),
+        lambda model: model.save_pretrained("never"),
+    ],
+)
+def test_what_was_wrapped_after_gating_is_named(use, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = gaternet.gate(Net(lambda net, x: net.b(net.a(x)), a=conv(3, 8), b=conv(8, 8)), IMAGES, sites="all").eval()
+    use(copy.deepcopy(model))
+    wrapped: Any = model.backbone
+    wrapped.b = nn.Sequential(wrapped.b, nn.Sigmoid())
+    with pytest.raises(ValueError, match=r"^b was replaced or wrapped after gating.*change the backbone first"):
+        use(model)

@@ -1,6 +1,7 @@
 """What the graph does not show: a network that reads what filters compute past their gates is refused when it runs."""
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -124,3 +125,28 @@ def test_every_filter_is_closed_once_where_sites_have_but_one_gate():
         gate(backbone, IMAGES, sites=lambda name, module: name != "e", group_size=8)
     named = str(refusal.value).removeprefix("closed filters of ").split(" would")[0]
     assert sorted(named.split(", ")) == list("abcd")
+
+
+@pytest.mark.parametrize("give", [lambda out, aux: (out, aux), lambda out, aux: {"out": out, "aux": [aux]}])
+def test_leaks_into_one_of_several_outputs_are_found(give, unchecked_types):
+    def body(net: Net, x: Tensor) -> Any:
+        out = net.fc(net.b(net.a(x)).mean((2, 3)))
+        return give(out, net.fc(net.c(net.a.last).mean((2, 3))))
+
+    parts = {"a": KeepingConv(3, 8, 3, padding=1), "b": conv(8, 8), "c": conv(8, 8), "fc": nn.Linear(8, 4)}
+    network = Block(body, **parts).eval()
+    with pytest.raises(ValueError, match="closed filters of a would still be felt"):
+        gate(network, IMAGES, sites="all")
+
+
+def test_a_network_that_fails_when_gates_close_is_left_without_hooks():
+    def body(net: Net, x: Tensor) -> Tensor:
+        found = net.a(x)
+        if not torch.compiler.is_compiling() and found[:, :1].eq(0).all():
+            raise RuntimeError("the first feature map is dead")
+        return net.b(found)
+
+    network = Net(body, a=conv(3, 8), b=conv(8, 8)).eval()
+    for _ in range(2):  # not "gated already"
+        with pytest.raises(RuntimeError, match="the first feature map is dead"):
+            gate(network, IMAGES, sites="all")

@@ -10,7 +10,7 @@ import timm
 import torch
 from gated_models import assert_same, gater_of, shrink_of, spoiled
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from small_networks import IMAGES, PIXELS, custom, features, replaced
+from small_networks import IMAGES, PIXELS, Net, conv, custom, features, replaced
 from torch import nn
 
 from gaternet import GaterNet, checkpoint, gate, load_pretrained
@@ -43,13 +43,17 @@ def test_a_timm_model_of_the_users_comes_back_by_itself(tmp_path):
     assert_same(load_pretrained(tmp_path), model, PIXELS[:, :1])
 
 
-@pytest.mark.parametrize("change", ["classifier", "activation"])
+@pytest.mark.parametrize("change", ["classifier", "activation", "method", "hook"])
 def test_a_backbone_that_was_changed_after_gating_does_not_come_back_as_it_was(tmp_path, change):
     model = spoiled(gate(create_backbone("timm:test_resnet", 4), PIXELS))
     if change == "classifier":
         model.backbone.set_submodule("fc", nn.Linear(model.backbone.get_submodule("fc").in_features, 3))  # pyright: ignore[reportArgumentType]
-    else:
+    elif change == "activation":
         model.backbone.set_submodule("act1", nn.SiLU())
+    elif change == "method":
+        model.backbone.global_pool.forward = lambda x: x.amax((2, 3))  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        model.backbone.get_submodule("layer1").register_forward_hook(lambda _module, _args, output: output.mul(2))
     with pytest.warns(UserWarning, match=r"the backbone was changed after gating: load the model with backbone=\.\.\."):
         model.save_pretrained(tmp_path)
     assert 'this folder", backbone=backbone)' in (tmp_path / "README.md").read_text()
@@ -150,6 +154,23 @@ def test_parts_of_another_kind_are_refused(saved, parts, message):
     with pytest.raises(ValueError, match=message) as refused:
         load_pretrained(saved[0], **parts)
     assert str(saved[0]) in str(refused.value)
+
+
+def test_an_option_that_no_list_of_modules_shows_is_not_forgotten(tmp_path):
+    network = timm.create_model("test_nfnet", alpha=1.5)
+    gate(network, torch.randn(1, 3, 32, 32), gater="resnet8").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"does not say how its backbone was built: load it with backbone=\.\.\."):
+        load_pretrained(tmp_path)
+
+
+def test_complex_weights_come_back_the_same(tmp_path):
+    def spectral() -> Net:
+        waves = nn.Parameter(torch.randn(8, 8, 5, dtype=torch.cfloat))
+        return Net(lambda net, x: torch.fft.irfft2(torch.fft.rfft2(net.a(x)) * net.waves), a=conv(3, 8), waves=waves)
+
+    model = gate(spectral().eval(), IMAGES, sites=lambda name, _: name == "a").eval()
+    model.save_pretrained(tmp_path)
+    assert_same(load_pretrained(tmp_path, backbone=spectral()), model, IMAGES)
 
 
 def test_a_model_in_double_precision_comes_back_the_same(tmp_path):

@@ -93,7 +93,7 @@ def test_an_extractor_that_was_changed_after_gating_does_not_come_back_as_it_was
 class Calm(GaterNet):
     """Half as sure of itself."""
 
-    def forward(self, images: Tensor, return_gates: bool = False) -> Any:
+    def forward(self, images: Tensor, *, return_gates: bool = False) -> Any:
         logits, gates = super().forward(images, return_gates=True)
         return (logits / 2, gates) if return_gates else logits / 2
 

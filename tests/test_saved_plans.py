@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gaternet
+from gaternet.cost import CostModel
 from gaternet.skipping import Skipper
 from gaternet.skipping.native import NativeProgram
 from gaternet.skipping.native.operations import operation
@@ -326,3 +327,30 @@ def test_convolutions_that_tensors_without_data_pass_are_refused(channels, heigh
     save_plan(Plan("x", "out", (5, height, 8), 0, steps, shapes, [], {"c": torch.zeros(1)}), tmp_path / "plan")
     with pytest.raises(ValueError, match="what it says of out contradicts its operations"):
         load_plan(tmp_path / "plan")
+
+
+@pytest.mark.parametrize(
+    ("usual", "alias"),
+    [
+        (lambda a, b: torch.cat([a, b], 1)[:, :8], lambda a, b: torch.concat([a, b], 1)[:, :8]),
+        (lambda a, b: a - b.neg(), lambda a, b: a.subtract(b.negative())),
+        (lambda a, b: a * b.mean((2, 3), True).sigmoid(), lambda a, b: a.multiply(b.mean((2, 3), True).sigmoid())),
+        (lambda a, b: b.clamp(0, 6), lambda a, b: b.clip(0, 6)),
+        (lambda a, b: b.relu(), lambda a, b: b.clamp_min(0)),
+        (lambda a, b: b / 2, lambda a, b: b.divide(2)),
+    ],
+    ids=["cat", "sub", "mul", "clamp", "clamp_min", "div"],
+)
+def test_an_operation_by_another_name_is_the_same(usual, alias, tmp_path):
+    sites, macs = [], []
+    for act in (usual, alias):
+        torch.manual_seed(0)
+        net = Net(lambda net, x, act=act: net.c(act(x := net.a(x), net.b(x))), a=conv(3, 8), b=conv(8, 8), c=conv(8, 8))
+        model = gated(net)
+        sites.append(model.sites)
+        macs.append(CostModel.of(model, IMAGES)(random_gates(model, 0.5)).tolist())
+        gaternet.skip(model, IMAGES, "slice").save(tmp_path / act.__name__)
+        with torch.no_grad():
+            torch.testing.assert_close(Skipper.load(tmp_path / act.__name__)(IMAGES), model(IMAGES))
+    assert sites[0] == sites[1]
+    assert macs[0] == macs[1]

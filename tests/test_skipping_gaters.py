@@ -19,7 +19,7 @@ from gaternet.skipping.program import Program
 class Calm(GaterNet):
     """Half as sure of itself."""
 
-    def forward(self, images: Tensor, return_gates: bool = False) -> Any:
+    def forward(self, images: Tensor, *, return_gates: bool = False) -> Any:
         logits, gates = super().forward(images, return_gates=True)
         return (logits / 2, gates) if return_gates else logits / 2
 

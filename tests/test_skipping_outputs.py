@@ -63,6 +63,24 @@ def test_a_network_that_drops_the_dimension_of_a_batch_of_one_is_refused():
         gaternet.skip(model, THREE)
 
 
+def test_a_network_that_gives_a_number_for_one_image_is_refused(unchecked_types):
+    model = gated(Block(lambda net, x: net.fc(net.conv(x).mean((2, 3))).squeeze(), conv=conv(3, 8), fc=nn.Linear(8, 1)))
+    with pytest.raises(ValueError, match=r"gives \(\) for one image.*use flatten\(1\)"):
+        gaternet.skip(model, THREE)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "trace", [torch.jit.trace, lambda fast, images: torch.export.export(fast, (images,))], ids=["jit", "export"]
+)
+def test_a_skipper_is_not_traced(trace, unchecked_types):
+    fast = gaternet.skip(gated(chain_of(["residual"])), THREE, "slice")
+    with pytest.raises(
+        ValueError, match=r"a Skipper's code cannot be traced: export its model by gaternet.export_onnx"
+    ):
+        trace(fast, THREE)
+
+
 @pytest.mark.parametrize(
     ("name", "act"),
     [

@@ -26,7 +26,7 @@ from gaternet.files import read_json, write_atomically, write_json
 from gaternet.method import Gater, GaterNet, GateSite
 from gaternet.models.create import build_gated, create_backbone, fitting
 from gaternet.recipe import data_name
-from gaternet.wrapping import refuse_wrapped, require_network, unwrapped
+from gaternet.wrapping import refuse_wrapped, require_network, require_sites, unwrapped
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -43,7 +43,7 @@ def save_model(model: nn.Module, directory: str | Path, metadata: Mapping[str, A
             A description that a part no longer fits, since it was changed after gating, is left out.
 
     Raises:
-        ValueError: the model is wrapped, or was ungated.
+        ValueError: the model is wrapped, or was ungated, or a module that gates act on was replaced.
         TypeError: the metadata are no plain data.
         OSError: the files cannot be written.
     """
@@ -54,6 +54,7 @@ def save_model(model: nn.Module, directory: str | Path, metadata: Mapping[str, A
         if isinstance(model, GaterNet):
             if not model._gated:
                 raise ValueError("this GaterNet gave its backbone back with ungate(): save a new one around it")
+            require_sites(model)
             given = metadata or model.metadata
             metadata = fitting(given, model)
             for name in ("backbone", "extractor"):
@@ -198,12 +199,12 @@ def load_weights_(model: nn.Module, path: Path) -> None:
             names = file.metadata() or {}  # of tensors that lie in two places, to the name that they have here
         state, own = load_file(path), model.state_dict(keep_vars=True)
         state |= {name: state[names[name]] for name in own.keys() - state if names.get(name) in state}
-        if len(kinds) == 1:
-            model.to(dtype=_PRECISIONS[min(kinds)])
-        elif len(kinds) > 1:  # each in its own
-            for name in own.keys() & state:
-                if state[name].is_floating_point():
-                    own[name].data = own[name].data.to(state[name].dtype)
+        if len(kinds) == 1:  # also of what is in no file
+            kind = _PRECISIONS[min(kinds)]
+            model._apply(lambda tensor: tensor.to(kind) if tensor.dtype in _PRECISIONS.values() else tensor)
+        for name, tensor in model.state_dict(keep_vars=True).items():  # others, as complex ones are, each in its own
+            if name in state and (state[name].is_floating_point() or state[name].is_complex()):
+                tensor.data = tensor.data.to(state[name].dtype)
         model.load_state_dict(state)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}): restore it from a copy") from error

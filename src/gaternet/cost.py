@@ -6,6 +6,7 @@ see zeros there. Cost is a sum of products of gates over each sample, never a pr
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gaternet.channels import ALIVE, gate_columns
 from gaternet.graph import Conv, Graph, read_graph, shape
 from gaternet.method import GaterNet, GateSite
-from gaternet.modes import evaluation_mode, without_autocast
+from gaternet.modes import evaluation_mode, trial_copy, without_autocast
 from gaternet.wrapping import require_closed, require_gated
 
 
@@ -83,8 +84,9 @@ class CostModel:
         model = require_gated(model)
         graph = read_graph(model.backbone, images[:1])
         if not images.is_meta:
-            with evaluation_mode(model), without_autocast(images.device.type):
-                require_closed(model, images[:1])
+            tried: Any = trial_copy(model)
+            with evaluation_mode(tried), without_autocast(images.device.type):
+                require_closed(tried, images[:1])
         return cls(graph, model.sites)
 
     def __call__(self, gates: Float[Tensor, "batch gates"]) -> Float[Tensor, " batch"]:
@@ -138,11 +140,12 @@ def count_dense_macs(network: nn.Module, images: Tensor) -> int:
 
     That is: of convolutions, linear layers and matrix products, attention's among them; not of recurrent layers.
     """
+    network = trial_copy(network)  # the counter would follow gradients, of which there are none here
     fast = torch.backends.mha.get_fastpath_enabled()  # of attention layers, which is one operation and not counted
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with evaluation_mode(network), FlopCounterMode(display=False) as counter:
-            network(images[:1])
+            network(images[:1].detach())
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() // 2

@@ -108,7 +108,12 @@ def gate(
         nn.init.zeros_(built.fc2.weight)
     metadata = {"backbone": describe_backbone(backbone, example_input.shape[1]), "extractor": source}
     model = GaterNet(backbone, built, found, metadata)
-    if felt := leaks(model, example_input[:2]):
+    try:
+        felt = leaks(model, example_input[:2])
+    except BaseException:  # the network's own code may raise anything, and so may Ctrl-C
+        model.ungate()
+        raise
+    if felt:
         kind = type(model.ungate()).__name__
         raise ValueError(
             f"closed filters of {', '.join(felt[:5])} would still be felt, for the {kind} reads what these modules "

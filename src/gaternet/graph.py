@@ -40,16 +40,20 @@ _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product
 _MIXERS = frozenset({"softmax", "unfold", "im2col"})
 CONVS = frozenset({"conv2d", "convolution"})
 LAYERS = CONVS | {"conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "linear", "addmm", "embedding"}
+_ALIASES = {"concat": "cat", "concatenate": "cat", "multiply": "mul", "subtract": "sub", "divide": "div"}
+_ALIASES |= {"true_divide": "div", "clip": "clamp", "negative": "neg", "absolute": "abs", "special_expit": "sigmoid"}
+_ALIASES |= {"swapaxes": "transpose", "swapdims": "transpose"}
 _HELD = ("_parameters", "_buffers", "_modules")  # where an nn.Module has these
 
 
 def op(node: Node) -> str:
-    """The operation's name without overload and in-place mark: "relu" for aten.relu_.default; "" if it is none."""
+    """The operation's usual name, without overload and in-place mark: "relu" for aten.relu_.default; "" for none."""
     if node.op != "call_function":
         return ""
     schema = getattr(node.target, "_schema", None)
     name = schema.name.removeprefix("aten::") if schema is not None else getattr(node.target, "__name__", "")
-    return name.rstrip("_") or name
+    name = name.rstrip("_") or name
+    return _ALIASES.get(name, name)
 
 
 def shape(node: Node) -> tuple[int, ...]:
@@ -140,7 +144,8 @@ class Graph:
                 self._varying.add(node)
         given: Any = self.output.args[0]
         alone = program.call_spec.out_spec is not None and program.call_spec.out_spec.is_leaf()
-        self.result: Node | None = given[0] if alone and self.varies(given[0]) and shape(given[0]) else None
+        one = alone and self.varies(given[0]) and isinstance(given[0].meta.get("val"), Tensor)
+        self.result: Node | None = given[0] if one else None
         self._exits = self._find_exits()
         self.convs = {node: self._conv(node) for node in self.nodes if self._convolves(node)}
         last = {self._stack(node)[-1]: node for node in self.convs if self.is_layer(node)}
@@ -171,8 +176,8 @@ class Graph:
             return "keep"
         if name in _SHIFT:
             return "shift"
-        if name in ("clamp", "hardtanh"):
-            bounds = (*args[1:3], None, None)
+        if name in ("clamp", "hardtanh", "clamp_min", "clamp_max"):
+            bounds = (None, args[1]) if name == "clamp_max" else (*args[1:3], None, None)
             if any(isinstance(bound, Node) for bound in bounds):
                 return None
             return "keep" if (bounds[0] or 0) <= 0 <= (bounds[1] or 0) else "shift"

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from gaternet.method import GaterNet, GateSite
-from gaternet.modes import copy_sharing_tensors, evaluation_mode, without_autocast
+from gaternet.modes import evaluation_mode, trial_copy, without_autocast
 
 _COMPUTES = {nn.Conv2d: ("conv2d", "convolution"), nn.modules.batchnorm._BatchNorm: ("batch_norm",)}
 
@@ -24,10 +25,9 @@ def leaks(model: GaterNet, images: Tensor) -> list[str]:
     Args:
         images: (B, channels, H, W), of the size to try; their values do not matter.
     """
-    twin = copy_sharing_tensors(model)
-    if twin is None or images.is_meta:
+    twin: Any = trial_copy(model)
+    if twin is model or images.is_meta:
         return []
-    assert isinstance(twin, GaterNet)
     drawn = torch.Generator().manual_seed(0)
     images = torch.randn(images.shape, generator=drawn).to(images)
     gates = torch.randint(2, (1, model.num_gates), generator=drawn).to(images).expand(len(images), -1)
@@ -35,14 +35,19 @@ def leaks(model: GaterNet, images: Tensor) -> list[str]:
     found: dict[str, None] = {}
     with evaluation_mode(twin), without_autocast(images.device.type), same_each_time, _Disturbance(twin) as disturbance:
         for used in (gates, 1 - gates):
-            given: Any = disturbance.run(images, used, [])
+            given = _tensors(disturbance.run(images, used, []))
 
-            def felt(sites: Iterable[GateSite], used: Tensor = used, given: Any = given) -> bool:
-                return not torch.equal(disturbance.run(images, used, sites), given)
+            def felt(sites: Iterable[GateSite], used: Tensor = used, given: list[Tensor] = given) -> bool:
+                return not all(map(torch.equal, _tensors(disturbance.run(images, used, sites)), given))
 
-            if isinstance(given, Tensor) and felt(twin.sites) and not felt([]):  # a network that draws numbers
+            if felt(twin.sites) and not felt([]):  # which a network that draws numbers would
                 found |= dict.fromkeys(site.conv for site in twin.sites if felt([site]))
     return list(found)
+
+
+def _tensors(given: Any) -> list[Tensor]:
+    """What a network gives: one tensor, or several in a tuple or dict."""
+    return [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
 
 
 class _Disturbance(TorchFunctionMode):

@@ -105,8 +105,8 @@ class Gater(nn.Module):
             raise ValueError(f"bottleneck must be at least 1, not {bottleneck}")
         if not 0 <= noise_std < math.inf:
             raise ValueError(f"noise_std must be finite and not negative, but is {noise_std}")
-        if not math.isfinite(threshold):
-            raise ValueError(f"threshold must be finite, not {threshold}")
+        if not math.isfinite(threshold) or not math.isfinite(initial_bias):
+            raise ValueError(f"threshold and initial_bias must be finite, not {threshold} and {initial_bias}")
         if not 0 <= hard_probability <= 1:
             raise ValueError(f"hard_probability must lie in [0, 1], not {hard_probability}")
         self.extractor = extractor
@@ -304,7 +304,7 @@ class GaterNet(
         return self.gater if type(self.gater) is Gater and not own else None
 
     def forward(
-        self, images: Float[Tensor, "batch channels height width"], return_gates: bool = False
+        self, images: Float[Tensor, "batch channels height width"], *, return_gates: bool = False
     ) -> Float[Tensor, "batch classes"] | tuple[Float[Tensor, "batch classes"], Float[Tensor, "batch gates"]]:
         """Logits (B, K), and with `return_gates` also the gates (B, C) that made them (equation 1).
 

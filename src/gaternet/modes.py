@@ -73,6 +73,22 @@ def copy_sharing_tensors(network: nn.Module) -> nn.Module | None:
         return None
 
 
+def trial_copy(network: nn.Module) -> nn.Module:
+    """A copy to run that leaves the network as it is, or the network itself if it has no copies.
+
+    It has the network's weights, without gradients, and buffers of its own, which some layers change in each run.
+    """
+    known: dict[int, Any] = {}
+    try:
+        for module in network.modules():
+            known |= {id(value): value for value in vars(module).values() if isinstance(value, Tensor)}
+        known |= {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in network.parameters()}
+        known |= {id(buffer): buffer.detach().clone() for buffer in network.buffers()}
+        return copy.deepcopy(network, known)
+    except Exception:  # its own code may raise anything
+        return network
+
+
 def full_copy(network: nn.Module) -> nn.Module:
     """A copy with tensors of its own; ValueError if the network has none."""
     try:

@@ -85,9 +85,9 @@ class GuidedNet(nn.Module):
         self.network, self.open_probability = network, gating.open_probability
         self.classifier: nn.Linear | None = None
         if gating.auxiliary_weight:
-            if not isinstance(network.gater, Gater):
-                raise ValueError(f"auxiliary_weight needs an extractor, and a {type(network.gater).__name__} has none")
-            self.classifier = nn.Linear(network.gater.fc1.in_features, num_classes)
+            if (usual := network.plain_gater) is None:
+                raise ValueError("auxiliary_weight needs a usual Gater: this network makes its gates in another way")
+            self.classifier = nn.Linear(usual.fc1.in_features, num_classes)
 
     def forward(self, images: Tensor, return_gates: Literal[True]) -> tuple[Tensor, ...]:
         """The network's logits (B, K), its gater's gates (B, C), and the classifier's logits (B, K) if there is one."""

@@ -164,6 +164,8 @@ def _place(graph: Graph, conv: Conv) -> _Place | str:
     place = out if out in chain[last:] else None
     if name and graph.runs(name) > 1:
         return f"{name} behind it runs {graph.runs(name)} times: give each convolution its own"
+    if place is None and chain[last] is conv.node:
+        return f"{name} gives something else than its convolution does: put that, a hook perhaps, in a module behind it"
     if place is None:
         return f"{op(chain[last])} behind it is a function within {graph.module_type(chain[last])}: make it a module"
     if name in graph.several:
@@ -271,24 +273,27 @@ def _roles(graph: Graph) -> dict[Node, str]:
     return roles
 
 
-def _last_convs(graph: Graph, node: Node, seen: set[Node] | None = None) -> list[Node]:
+def _last_convs(graph: Graph, node: Node) -> list[Node]:
     """The convolutions that end at a tensor: upwards, through all that keeps channels apart, and concatenations."""
-    seen = set() if seen is None else seen  # two ways that part at an addition may meet again
-    while True:
+    found, waiting, seen = [], [node], set[Node]()  # two ways that part at an addition may meet again
+    while waiting:
+        node = waiting.pop()
         if node in seen:
-            return []
+            continue
         seen.add(node)
         if node in graph.convs and graph.is_layer(node):
-            return [node]
+            found.append(node)
+            continue
         sources = [source for source in graph.sources(node) if len(shape(source)) == 4 or graph.is_view(source)]
         if op(node) == "cat" or (op(node) == "add" and len(sources) == 2):
-            return [last for source in sources for last in _last_convs(graph, source, seen)]
+            waiting += reversed(sources)
+            continue
         if op(node) == "mul" and len(sources) == 2:  # features times weights: SE's are 1x1, others come from a sigmoid
             sources = [s for s in sources if shape(s) == shape(node) and op(s) not in ("sigmoid", "hardsigmoid")]
         passes = graph.is_view(node) or "norm" in op(node)
-        if len(sources) != 1 or (graph.effect(node, sources[0]) is None and not passes):
-            return []
-        node = sources[0]
+        if len(sources) == 1 and (graph.effect(node, sources[0]) is not None or passes):
+            waiting += sources
+    return found
 
 
 def _is_upstream(graph: Graph, node: Node, of: Node) -> bool:

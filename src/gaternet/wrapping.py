@@ -28,7 +28,20 @@ def require_gated(model: nn.Module) -> GaterNet:
             f"the model must be a GaterNet, but is a {type(model).__name__}: gate it with gaternet.gate, or pass what "
             "it wraps (model.module)"
         )
+    require_sites(found)
     return found
+
+
+def require_sites(model: GaterNet) -> None:
+    """ValueError where another module has taken the place of one that gates act on; no matter after `ungate`."""
+    modules = dict(uncompiled(model.backbone).named_modules())
+    for site in model.sites if model._gated else ():
+        hooks = modules[site.name]._forward_hooks.values() if site.name in modules else ()
+        if not any(getattr(hook, "site", None) == site for hook in hooks):
+            raise ValueError(
+                f"{site.name} was replaced or wrapped after gating, and gates act on what was there: change the "
+                "backbone first, then gate it"
+            )
 
 
 def refuse_wrapped(network: nn.Module) -> None:

@@ -67,7 +67,7 @@ def export(
     patterns = f" with {compared['patterns']} gate patterns and under {compared['forced']} drawn ones"
     console.print(
         f"{'before quantisation, ' if effect else ''}equal to the model on {compared['images']} {report['on']}"
-        f"{patterns if compared['patterns'] else ''}: logits within {compared['max_error']:.0e}"
+        f"{patterns if compared['patterns'] else ''}: logits differ by {compared['max_error']:.0e} at most, relatively"
     )
     if effect:
         before, after = (100 * effect[name] for name in ("accuracy", "int8_accuracy"))

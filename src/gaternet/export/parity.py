@@ -45,7 +45,7 @@ class Parity:
 
     def __str__(self) -> str:
         gates = f" with {self.patterns} gate patterns, and {self.forced} drawn ones" if self.patterns else ""
-        return f"compared on {self.images} images{gates}: largest difference of a logit {self.max_error:.1e}"
+        return f"compared on {self.images} images{gates}: largest relative difference of a logit {self.max_error:.1e}"
 
 
 def make_images(example: Tensor, count: int) -> Tensor:

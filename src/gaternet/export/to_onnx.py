@@ -33,7 +33,7 @@ def export_onnx(
 
     The file is run in ONNX Runtime on `held_out`, and under gates drawn at random in place of the gater's. Gates must
     be equal, unless a logit is so near the threshold that rounding decides. Logits, and gates that are not 0 or 1, must
-    agree within 1e-4.
+    agree within 1e-4, relative to the largest where that is above 1.
 
     Args:
         model: a GaterNet, or a plain network. It is exported in evaluation mode, in float32, and left as it was.

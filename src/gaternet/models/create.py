@@ -35,6 +35,7 @@ _GATEABLE = [*_CIFAR, *(name for name in IMAGENET if not name.endswith(_VARIANTS
 _BACKBONES = [*_CIFAR, *(f"{name}{suffix}" for name in _CIFAR_RESNETS for suffix in _VARIANTS), *IMAGENET]
 _GATED = "_gated"
 _TIMM, _TORCHVISION = "timm:", "torchvision:"
+_WITHOUT_EFFECT = re.compile(r"_.*|p|training|momentum|inplace|.*drop.*|.*checkpoint.*")  # on predictions
 
 
 def model_names() -> list[str]:
@@ -200,7 +201,21 @@ def _makes(
     except (AttributeError, ValueError, RuntimeError, TypeError):
         return False
     shapes = [{key: value.shape for key, value in one.state_dict().items()} for one in (network, twin)]
-    return shapes[0] == shapes[1] and shown(network) == shown(twin)
+    return shapes[0] == shapes[1] and shown(network) == shown(twin) and _hidden(network) == _hidden(twin)
+
+
+def _hidden(network: nn.Module) -> list[tuple[Any, ...]]:
+    """What may change a network's results and is not shown: of each module plain values, functions, and hooks."""
+    found = []
+    for module in network.modules():
+        own = {name: value for name, value in vars(module).items() if not _WITHOUT_EFFECT.fullmatch(name)}
+        values = {name: value for name, value in own.items() if isinstance(value, int | float | str)}
+        functions = {name for name, value in own.items() if callable(value) and not isinstance(value, nn.Module)}
+        if "_original_forward" in vars(module):  # where Accelerate put one for mixed precision
+            functions.discard("forward")
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        found.append((values, functions, sum(not hasattr(hook, "site") for hook in hooks)))  # gates' hooks have one
+    return found
 
 
 def other_classifier(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], num_classes: int) -> set[str]:

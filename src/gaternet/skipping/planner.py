@@ -55,7 +55,7 @@ def _refuse(graph: Graph) -> None:
             )
     if graph.result is None:
         raise ValueError(f"{type(graph.backbone).__name__} must give one tensor, to skip filters: wrap it so")
-    if shape(graph.result)[0] != 1:
+    if shape(graph.result)[:1] != (1,):
         raise ValueError(
             f"{type(graph.backbone).__name__} gives {shape(graph.result)} for one image, without the batch's "
             "dimension: use flatten(1) where it has squeeze(), to skip filters"
@@ -341,13 +341,16 @@ def _pair(option: Sequence[int]) -> tuple[int, int]:
 
 
 def _target(node: Node) -> Callable[..., Any]:
-    """The node's operation; its twin that makes a new tensor where it writes in place."""
+    """The node's operation by its usual name; its twin that makes a new tensor where it writes in place."""
     target: Any = node.target
     if target is torch.ops.aten.view.default:  # values here may lie in memory otherwise than in the graph's run
         return torch.ops.aten.reshape.default
-    if not in_place(node):
+    schema = getattr(target, "_schema", None)
+    if schema is None or schema.name == f"aten::{op(node)}":
         return target
     twin = getattr(getattr(torch.ops.aten, op(node), None), target._overloadname, None)
+    if twin is None and not in_place(node):
+        return target
     if twin is None:
         raise ValueError(f"{target} has no twin that makes a new tensor: leave its underscore out, to skip filters")
     return twin

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gaternet.files import read_json, staged, write_json
 from gaternet.graph import read_graph
@@ -55,7 +56,7 @@ class Skipper(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, images: Float[Tensor, "batch channels height width"], return_gates: bool = False
+        self, images: Float[Tensor, "batch channels height width"], *, return_gates: bool = False
     ) -> Float[Tensor, "batch classes"] | tuple[Float[Tensor, "batch classes"], Float[Tensor, "batch gates"]]:
         """Logits (B, K), those of the model up to rounding, and with `return_gates` also the gates (B, C).
 
@@ -75,6 +76,7 @@ class Skipper(nn.Module):
 
         They are those of the model, but where a gate's logit lies within rounding (about 1e-6) of the threshold.
         """
+        _refuse_tracing(images)
         self._check_images(images)
         with without_autocast(images.device.type):
             return self.gater(images) if len(images) else images.new_zeros(0, self.plan.num_gates)
@@ -88,6 +90,7 @@ class Skipper(nn.Module):
         Raises:
             ValueError: gates of another shape or with other values, or images of another size than planned for.
         """
+        _refuse_tracing(images)
         self._check_images(images)
         return self._run(images, gates, hard=False)
 
@@ -177,6 +180,13 @@ class Skipper(nn.Module):
         if (moved.dtype, moved.device) == (here.dtype, here.device):  # Accelerate, say, moves all to where they are
             return self
         raise RuntimeError("a Skipper stays where it was made: move the model, and call skip again")
+
+
+def _refuse_tracing(images: Tensor) -> None:
+    if torch._C._get_tracing_state() or torch.compiler.is_exporting() or isinstance(images, FakeTensor):
+        raise ValueError(
+            "a Skipper's code cannot be traced: export its model by gaternet.export_onnx, with form='skipping'"
+        )
 
 
 def skip(

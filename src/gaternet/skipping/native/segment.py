@@ -4,6 +4,7 @@ import ctypes
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,7 +94,8 @@ class Segment:
                 tensor = torch.empty(images, *pixels, channels, dtype=torch.float32, device="cpu").movedim(-1, 1)
             held.append((name, tensor))
             table[number].data, table[number].step = tensor.data_ptr(), tensor[0].numel()
-        factors = torch.cat([run.gates, run.gates.new_ones(images, 1)], 1).float()[:, self._columns].contiguous()
+        factors = torch.cat([run.gates, run.gates.new_ones(images, 1)], 1).float()
+        factors = factors.index_select(1, self._where)
         for name, offset in self._masks.items():
             number = self._numbers[name]
             table[number].data, table[number].step = factors.data_ptr() + 4 * offset, len(self._columns)
@@ -108,6 +110,10 @@ class Segment:
         tensors = dict(held)
         for name in self._outputs:
             values[name] = tensors[self.root(name)].view(images, *self.plan.shapes[name])
+
+    @cached_property
+    def _where(self) -> Tensor:
+        return torch.tensor(self._columns, dtype=torch.long, device="cpu")
 
     def _add(self, step: Step) -> None:
         self._add_unmasked(step)
