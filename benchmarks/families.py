@@ -259,6 +259,27 @@ def table(rows: list[dict[str, Any]]) -> str:
     return text
 
 
+def page(rows: list[dict[str, Any]]) -> str:
+    """docs/coverage.md."""
+    return (
+        "# Coverage\n\n"
+        f"{len(rows)} networks, gated in one call and checked by `python benchmarks/families.py` with gaternet "
+        f"{gaternet.__version__}, torch {torch.__version__}. Images are small, so that the sweep is fast: MACs are for "
+        "that size.\n\n" + " ".join(str(__doc__).split("\n\n")[-1].split()) + "\n\n"
+        "Checked for each: with all gates open the output is the plain network's bit for bit; closed gates leave exact "
+        "zeros at every site; noise in the weights of closed filters changes no bit; channels that are said to be dead "
+        "are zeros where convolutions read them; a gradient reaches every parameter of the gater; a deep copy, and a "
+        "fresh model with the `state_dict`, compute the same; `gaternet.skip`, for one image and for three, with the "
+        "engine slice under random gates and with all, one or none open, and with specialise under random gates, "
+        "gives the same logits within 1e-4 of the largest, or within four times masking's own distance from float64 "
+        "(HaloNet's attention rounds coarsely).\n\n"
+        "*Gateable* is the share of MACs that goes if all gates close. *Left out*, for `all`, says why convolutions "
+        "have no gates. In networks without residual units `residual` gates densely connected ones, or else every "
+        "convolution; where none of the residual units can be gated, nothing. A depthwise convolution shares gates "
+        "only where what it reads is gated, so that `residual` may have more gates than `all`.\n\n" + table(rows)
+    )
+
+
 def attempt(name: str) -> dict[str, Any] | str:
     """What `check` finds of a model, or why it failed."""
     try:
@@ -286,23 +307,7 @@ def main() -> None:
         before = {row["model"]: row for row in json.loads(MODELS.read_text())}
         rows = list((before | {row["model"]: row for row in rows}).values())
     MODELS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    PAGE.write_text(
-        "# Coverage\n\n"
-        f"{len(rows)} networks, gated in one call and checked by `python benchmarks/families.py` with gaternet "
-        f"{gaternet.__version__}, torch {torch.__version__}. Images are small, so that the sweep is fast: MACs are for "
-        "that size.\n\n" + " ".join(str(__doc__).split("\n\n")[-1].split()) + "\n\n"
-        "Checked for each: with all gates open the output is the plain network's bit for bit; closed gates leave exact "
-        "zeros at every site; noise in the weights of closed filters changes no bit; channels that are said to be dead "
-        "are zeros where convolutions read them; a gradient reaches every parameter of the gater; a deep copy, and a "
-        "fresh model with the `state_dict`, compute the same; `gaternet.skip`, for one image and for three, with the "
-        "engine slice under random gates and with all, one or none open, and with specialise under random gates, "
-        "gives the same logits within 1e-4 of the largest, or within four times masking's own distance from float64 "
-        "(HaloNet's attention rounds coarsely).\n\n"
-        "*Gateable* is the share of MACs that goes if all gates close. *Left out*, for `all`, says why convolutions "
-        "have no gates. In networks without residual units `residual` gates densely connected ones, or else every "
-        "convolution; where none of the residual units can be gated, nothing. A depthwise convolution shares gates "
-        "only where what it reads is gated, so that `residual` may have more gates than `all`.\n\n" + table(rows)
-    )
+    PAGE.write_text(page(rows))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ def test_gating_keeps_its_promises(row: dict[str, Any], unchecked_types):
 
 
 def test_the_page_is_that_of_the_recorded_rows():
-    assert families.table(ROWS) in families.PAGE.read_text()
+    words, recorded = (text.split("\n\n") for text in (families.page(ROWS), families.PAGE.read_text()))
+    assert words[0] == recorded[0]
+    assert words[2:] == recorded[2:]  # between them are the versions
 
 
 @pytest.mark.parametrize("name", ["timm:resnet10t", "timm:mobilenetv3_small_050", "timm:regnetx_002"])

@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from gaternet.cli import app
 from gaternet.recipes import RECIPES
+from gaternet.skipping.dense import ENGINES
 from gaternet.trained import Trained
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +78,11 @@ def test_shell_commands_name_real_recipes_and_options(line):
     command = get_command(app).commands[words[0]]  # pyright: ignore[reportAttributeAccessIssue]
     known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
     assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_help_of_bench_names_the_dense_engines():
+    (option,) = [p for p in get_command(app).commands["bench"].params if p.name == "engine"]  # pyright: ignore[reportAttributeAccessIssue]
+    assert f"{', '.join(ENGINES)};" in option.help
 
 
 def test_table_lists_every_command():

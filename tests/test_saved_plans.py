@@ -337,9 +337,10 @@ def test_convolutions_that_tensors_without_data_pass_are_refused(channels, heigh
         (lambda a, b: a * b.mean((2, 3), True).sigmoid(), lambda a, b: a.multiply(b.mean((2, 3), True).sigmoid())),
         (lambda a, b: b.clamp(0, 6), lambda a, b: b.clip(0, 6)),
         (lambda a, b: b.relu(), lambda a, b: b.clamp_min(0)),
+        (lambda a, b: b.clamp(max=6), lambda a, b: b.clamp_max(6)),
         (lambda a, b: b / 2, lambda a, b: b.divide(2)),
     ],
-    ids=["cat", "sub", "mul", "clamp", "clamp_min", "div"],
+    ids=["cat", "sub", "mul", "clamp", "clamp_min", "clamp_max", "div"],
 )
 def test_an_operation_by_another_name_is_the_same(usual, alias, tmp_path):
     sites, macs = [], []

@@ -10,6 +10,7 @@ from small_networks import IMAGES, Block, Net, conv, norm, squeeze_excite, with_
 from torch import nn
 from torch.nn import functional as F
 
+from gaternet import find_sites
 from gaternet.cost import CostModel
 from gaternet.graph import read_graph
 from gaternet.sites import examine
@@ -289,3 +290,22 @@ def test_the_first_of_its_convolutions_costs_the_same_whatever_its_gates(filters
     cost, gates = CostModel(graph, examine(graph, "all").sites), torch.ones(1, 6 + filters + 8)
     gates[:, 6 : 6 + filters] = 0
     assert cost(gates).item() == cost.dense - (filters * 6 + 8 * filters) * 9 * 64
+
+
+def test_a_convolution_whose_hook_changes_what_it_gives_is_left_out_with_the_reason():
+    net = Net(lambda net, x: net.b(net.a(x)), a=conv(3, 8), b=conv(8, 8))
+    net.get_submodule("a").register_forward_hook(lambda _module, _args, output: output.round())
+    assert reasons(net) == {
+        "a": "a gives something else than its convolution does: put that, a hook perhaps, in a module behind it"
+    }
+
+
+def test_hundreds_of_additions_are_followed_to_the_convolutions_that_end_there():
+    def add_up(net: Net, x: torch.Tensor) -> torch.Tensor:
+        x = net.a(x)
+        for _ in range(1000):  # as many functions that call each other Python does not follow
+            x = x + F.relu(x)
+        return x + net.b(x)
+
+    sites = [(site.conv, site.role) for site in find_sites(Net(add_up, a=conv(3, 8), b=conv(8, 8)), IMAGES)]
+    assert sites == [("b", "residual")]

@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from gaternet.aliasing import in_place, read_what_was_written
 from gaternet.errors import fills_memory, first_line
-from gaternet.modes import copy_sharing_tensors, evaluation_mode, quiet, without_autocast
+from gaternet.modes import evaluation_mode, quiet, trial_copy, without_autocast
 from gaternet.wrapping import require_network, uncompiled
 
 # What an operation does to the channels (dimension 1) of a tensor: "keep" acts on each by itself and turns a channel of
@@ -40,6 +40,7 @@ _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product
 _MIXERS = frozenset({"softmax", "unfold", "im2col"})
 CONVS = frozenset({"conv2d", "convolution"})
 LAYERS = CONVS | {"conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "linear", "addmm", "embedding"}
+# PyTorch exports these under the name by which they were called
 _ALIASES = {"concat": "cat", "concatenate": "cat", "multiply": "mul", "subtract": "sub", "divide": "div"}
 _ALIASES |= {"true_divide": "div", "clip": "clamp", "negative": "neg", "absolute": "abs", "special_expit": "sigmoid"}
 _ALIASES |= {"swapaxes": "transpose", "swapdims": "transpose"}
@@ -315,8 +316,7 @@ def read_graph(backbone: nn.Module, example_input: Tensor) -> Graph:
     for name, module in backbone.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"{name or 'the backbone'} is a ScriptModule: pass the module that it was made from")
-    precision, twin = without_autocast(example_input.device.type), copy_sharing_tensors(backbone)
-    twin = backbone if twin is None else twin  # a network may have a length, or none, so "or" will not do
+    precision, twin = without_autocast(example_input.device.type), trial_copy(backbone)
     try:
         with quiet(), precision, evaluation_mode(twin), _as_it_was(twin), _several(twin) as several, torch.no_grad():
             program = torch.export.export(twin, (example_input,), strict=False)

@@ -205,7 +205,7 @@ class _SideChannel(threading.local):
         return _SideChannel, ()
 
 
-class _GateHook:
+class GateHook:
     """Forward hook of one site (equation 1): a product, so a closed gate makes zeros of whatever is finite."""
 
     def __init__(self, channel: _SideChannel, site: GateSite) -> None:
@@ -235,7 +235,7 @@ def refuse_gated(network: nn.Module) -> None:
     """Raise ValueError if any module of the network has gates, or if it is but a wrapper of a network."""
     if hasattr(network, "_orig_mod") or isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise ValueError(f"gate what the {type(network).__name__} wraps, and wrap or compile the GaterNet instead")
-    if any(isinstance(hook, _GateHook) for module in network.modules() for hook in module._forward_hooks.values()):
+    if any(isinstance(hook, GateHook) for module in network.modules() for hook in module._forward_hooks.values()):
         raise ValueError("the backbone is gated already: call ungate() on its GaterNet, or on a deep copy of that")
 
 
@@ -290,7 +290,7 @@ class GaterNet(
         self.metadata: dict[str, Any] = dict(metadata or {})
         self._channel = _SideChannel()
         self._gated = True
-        self._hooks = [modules[site.name].register_forward_hook(_GateHook(self._channel, site)) for site in sites]
+        self._hooks = [modules[site.name].register_forward_hook(GateHook(self._channel, site)) for site in sites]
 
     @property
     def num_gates(self) -> int:

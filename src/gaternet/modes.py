@@ -63,16 +63,6 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
             module.training = was
 
 
-def copy_sharing_tensors(network: nn.Module) -> nn.Module | None:
-    """A copy whose modules are its own and whose tensors are the network's; None if the network has no copies."""
-    shared = [*network.parameters(), *network.buffers()]
-    shared += [value for module in network.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    try:
-        return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
-    except Exception:  # its own code may raise anything
-        return None
-
-
 def trial_copy(network: nn.Module) -> nn.Module:
     """A copy to run that leaves the network as it is, or the network itself if it has no copies.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaternet.method import GaterNet
+from gaternet.method import GateHook, GaterNet
 
 
 def require_network(part: object, name: str) -> None:
@@ -37,7 +37,7 @@ def require_sites(model: GaterNet) -> None:
     modules = dict(uncompiled(model.backbone).named_modules())
     for site in model.sites if model._gated else ():
         hooks = modules[site.name]._forward_hooks.values() if site.name in modules else ()
-        if not any(getattr(hook, "site", None) == site for hook in hooks):
+        if not any(isinstance(hook, GateHook) and hook.site == site for hook in hooks):
             raise ValueError(
                 f"{site.name} was replaced or wrapped after gating, and gates act on what was there: change the "
                 "backbone first, then gate it"

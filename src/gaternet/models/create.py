@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaternet.method import Gater, GaterNet, GateSite
+from gaternet.method import GateHook, Gater, GaterNet, GateSite
 from gaternet.models.cifar_resnet import BasicBlock, Bottleneck, CifarResNet, residual_sites
 from gaternet.models.densenet import DenseNet, dense_sites
 from gaternet.models.imagenet import IMAGENET, imagenet_network, imagenet_sites
@@ -214,7 +214,7 @@ def _hidden(network: nn.Module) -> list[tuple[Any, ...]]:
         if "_original_forward" in vars(module):  # where Accelerate put one for mixed precision
             functions.discard("forward")
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        found.append((values, functions, sum(not hasattr(hook, "site") for hook in hooks)))  # gates' hooks have one
+        found.append((values, functions, sum(not isinstance(hook, GateHook) for hook in hooks)))
     return found
 
 

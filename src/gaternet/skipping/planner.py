@@ -349,11 +349,9 @@ def _target(node: Node) -> Callable[..., Any]:
     if schema is None or schema.name == f"aten::{op(node)}":
         return target
     twin = getattr(getattr(torch.ops.aten, op(node), None), target._overloadname, None)
-    if twin is None and not in_place(node):
-        return target
-    if twin is None:
+    if twin is None and in_place(node):
         raise ValueError(f"{target} has no twin that makes a new tensor: leave its underscore out, to skip filters")
-    return twin
+    return target if twin is None else twin
 
 
 @torch.no_grad()

@@ -183,7 +183,8 @@ class Skipper(nn.Module):
 
 
 def _refuse_tracing(images: Tensor) -> None:
-    if torch._C._get_tracing_state() or torch.compiler.is_exporting() or isinstance(images, FakeTensor):
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if tracing or torch.compiler.is_exporting() or isinstance(images, FakeTensor):
         raise ValueError(
             "a Skipper's code cannot be traced: export its model by gaternet.export_onnx, with form='skipping'"
         )
